@@ -1,0 +1,185 @@
+"""Every file passes here: found in a folder or on the hub, read without trust, written whole or not at all.
+
+A reader either returns what the file says or raises InputError with one line that names the file, the value and
+what to do; `run` turns that line into exit code 2. Nothing is ever unpickled. Writers write to a temporary name,
+flush it to the disk and rename it, so that a name holds the old bytes or the new ones, never a part.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights
+
+
+class InputError(Exception):
+    """Something a user gave can't be used: one line that names it and says what to do."""
+
+
+def run(main):
+    """Run a command's `main`; what the user can mend ends in one line on stderr and exit code 2, no traceback."""
+    try:
+        code = main()
+    except InputError as error:
+        line = " ".join(str(error).split())
+    except BrokenPipeError:  # the reader of our output has gone (`| head`): not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:  # a full disk, a folder that can't be written: the system's words, and the file's name
+        line = f"{error.filename or 'input/output'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    else:
+        sys.exit(code)
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Finding a file: a folder here, or a repository on the hub
+
+def locate(source, name, optional=False, repo_type="model"):
+    """Path of file `name` of `source`: a folder, or a hub repository "owner/name" (downloaded once, then cached).
+
+    With `optional`, a file that isn't there gives None. Raises InputError where the folder or repository lacks the
+    file, doesn't exist, is gated and not logged in to, or can't be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if (folder / name).is_file():
+            return folder / name
+        if optional:
+            return None
+        raise InputError(f"{folder} holds no file {name}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        raise InputError(f"{source}: no such folder, and not the name of a hub repository (owner/name)")
+    return _download(str(source), name, optional, repo_type)
+
+
+def _download(repo, name, optional, repo_type):
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity(logging.ERROR)  # its retries would print a line each
+    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
+    try:
+        return Path(hf_hub_download(repo, name, repo_type=repo_type))
+    except errors.GatedRepoError:
+        raise InputError(f"{repo} is gated: accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{repo}: no such folder here, and no such repository on the hub (a private one needs `hf auth login`)") from None
+    except errors.LocalEntryNotFoundError:
+        raise InputError(f"{repo}/{name}: no such folder here, not in the cache, and the hub can't be reached: check the network, or give a local folder") from None
+    except errors.EntryNotFoundError:
+        if optional:
+            return None
+        raise InputError(f"{repo} on the hub holds no file {name}") from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, ConnectionError) as error:
+        raise InputError(f"{repo}/{name} can't be fetched from the hub: {str(error).splitlines()[0]}") from None
+
+
+def is_file_name(name):
+    """Whether `name`, read out of a file, is a plain name that can't lead out of its folder."""
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+def read_json(path, kind=dict):
+    """The JSON value in a file, which must be of type `kind`."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, kind):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def _opened(path):
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path} is not a complete safetensors file ({error}): fetch or write it again") from None
+
+
+def tensor_shapes(path):
+    """{name: shape} of a safetensors file's tensors, from its header alone. Raises InputError unless all are floats."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        for name, part in slices.items():
+            if part.get_dtype() not in DTYPES:
+                raise InputError(f"{path}: tensor {name} has dtype {part.get_dtype()}; weights are {', '.join(DTYPES)}")
+        return {name: tuple(part.get_shape()) for name, part in slices.items()}
+
+
+def read_into(path, name, out, block=64 << 20):
+    """Copy tensor `name` of a safetensors file into `out` (same shape, any float dtype, any device).
+
+    Goes by blocks of rows and maps the file anew for each, so that no more than `block` bytes of it are resident.
+    """
+    rows = max(1, block // max(1, out[:1].numel() * 4)) if out.dim() else 1
+    for start in range(0, out.shape[0] if out.dim() else 1, rows):
+        with _opened(path) as file:
+            part = file.get_slice(name)
+            if out.dim():
+                out[start:start + rows].copy_(part[start:start + rows])
+            else:
+                out.copy_(file.get_tensor(name))
+
+
+def read_tensors(path, device="cpu"):
+    """All tensors of a safetensors file, {name: tensor}. For files that fit in memory: adapters, checkpoints."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary path beside `path`: renamed onto it when the block ends well, removed when it doesn't."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write {name: tensor} as safetensors; metadata {"format": "pt"} is what transformers and peft look for."""
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as part:
+        safetensors.torch.save_file(tensors, part, {"format": "pt"} | (metadata or {}))
