@@ -66,6 +66,16 @@ def locate(source, name, optional=False, repo_type="model"):
     return _download(str(source), name, optional, repo_type)
 
 
+def data_file(spec):
+    """Path of a data file: one here, or hf://datasets/OWNER/NAME/PATH/IN/IT, fetched from the hub."""
+    if match := re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+)", str(spec)):
+        return locate(match[1], match[2], repo_type="dataset")
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise InputError(f"{spec}: no such file")
+    return path
+
+
 def _download(repo, name, optional, repo_type):
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import logging as hub_logging
@@ -107,6 +117,19 @@ def read_json(path, kind=dict):
     return value
 
 
+def read_jsonl(path):
+    """The JSON objects in a file that `write_jsonl` wrote, a line each."""
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number} is not valid JSON: {error}") from None
+        if not isinstance(rows[-1], dict):
+            raise InputError(f"{path}:{number} is no JSON object")
+    return rows
+
+
 @contextlib.contextmanager
 def _opened(path):
     try:
@@ -145,6 +168,12 @@ def read_tensors(path, device="cpu"):
     """All tensors of a safetensors file, {name: tensor}. For files that fit in memory: adapters, checkpoints."""
     with _opened(path) as file:
         return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}
+
+
+def read_metadata(path):
+    """The strings {name: text} in a safetensors file's header."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -69,8 +69,9 @@ class Config:
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"{where}: rope_parameters {rope!r}: only the default rotary embedding is Gemma-2's")
         values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        fixed = {"model_type": "gemma2", "tie_word_embeddings": True, "attention_bias": False, "use_bidirectional_attention": False, "hidden_act":
-                 "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+        fixed = {"model_type": "gemma2", "tie_word_embeddings": True, "attention_bias": False,
+                 "use_bidirectional_attention": False, "hidden_act": "gelu_pytorch_tanh",
+                 "hidden_activation": "gelu_pytorch_tanh"}
         for key, wanted in fixed.items():
             if values.get(key, wanted) not in (wanted, None):
                 raise InputError(f"{where}: {key} is {values[key]!r}, where Gemma-2 has {wanted!r}")

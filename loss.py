@@ -1,0 +1,64 @@
+"""The head, fused: final hidden states to loss in one pass over the vocabulary, with the backward made on the way.
+
+Gemma-2 has 256,000 logits a token: 1 MiB each in float32, of which the usual loss holds several copies. Here only
+labelled tokens reach the head, and it is walked in tiles of the vocabulary, so that scratch is tokens × tile. With the
+logits l = h·Eᵀ softcapped to z = c·tanh(l/c), t = tanh(l/c), y the token that comes next:
+
+    loss   = log Σ_v exp(z_v) − z_y
+    dl_v   = (p_v − 1[v = y]) (1 − t_v²),  p_v = exp(z_v) / Σ exp(z)
+    dloss/dh = (Σ_v exp(z_v) (1 − t_v²) E_v) / Σ_v exp(z_v) − (1 − t_y²) E_y
+
+|z| <= c = 30, so exp can't overflow float32 and no running maximum is kept: both sums come out of one pass, and since
+the head is frozen dloss/dh is all that a backward will ask for.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+IGNORE = -100
+TILE = 4096                                                                          # of the vocabulary
+
+
+def nll_sum(model, hidden, labels):
+    """Summed negative log-likelihood, nats, a float32 scalar, and the count of labelled tokens.
+
+    hidden (B, T, D) after the final norm; labels (B, T) int64, the id that comes next, or -100 where there is no loss.
+    The sum is what gets divided once by the count of a whole step: a mean of micro-batch means would weigh a token by
+    the company it keeps.
+    """
+    labelled = labels != IGNORE
+    h, targets = hidden[labelled], labels[labelled]                                  # (N, D), (N,)
+    embedding, cap = model.embed_tokens.weight, model.config.final_logit_softcapping
+    if embedding.requires_grad or cap is None or cap + math.log(len(embedding)) > 88:  # exp(88) is float32's largest
+        return F.cross_entropy(model.unembed(h), targets, reduction="sum"), len(targets)
+    return FusedNLL.apply(h, embedding, targets, cap), len(targets)
+
+
+class FusedNLL(torch.autograd.Function):
+    """Σ −log softmax(c·tanh(h·Eᵀ/c))[y] of h (N, D), frozen E (V, D) and targets (N,); the plain form is in `nll_sum`."""
+
+    @staticmethod
+    def forward(ctx, h, E, targets, cap):
+        if ctx.needs_input_grad[1]:
+            raise ValueError("the fused loss makes no gradient for the embedding: freeze it, or take the plain loss")
+        total = torch.zeros(len(h), device=h.device)                                 # (N,) Σ exp(z)
+        pull = torch.zeros(h.shape, device=h.device)                                 # (N, D) Σ exp(z) (1 − t²) E
+        for tile in E.split(TILE):
+            t = (h @ tile.T).float().div_(cap).tanh_()                               # (N, tile)
+            e = torch.mul(t, cap).exp_()
+            total += e.sum(1)
+            if ctx.needs_input_grad[0]:
+                weight = e.addcmul_(e, t.square_(), value=-1)                        # exp(z) (1 − t²)
+                pull += weight.to(h.dtype) @ tile
+        rows = E[targets]                                                            # (N, D)
+        t = (h * rows).sum(1, dtype=torch.float32).div_(cap).tanh_()                 # (N,)
+        if ctx.needs_input_grad[0]:
+            grad = pull.div_(total[:, None]).addcmul_(1 - t.square()[:, None], rows.float(), value=-1)
+            ctx.save_for_backward(grad.to(h.dtype))
+        return (total.log() - cap * t).sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * ctx.saved_tensors[0], None, None, None

@@ -1,0 +1,55 @@
+"""Small random models for the tests, and where to find the real inputs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
+
+from model import Config, Gemma2  # noqa: E402
+
+SHARED = ROOT.parent / "shared" / "data"
+TOY = ROOT / "toy"
+SHAPES = [  # heads, key-value heads, head_dim, hidden_size, query_pre_attn_scalar; the last two as odd as the 27b's
+    (4, 2, 16, 64, 16), (4, 1, 16, 48, 16), (8, 8, 8, 64, 9), (6, 2, 16, 72, 24)]
+
+
+def random_gemma(shape=SHAPES[0], seed=0, std=0.4, **changes):
+    """A random Gemma-2 whose weights are large enough that both softcaps bite; 4 layers, window 16, 300 tokens."""
+    heads, kv, head_dim, hidden, scalar = shape
+    config = Config(**{"vocab_size": 300, "hidden_size": hidden, "intermediate_size": 96, "num_hidden_layers": 4,
+                       "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": head_dim,
+                       "query_pre_attn_scalar": scalar, "sliding_window": 16} | changes)
+    draw = torch.Generator().manual_seed(seed)
+    model = Gemma2(config).init_weights(std, draw)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.normal_(0, 0.3, generator=draw)
+    return model.requires_grad_(False)
+
+
+def transformers_twin(model, dtype=torch.float32):
+    """transformers' Gemma-2, eager, with the weights of ours."""
+    transformers = pytest.importorskip("transformers")
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("architectures", "model_type")}
+    twin = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**values, attn_implementation="eager")).eval()
+    missing, extra = twin.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=False)
+    assert missing == ["lm_head.weight"] and not extra  # tied
+    twin.tie_weights()
+    return twin.to(dtype).requires_grad_(False)
+
+
+@pytest.fixture
+def gemma():
+    return random_gemma()
+
+
+@pytest.fixture
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip("the folder of real inputs, ../shared/data, is not here")
+    return SHARED
