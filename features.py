@@ -1,0 +1,349 @@
+"""The method of SAILS (arXiv 2512.23260, section 3): which SAE features tell a safe answer from an unsafe one, and
+the subspace that their decoder directions span.
+
+    statistics = feature_statistics(model, saes, pairs)      # stream the pairs through model and SAEs
+    chosen = choose_features(statistics[layer], top_k=20)    # largest |Δ|, Δ = E_aligned[a] − E_unaligned[a]
+    space = subspace(sae.decoder_rows(chosen), tau=0.8, rank=16)
+
+Scoring, choosing and spanning are separate, so that each can be exchanged alone. `python select.py` is the command.
+Letters: D hidden size, F features of an SAE, P pairs, r rank.
+"""
+
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import recipe
+from data import load_tokenizer, make_example, read_pairs
+from files import InputError, data_file, read_tensors, write_json, write_tensors
+from model import load_model
+from report import table
+from sae import load_sae, neuronpedia_url
+
+SIDES = ("aligned", "unaligned")
+CONTEXT = 10, 5        # tokens shown before and after a feature's peak
+PEAKS = 5              # examples kept for each feature and side
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics
+
+@dataclass
+class Statistics:
+    """What one SAE's features do on the two sides of the pairs; every array (F,), float64, rows in the order of SIDES."""
+    layer: int
+    pairs: int
+    tokens: torch.Tensor            # (2,) tokens seen
+    mean: torch.Tensor              # (2, F) mean activation over tokens
+    frequency: torch.Tensor         # (2, F) share of tokens on which the feature fires
+    delta: torch.Tensor             # (F,) Δ, mean aligned minus mean unaligned
+    error: torch.Tensor             # (F,) standard error of Δ over pairs
+    peaks: "Peaks"                  # where each feature fires most
+
+    @property
+    def rho(self):
+        """Δ over the largest mean on the unaligned side: the paper's relative score. Orders features as Δ does."""
+        return self.delta / self.mean[1].abs().max().clamp(min=1e-30)
+
+    @property
+    def effect(self):
+        """Δ in its standard errors; 0 where both are 0."""
+        return self.delta / self.error.clamp(min=1e-30)
+
+
+class Peaks:
+    """The PEAKS examples on which each feature is most active: activation, example and token, each (PEAKS, F) a side."""
+
+    def __init__(self, features, device):
+        self.value = torch.zeros(2, PEAKS, features, device=device)
+        self.example = torch.full((2, PEAKS, features), -1, device=device)
+        self.token = torch.zeros(2, PEAKS, features, dtype=torch.long, device=device)
+
+    def update(self, side, example, activations, tokens):
+        """Take in one example's activations (T, F) at token indices `tokens` (T,)."""
+        value, where = activations.max(0)
+        lowest, slot = self.value[side].min(0)
+        better = value > lowest
+        for held, new in ((self.value, value), (self.example, torch.full_like(where, example)), (self.token, tokens[where])):
+            held[side].scatter_(0, slot[None], torch.where(better, new, held[side].gather(0, slot[None])[0])[None])
+
+    def of(self, feature):
+        """[(activation, side, example, token)] of one feature, strongest first."""
+        rows = [(self.value[s, i, feature].item(), SIDES[s], self.example[s, i, feature].item(),
+                 self.token[s, i, feature].item()) for s in range(2) for i in range(PEAKS)]
+        return sorted((row for row in rows if row[2] >= 0), key=lambda row: -row[0])[:PEAKS]
+
+
+class Sums:
+    """Streamed sums of one SAE, float64. For a pair let z = (s_a, n_a, s_u, n_u), a feature's summed activation and the
+    token count on each side; keeping Σ z and Σ z zᵀ is enough for Δ = Σs_a/Σn_a − Σs_u/Σn_u and for its error.
+    """
+
+    def __init__(self, features, device):
+        self.z = torch.zeros(features, 4, dtype=torch.float64, device=device)
+        self.zz = torch.zeros(features, 4, 4, dtype=torch.float64, device=device)
+        self.fired = torch.zeros(2, features, dtype=torch.float64, device=device)
+        self.peaks, self.pairs = Peaks(features, device), 0
+
+    def add(self, z):
+        self.z += z
+        self.zz += z[:, :, None] * z[:, None]
+        self.pairs += 1
+
+    def statistics(self, layer):
+        tokens, total = self.z[0, 1::2], self.z[:, 0::2].T                           # (2,), (2, F)
+        mean = total / tokens[:, None]
+        # Linearised around the means, pair p moves Δ by d_p = c·z_p with c below; Σ d_p = 0, Var Δ = P/(P−1) Σ d_p².
+        one = torch.ones_like(mean[0])
+        c = torch.stack((one / tokens[0], -mean[0] / tokens[0], -one / tokens[1], mean[1] / tokens[1]), 1)  # (F, 4)
+        square = torch.einsum("fi,fij,fj->f", c, self.zz, c).clamp(min=0)
+        error = (square * self.pairs / max(self.pairs - 1, 1)).sqrt()
+        return Statistics(layer, self.pairs, tokens, mean, self.fired / tokens[:, None], mean[0] - mean[1], error, self.peaks)
+
+
+@torch.no_grad()
+def feature_statistics(model, saes, pairs, control=(), tokens="response", batch_tokens=4096):
+    """Stream pairs through the model, once, and the SAEs of all layers. {layer: Statistics}.
+
+    saes {layer: sae}; pairs [(aligned Example, unaligned Example)]; `control` are the ids that never count (BOS, turn
+    markers). tokens: "response", or "all" to count the prompt too. Memory doesn't grow with the number of pairs: the
+    forward stops at the deepest SAE, and one example's activations are summed before the next one's are made.
+    Raises InputError if no pair has a token to count on both sides.
+    """
+    device, layers = model.embed_tokens.weight.device, sorted(saes)
+    sums = {layer: Sums(saes[layer].n_features, device) for layer in layers}
+    control = torch.tensor(sorted(control), dtype=torch.long)
+    counted = []                                                                     # pairs with tokens on both sides
+    for number, pair in enumerate(pairs):
+        places = [_counted(example, control, tokens) for example in pair]
+        if all(len(place) for place in places):
+            counted.append((number, pair, places))
+    if not counted:
+        raise InputError("no pair has a response token on both sides")
+    counted.sort(key=lambda item: -max(len(example.tokens) for example in item[1]))  # long ones first, little padding
+    progress = tqdm(total=len(counted), desc="selecting", unit="pair", leave=False, delay=1)
+    while counted:
+        longest = max(len(example.tokens) for example in counted[0][1])
+        size = max(1, batch_tokens // (2 * longest))
+        batch, counted = counted[:size], counted[size:]
+        ids = torch.zeros(2 * len(batch), longest, dtype=torch.long)                 # pads on the right: never seen
+        for row, example in zip(ids, (example for _, pair, _ in batch for example in pair)):
+            row[:len(example.tokens)] = torch.tensor(example.tokens)
+        _, residuals = model.hidden(ids.to(device), capture=layers, stop_after=layers[-1])
+        for layer in layers:
+            sae, running = saes[layer], sums[layer]
+            for i, (number, _, places) in enumerate(batch):
+                z = torch.empty_like(running.z)
+                for side, place in enumerate(places):
+                    place = place.to(device)
+                    a = sae.encode(residuals[layer][2 * i + side, place])            # (T, F)
+                    z[:, 2 * side], z[:, 2 * side + 1] = a.sum(0, dtype=torch.float64), len(place)
+                    running.fired[side] += (a > 0).sum(0)
+                    running.peaks.update(side, number, a, place)
+                running.add(z)
+        progress.update(len(batch))
+    progress.close()
+    return {layer: sums[layer].statistics(layer) for layer in layers}
+
+
+def _counted(example, control, tokens):
+    """Indices of the tokens of an example that count: not control ids, and of the response unless `tokens` is "all"."""
+    ids = torch.tensor(example.tokens)
+    place = (~torch.isin(ids, control)).nonzero()[:, 0]
+    return place if tokens == "all" else place[place >= example.start]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Choice and subspace
+
+def choose_features(statistics, top_k):
+    """Indices (k,) of the features with the largest |Δ|, strongest first; ones that never differ are left out."""
+    strength = statistics.delta.abs()
+    if not 1 <= top_k <= len(strength):
+        raise InputError(f"--top-k {top_k}: this SAE has {len(strength)} features; give 1 to {len(strength)}")
+    order = strength.sort(descending=True, stable=True).indices[:top_k]
+    return order[strength[order] > 0].cpu()
+
+
+@dataclass
+class Subspace:
+    U: torch.Tensor          # (D, r̂) orthonormal columns, float32
+    explained: float         # their share of the squared singular values
+    limit: str               # what set r̂: "tau", or "rank" where tau would have asked for more
+
+
+def subspace(rows, tau, rank):
+    """The span of decoder rows (k, D) by PCA without centring: the leading right singular vectors of the unit rows up
+    to a share `tau` of the squared singular values, at most `rank` of them. (The paper's QR after it changes nothing.)
+    """
+    if not 0 < tau <= 1:
+        raise InputError(f"--tau {tau}: a share of variance, above 0 and at most 1")
+    if len(rows) == 0:
+        raise InputError("no feature differs between the two sides: nothing to span a subspace")
+    _, values, directions = torch.linalg.svd(torch.nn.functional.normalize(rows.double(), dim=1), full_matrices=False)
+    share = values.square().cumsum(0) / values.square().sum()
+    wanted = int((share < tau - 1e-12).sum()) + 1
+    kept = min(wanted, rank, int((values > 1e-9 * values[0]).sum()))
+    return Subspace(directions[:kept].T.float().contiguous(), share[kept - 1].item(), "tau" if kept == wanted else "rank")
+
+
+def serving_layer(block, writer, layers):
+    """The SAE layer that serves a module of `block`: readers see the residual after the block before, the writer makes
+    the one after its own; the nearest SAE, the lower one on a tie."""
+    return min(sorted(layers), key=lambda layer: abs(layer - (block if writer else block - 1)))
+
+
+def module_bases(model, spaces, norm_aware=False):
+    """{module name: U (D, r̂)} for q, k, v and o of every block, from {layer: U}; and how many gains were clamped.
+
+    With `norm_aware`: q, k, v see x/rms(x)·(1 + w), so what reads direction u of the residual itself is u/(1 + w); o's
+    output passes the post-attention norm, so what writes u is u/(1 + w_post). Each is made orthonormal again by QR.
+    """
+    bases, clamped = {}, 0
+    for number, block in enumerate(model.layers):
+        for writer, names, norm in ((False, ("q_proj", "k_proj", "v_proj"), block.input_layernorm),
+                                    (True, ("o_proj",), block.post_attention_layernorm)):
+            U = spaces[serving_layer(number, writer, spaces)]
+            if norm_aware:
+                gain = 1 + norm.weight.float().cpu()
+                small = gain.abs() < 0.01
+                clamped += int(small.sum())
+                gain = torch.where(small, torch.where(gain < 0, -0.01, 0.01), gain)
+                U = torch.linalg.qr((U / gain[:, None]).double()).Q.float()
+            bases |= {f"layers.{number}.self_attn.{name}": U for name in names}
+    return bases, clamped
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Words for features
+
+def describe_features(model, sae, tokenizer, statistics, chosen, pairs):
+    """One JSON-able dict a chosen feature: figures, top activating tokens in context, promoted vocabulary, address.
+
+    Promoted vocabulary: largest logits of the feature's decoder direction through the final norm's gain and the
+    unembedding, the normaliser and the softcap left out (neither changes the order).
+    """
+    gain = 1 + model.norm.weight.float()
+    directions = sae.decoder_rows(chosen).to(gain.device) * gain
+    embedding = model.embed_tokens.weight
+    promoted = (directions.to(embedding.dtype) @ embedding.T).float().topk(8).indices.cpu()      # (k, 8)
+    out = []
+    for feature, words in zip(chosen.tolist(), promoted.tolist()):
+        peaks = []
+        for value, side, number, token in statistics.peaks.of(feature):
+            ids = pairs[number][SIDES.index(side)].tokens
+            first = max(0, token - CONTEXT[0])
+            peaks.append({"activation": value, "side": side, "pair": number, "peak": token - first,
+                          "tokens": [tokenizer.token(i) for i in ids[first:token + CONTEXT[1] + 1]]})
+        out.append({
+            "layer": statistics.layer, "index": feature, "delta": statistics.delta[feature].item(),
+            "rho": statistics.rho[feature].item(), "effect": statistics.effect[feature].item(),
+            "mean": dict(zip(SIDES, statistics.mean[:, feature].tolist())),
+            "frequency": dict(zip(SIDES, statistics.frequency[:, feature].tolist())), "peaks": peaks,
+            "promotes": [tokenizer.token(i) for i in words],
+            "neuronpedia": neuronpedia_url(sae.source, sae.layer, sae.width, feature, sae.l0)})
+    return out
+
+
+def features_table(features, most=10):
+    """The strongest features of a layer, one a line."""
+    rows = [[f["index"], f"{f['delta']:+.3f}", f"{f['rho']:+.3f}", f"{f['effect']:+.1f}",
+             f"{f['frequency']['aligned']:.1%}", f"{f['frequency']['unaligned']:.1%}",
+             " ".join(dict.fromkeys(p["tokens"][p["peak"]].strip() for p in f["peaks"])),
+             " ".join(word.strip() for word in f["promotes"][:5])] for f in features[:most]]
+    head = ["feature", "Δ", "ρ", "Δ/se", "fires safe", "unsafe", "fires most on", "promotes"]
+    return table(rows, head, right=range(6))
+
+
+def select_features(model, saes, tokenizer, pairs, top_k, tau, rank, tokens="response", batch_tokens=4096):
+    """The whole of the paper's selection, its tables printed. pairs of Examples -> ({layer: Subspace}, [feature dicts])."""
+    statistics = feature_statistics(model, saes, pairs, tokenizer.control, tokens, batch_tokens)
+    spaces, features = {}, []
+    for layer, sae in sorted(saes.items()):
+        chosen = choose_features(statistics[layer], top_k)
+        spaces[layer] = subspace(sae.decoder_rows(chosen), tau, rank)
+        found = describe_features(model, sae, tokenizer, statistics[layer], chosen, pairs)
+        space = spaces[layer]
+        print(f"layer {layer}: {len(chosen)} features span r̂ = {space.U.shape[1]} directions, which hold {space.explained:.1%} of "
+              f"their squared singular values; {space.limit} decided\n{features_table(found)}\n")
+        features += found
+    return spaces, features
+
+
+def save_selection(folder, spaces, features):
+    """features.json, and subspace.safetensors with a tensor layer_N (D, r̂) an SAE layer: the last to be written."""
+    write_json(f"{folder}/features.json", features)
+    write_tensors(f"{folder}/subspace.safetensors", {f"layer_{layer}": space.U for layer, space in spaces.items()})
+
+
+def load_subspaces(path):
+    """{layer: U (D, r̂)} of a subspace.safetensors."""
+    return {int(name.removeprefix("layer_")): U for name, U in read_tensors(path).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+def load_examples(settings, tokenizer):
+    """The pairs of --data as [(aligned Example, unaligned Example)], and as read; what was dropped or cut is printed."""
+    pairs, counts = read_pairs(data_file(settings.data))
+    print(f"pairs: {counts}")
+    examples = [tuple(make_example(tokenizer, pair.prompt, side, settings.batch_tokens, settings.format)
+                      for side in (pair.aligned, pair.unaligned)) for pair in pairs]
+    if long := sum(None in pair for pair in examples):
+        print(f"pairs: {long:,} more dropped, their prompt leaves no room in --batch-tokens {settings.batch_tokens}")
+    examples = [pair for pair in examples if None not in pair]
+    if not examples:
+        raise InputError(f"{settings.data}: every prompt fills --batch-tokens {settings.batch_tokens}: raise it")
+    if cut := sum(not side.closed for pair in examples for side in pair):
+        print(f"pairs: {cut:,} answers cut to fit --batch-tokens {settings.batch_tokens}")
+    return examples, pairs
+
+
+def load_saes(settings, config):
+    """{layer: SAE} of the settings' layers, each fitting the model; raises InputError where one doesn't."""
+    saes = {layer: load_sae(settings.sae, layer, settings.width, settings.l0, settings.device) for layer in settings.layers}
+    for sae in saes.values():
+        sae.check(config.hidden_size, config.num_hidden_layers)
+    return saes
+
+
+def sample_pairs(settings, examples):
+    """The --pairs that selection looks at."""
+    few = 0 < settings.pairs < len(examples)
+    return random.Random(settings.seed).sample(examples, settings.pairs) if few else examples
+
+
+SELECT = """Choose the SAE features that tell safe answers from unsafe ones, and span the safety subspace.
+
+    python select.py                                                     # the built-in toy
+    python select.py --model google/gemma-2-2b --top-k 20 --tau 0.8      # needs Gemma's licence
+    python select.py --model DIR --sae DIR --layers 5 10 --data pairs.jsonl
+
+Prints the strongest features of each layer and writes features.json and subspace.safetensors. train.py does the same
+on its way; this is for looking."""
+
+
+def main():
+    parser = recipe.Parser(SELECT)
+    recipe.add_flags(parser, train=False)
+    args = parser.parse_args()
+    settings, source = recipe.resolve(args)
+    out = Path(args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-select-{Path(settings.model).name}").expanduser()
+    if (out / "features.json").exists():
+        raise InputError(f"{out} holds a selection, which is never overwritten: give another --out")
+    model = load_model(recipe.folder(settings.model), getattr(torch, settings.dtype), settings.device)
+    saes = load_saes(settings, model.config)
+    for sae in saes.values():
+        print(sae)
+    tokenizer = load_tokenizer(recipe.folder(settings.model))
+    examples, _ = load_examples(settings, tokenizer)
+    spaces, features = select_features(model, saes, tokenizer, sample_pairs(settings, examples), settings.top_k, settings.tau,
+                                       settings.rank, settings.tokens, settings.batch_tokens)
+    write_json(out / "config.json", {"settings": vars(settings), "source": source})
+    save_selection(out, spaces, features)
+    print(f"selection: {out}")
