@@ -1,0 +1,382 @@
+"""Fine-tune Gemma-2 with LoRA whose initial directions are the safety subspace that SAE features span.
+
+    python train.py --rank 16                              # the built-in toy, about a minute on 2 cores
+    python train.py --model google/gemma-2-2b --rank 16    # the paper's recipe; needs a GPU and Gemma's licence
+    python train.py --model DIR --sae DIR --data FILE --rank 16 --steps 100
+    python train.py --model google/gemma-2-9b --dry-run    # what would run, and what it would take
+
+Answers the evaluation prompts, selects features, trains on the aligned answers, answers again, and prints one table.
+Each stage leaves its files in the run's folder, and a stage whose files are there isn't done again: Ctrl-C or a crash
+costs at most the steps since the last checkpoint. `python train.py --resume DIR` goes on to the same numbers, bit by
+bit on a CPU.
+"""
+
+import itertools
+import json
+import math
+import platform
+import random
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import files
+import lora
+import recipe
+from data import load_tokenizer, pack
+from features import load_examples, load_saes, load_subspaces, module_bases, sample_pairs, save_selection, select_features
+from figures import complete, load_sets, score
+from files import InputError, locate, read_json, read_tensors, write_json, write_tensors
+from loss import IGNORE, nll_sum
+from model import PRESETS, Config, Gemma2, load_model
+from report import result_table, table
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+def fit(model, optimizer, batches, schedule, clip=0.0, first=0, hidden=None):
+    """Optimise, one step an item of `batches`, and yield each step's metrics after it.
+
+    batches: lists of micro-batches (data.Row, its tensors (T) or (B, T)). The loss is summed over the labelled tokens
+    of all micro-batches and divided by their count, known before the first forward. schedule(step) is the learning
+    rate, steps counted from 0, `first` the number of the first. `hidden` stands in for the model's own (compiled).
+    """
+    device = model.embed_tokens.weight.device
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    hidden = hidden or (lambda tokens, documents: model.hidden(tokens, documents)[0])
+    for step, rows in enumerate(batches, first):
+        began = time.perf_counter()
+        counts = [int((row.labels != IGNORE).sum()) for row in rows]
+        loss = torch.zeros((), device=device)
+        for row, count in zip(rows, counts):
+            if count == 0:
+                print(f"step {step + 1}: a micro-batch without a trained token is passed over", file=sys.stderr)
+                continue
+            tokens, documents, labels = (torch.atleast_2d(t).to(device) for t in (row.tokens, row.documents, row.labels))
+            part = nll_sum(model, hidden(tokens, documents), labels)[0] / sum(counts)
+            part.backward()
+            loss += part.detach()
+        if sum(counts):
+            norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+                raise InputError(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}: the weights of the step "
+                                 "before are untouched; try a lower --lr")
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield {"step": step + 1, "loss": loss.item(), "lr": schedule(step), "grad_norm": norm.item(),
+                   "trained_tokens": sum(counts), "tokens": sum(int((row.documents > 0).sum()) for row in rows),
+                   "seconds": time.perf_counter() - began}
+
+
+def cosine(peak, steps, warmup):
+    """Learning rate over steps counted from 0: linear over the first share `warmup`, then half a cosine to 0."""
+    warm = max(1, round(warmup * steps))
+    return lambda step: peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step + 1 - warm) / max(1, steps - warm + 1))))
+
+
+def batches_of(examples, settings):
+    """Lists of --accumulate packed rows of the aligned answers, epoch after epoch, without end: a pure function of data
+    and seed."""
+    rows = itertools.chain.from_iterable(pack(examples, settings.batch_tokens, settings.seed, epoch) for epoch in itertools.count())
+    while True:
+        yield list(itertools.islice(rows, settings.accumulate))
+
+
+def count_steps(examples, settings):
+    """Optimizer steps: --steps, else those that --epochs make."""
+    if settings.steps:
+        return settings.steps
+    rows = len(pack(examples, settings.batch_tokens, settings.seed, 0))
+    return max(1, round(rows * settings.epochs / settings.accumulate))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A run's folder
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM; carries the signal's number."""
+
+
+class Signals:
+    """Ctrl-C and SIGTERM raise Stopped at once or, while `wait` is set, leave their number in `caught`, for the loop to
+    finish its step and save. A second one doesn't wait."""
+
+    def __init__(self):
+        self.wait, self.caught = False, None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if not self.wait or self.caught:
+            raise Stopped(number)
+        self.caught = number
+
+
+def run_folder(args, settings, source):
+    """(the run's folder, whether it is new): made with its config.json, or found unfinished and of the same settings."""
+    if args.out or args.resume:
+        folder = Path(args.resume or args.out).expanduser()
+    else:
+        name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(settings.model).name}"
+        folder = next(path for n in itertools.count(1) if not (path := Path(name + (f"-{n}" if n > 1 else ""))).exists())
+    if (folder / "scores.json").exists():
+        raise InputError(f"{folder} holds a finished run, which is never overwritten: give another --out "
+                         f"(`python eval.py {folder}` shows its figures)")
+    if (folder / "config.json").exists():
+        there = vars(recipe.saved(folder))
+        for name, value in vars(settings).items():
+            if there.get(name) != value:
+                raise InputError(f"{folder} holds an unfinished run of another configuration (--{name.replace('_', '-')} "
+                                 f"{there.get(name)}, not {value}): give another --out, or go on with it by `--resume {folder}` alone")
+        print(f"going on with the unfinished run in {folder}\n")
+        return folder, False
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there and holds no run: give another --out")
+    write_json(folder / "config.json", {"settings": vars(settings), "source": source, "command": sys.argv, "versions":
+                                        {"python": platform.python_version(), "torch": torch.__version__}})
+    return folder, True
+
+
+class Log:
+    """metrics.jsonl: a line a training step and a line a stage, flushed as they come. A line cut short is dropped."""
+
+    def __init__(self, path):
+        self.path, self.lines = path, []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    self.lines.append(json.loads(line))
+                except ValueError:
+                    break
+
+    def keep(self, steps):
+        """Forget the lines of steps after `steps`: they are about to be made again."""
+        self.lines = [line for line in self.lines if line.get("step", 0) <= steps]
+        files.write_jsonl(self.path, self.lines)
+
+    def add(self, line):
+        self.lines.append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def stage(self, name):
+        began = time.perf_counter()
+        yield
+        self.add({"stage": name, "seconds": time.perf_counter() - began})
+
+    def seconds(self):
+        """{stage: seconds}, summed over the sessions of a run."""
+        stages = [line for line in self.lines if "stage" in line]
+        return {name: sum(line["seconds"] for line in stages if line["stage"] == name)
+                for name in dict.fromkeys(line["stage"] for line in stages)}
+
+
+CHECKPOINT = "checkpoint/state.safetensors"      # one file, so that it is all of one step
+
+
+def save_checkpoint(folder, step, adapters, optimizer):
+    """Adapters and AdamW's moments as tensors; step and thread count, on which sums depend, in the file's header."""
+    tensors = {}
+    for name, parameter in adapter_parameters(adapters):
+        tensors[name] = parameter
+        tensors |= {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
+    write_tensors(folder / CHECKPOINT, tensors, {"step": str(step), "threads": str(torch.get_num_threads())})
+
+
+def load_checkpoint(folder, adapters, optimizer):
+    """Put a checkpoint back, if there is one. The number of steps done."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return 0
+    tensors, metadata = read_tensors(path), files.read_metadata(path)
+    if {name for name in tensors if not name.endswith(("exp_avg", "exp_avg_sq"))} != {n for n, _ in adapter_parameters(adapters)}:
+        raise InputError(f"{path} is not a checkpoint of this run's adapters: remove the file to train from the start")
+    step = int(metadata["step"])
+    torch.set_num_threads(int(metadata["threads"]))
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(adapters):
+            parameter.copy_(tensors[name])
+            optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
+                moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
+    return step
+
+
+def adapter_parameters(adapters):
+    """(name, parameter) of all factors that are trained."""
+    return [(f"{name}.{factor}", getattr(layer, factor)) for name, layer in adapters.items() for factor in ("A", "B")
+            if getattr(layer, factor).requires_grad]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stages
+
+def select(settings, model, saes, tokenizer, examples, folder):
+    """features.json and subspace.safetensors, made or found. {layer: U (D, r̂)}."""
+    path = folder / "subspace.safetensors"
+    if not path.exists():
+        spaces, found = select_features(model, saes, tokenizer, sample_pairs(settings, examples), settings.top_k, settings.tau,
+                                        settings.rank, settings.tokens, settings.batch_tokens)
+        save_selection(folder, spaces, found)
+    return load_subspaces(path)
+
+
+def train(settings, model, adapters, examples, folder, log, signals):
+    """Train the adapters on the aligned answers, from where the folder's checkpoint stands, and save them."""
+    examples = [aligned for aligned, _ in examples]
+    steps, named = count_steps(examples, settings), adapter_parameters(adapters)
+    optimizer = torch.optim.AdamW([parameter for _, parameter in named], settings.lr, weight_decay=settings.weight_decay)
+    first = load_checkpoint(folder, adapters, optimizer)
+    log.keep(first)
+    # One graph for rows of one shape, so that what is compiled doesn't depend on which rows come first
+    hidden = torch.compile(lambda *row: model.hidden(*row)[0], dynamic=False) if settings.compile else None
+    batches = itertools.islice(batches_of(examples, settings), first, steps)
+    signals.wait = True
+    for metrics in fit(model, optimizer, batches, cosine(settings.lr, steps, settings.warmup), settings.clip, first, hidden):
+        log.add(metrics)
+        step, seconds = metrics["step"], metrics["seconds"]
+        print(f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
+              f"grad {metrics['grad_norm']:.2f}  {1000 * seconds:6.0f} ms  {metrics['tokens'] / seconds:7,.0f} tokens/s  "
+              f"{(steps - step) * seconds:5.0f} s left")
+        if step % settings.save_every == 0 or step == steps or signals.caught:
+            save_checkpoint(folder, step, adapters, optimizer)
+        if signals.caught:
+            raise Stopped(signals.caught)
+    signals.wait = False
+    lora.save_adapter(model, folder, settings.model)
+
+
+def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
+    """Selection and training, each made or found; the model carries the trained adapter afterwards. {layer: U}."""
+    with log.stage("selection"):
+        spaces = select(settings, model, saes, tokenizer, examples, folder)
+    if (folder / "adapter_model.safetensors").exists():
+        lora.load_adapter(model, folder)
+        return spaces
+    with log.stage("training"):
+        bases, clamped = module_bases(model, spaces, settings.norm_aware)
+        if clamped:
+            print(f"norm-aware: {clamped} gains |1 + w| under 0.01 were taken as 0.01")
+        adapters = lora.add_lora(model, settings.rank, settings.alpha, settings.init, bases,
+                                 torch.Generator().manual_seed(settings.seed), settings.freeze_basis)
+        train(settings, model, adapters, examples, folder, log, signals)
+    return spaces
+
+
+def subspace_share(model, spaces, settings, draws=8):
+    """Share of ‖ΔW‖², summed over modules, inside each module's safety basis; and of random bases of equal rank."""
+    layers = lora.lora_layers(model)
+    bases, _ = module_bases(model, spaces, settings.norm_aware)
+    weight = torch.tensor([layer.update.square().sum().item() for layer in layers.values()], dtype=torch.float64)
+    if not weight.sum() > 0:
+        return {"subspace": None, "random": None, "random_sd": None}
+    draw = torch.Generator().manual_seed(settings.seed)
+
+    def share(basis_of):
+        parts = torch.tensor([lora.update_share(layer, basis_of(bases[name])) for name, layer in layers.items()], dtype=torch.float64)
+        return (weight * parts.nan_to_num()).sum().item() / weight.sum().item()
+
+    random = torch.tensor([share(lambda U: torch.linalg.qr(torch.randn(U.shape, generator=draw)).Q) for _ in range(draws)])
+    return {"subspace": share(lambda U: U), "random": random.mean().item(), "random_sd": random.std().item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What it would take
+
+def dry_run(settings):
+    """Print parameter counts, steps and an estimate of memory, and stop. Loads no weights."""
+    config = Config.preset(settings.model) if settings.model in PRESETS else \
+        Config.from_dict(read_json(locate(recipe.folder(settings.model), "config.json")), settings.model)
+    check_rank(settings, config)
+    with torch.device("meta"):
+        model = Gemma2(config)
+    whole = sum(p.numel() for p in model.parameters())
+    sizes = [layer.weight.shape for name, layer in model.named_modules() if name.endswith(lora.TARGETS)]
+    trained = sum(settings.rank * (out + inner) for out, inner in sizes)
+    D, T, L, b = config.hidden_size, settings.batch_tokens, config.num_hidden_layers, getattr(torch, settings.dtype).itemsize
+    # What a block keeps for its backward: about ten float32 copies of the residual around norms and adapters, four
+    # MLP activations, three float32 T × T maps of scores a head; the labelled half of the row passes the head.
+    kept = T * L * (10 * D * 4 + 4 * config.intermediate_size * b + 3 * config.num_attention_heads * T * 4)
+    head = T // 2 * config.vocab_size * 4 * 4
+    rows = [["parameters", f"{whole:,}"], ["trainable", f"{trained:,} ({trained / whole:.4%})"],
+            ["memory: weights", f"{whole * b / 1e9:.2f} GB"], ["memory: adapter, gradient, AdamW", f"{trained * 16 / 1e9:.2f} GB"],
+            ["memory: activations of a row, about", f"{kept / 1e9:.2f} GB"], ["memory: logits of a row, about", f"{head / 1e9:.2f} GB"]]
+    try:
+        tokenizer = load_tokenizer(recipe.folder(settings.model))
+        examples, _ = load_examples(settings, tokenizer)
+        steps = count_steps([aligned for aligned, _ in examples], settings)
+        rows += [["steps", f"{steps:,} of {settings.accumulate} × {T:,} tokens"]]
+    except InputError as error:
+        rows += [["steps", f"{settings.steps:,}" if settings.steps else f"unknown: {error}"]]
+    print(table(rows))
+
+
+def check_rank(settings, config):
+    if settings.rank > config.hidden_size:
+        raise InputError(f"--rank {settings.rank}: the residual stream of {settings.model} has {config.hidden_size} dimensions; "
+                         f"give 1 to {config.hidden_size}")
+
+
+def main():
+    parser = recipe.Parser(__doc__)
+    recipe.add_flags(parser)
+    parser.add_argument("--resume", metavar="DIR", help="go on with the unfinished run in this folder, with its settings")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings, sizes, steps and memory, and stop")
+    args = parser.parse_args()
+    settings, source = recipe.resolve(args, vars(recipe.saved(args.resume)) if args.resume else None)
+    print(recipe.settings_table(settings, source), "\n")
+    if args.dry_run:
+        return dry_run(settings)
+    signals, folder = Signals(), None
+    try:
+        folder, new = run_folder(args, settings, source)
+        return run(settings, folder, new, signals)
+    except Stopped as stop:
+        how = f": go on with `python train.py --resume {folder}`" if folder and folder.exists() else ""
+        print(f"\nstopped by {signal.Signals(stop.args[0]).name}{how}", file=sys.stderr)
+        return 128 + stop.args[0]
+
+
+def run(settings, folder, new, signals):
+    """All stages of a run, in its folder. Where what was given can't be loaded, a new folder goes again."""
+    log = Log(folder / "metrics.jsonl")
+    torch.manual_seed(settings.seed)
+    try:
+        with log.stage("loading"):
+            config = Config.from_dict(read_json(locate(recipe.folder(settings.model), "config.json")), settings.model)
+            check_rank(settings, config)
+            saes = load_saes(settings, config)
+            print(*saes.values(), sep="\n")
+            tokenizer = load_tokenizer(recipe.folder(settings.model))
+            examples, pairs = load_examples(settings, tokenizer)
+            sets = load_sets(settings, pairs)
+            model = load_model(recipe.folder(settings.model), getattr(torch, settings.dtype), settings.device)
+    except BaseException:
+        if new:
+            shutil.rmtree(folder)
+        raise
+    with log.stage("answers before"):
+        complete(folder, "base", model, tokenizer, sets, settings)
+    spaces = adapt(settings, model, saes, tokenizer, examples, folder, log, signals)
+    with log.stage("answers after"):
+        complete(folder, "adapter", model, tokenizer, sets, settings)
+    adapters = lora.lora_layers(model)
+    own = sum(layer.A.numel() + layer.B.numel() for layer in adapters.values())
+    trained = sum(parameter.numel() for _, parameter in adapter_parameters(adapters))
+    scores = score(folder) | {
+        "trainable": trained, "parameters": sum(p.numel() for p in model.parameters()) - own, "rank": settings.rank,
+        "share": subspace_share(model, spaces, settings), "seconds": log.seconds(), "seed": settings.seed}
+    write_json(folder / "scores.json", scores)
+    print(f"\n{result_table(scores)}\n\nrun: {folder}")
+
+
+if __name__ == "__main__":
+    files.run(main)
