@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
@@ -176,12 +177,11 @@ def attend(q, k, v, mask, scale, cap):
     The query heads of one key-value head are stacked as further rows, so keys and values are never repeated.
     Scores are capped and normalised in float32.
     """
-    B, H, T, hd = q.shape
-    K, S = k.shape[1:3]
-    scores = q.reshape(B, K, -1, hd) @ k.mT                                          # (B, K, G·T, S)
-    scores = softcap(scores.float() * scale, cap).view(B, K, -1, T, S)
+    K, T = k.shape[1], q.shape[2]
+    scores = rearrange(q, "b (k g) t hd -> b k (g t) hd", k=K) @ k.mT                # (B, K, G·T, S)
+    scores = softcap(scores.float() * scale, cap).unflatten(2, (-1, T))              # (B, K, G, T, S)
     weights = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).to(v.dtype)
-    return (weights.view(B, K, -1, S) @ v).view(B, H, T, hd)
+    return rearrange(weights.flatten(2, 3) @ v, "b k (g t) hd -> b (k g) t hd", t=T)
 
 
 class Attention(nn.Module):
@@ -196,14 +196,13 @@ class Attention(nn.Module):
         self.scale = config.query_pre_attn_scalar ** -0.5
 
     def forward(self, x, rope, masks, cache=None):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)            # (B, heads, T, hd)
+        q, k, v = (rearrange(proj(x), "b t (h hd) -> b h t hd", hd=self.head_dim)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v)
         out = attend(q, k, v, masks[self.kind], self.scale, self.cap)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(rearrange(out, "b h t hd -> b t (h hd)"))
 
 
 class MLP(nn.Module):
