@@ -369,6 +369,12 @@ class Cache:
 INDEX = "model.safetensors.index.json"
 
 
+def load_config(source):
+    """The Config of a folder or hub repository. Raises InputError."""
+    path = locate(source, "config.json")
+    return Config.from_dict(read_json(path), path)
+
+
 def load_model(source, dtype=None, device="cpu"):
     """Load a Gemma-2 from a folder or a hub repository, frozen, in bfloat16 or float32 (default: float32 on a CPU).
 
@@ -380,8 +386,7 @@ def load_model(source, dtype=None, device="cpu"):
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"dtype {dtype}: Gemma-2's residual stream outgrows float16's 65504; use bfloat16 or float32")
-    path = locate(source, "config.json")
-    config = Config.from_dict(read_json(path), path)
+    config = load_config(source)
     files = _weight_files(source)
     shapes = {name: shape for file, names in files.items() for name, shape in names.items()}
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What a person looks at. Tables, so far; the page of a run comes to stand here too."""
+"""What a person looks at: tables."""
 
 
 def table(rows, head=(), right=()):
@@ -30,11 +30,14 @@ def result_table(scores):
         if name == "benign" and figures["adapter"] and figures["adapter"].get(key) is None:
             label, key = "over-refusal: benign prompts", "over_refusal"
         n = figures["adapter"]["n"] if figures["adapter"] else None
-        rows.append([label if n else f"{label} (not measured: give --{name})", cell(figures["base"], key), cell(figures["adapter"], key), n])
-    share = scores["share"]
-    if share["subspace"] is not None:
+        rows.append([label if n else f"{label} (not measured: give --{name})",
+                     cell(figures["base"], key), cell(figures["adapter"], key), n])
+    share = scores.get("share", {})
+    if share.get("subspace") is not None:
         rows.append(["update inside the safety subspace", None, f"{share['subspace']:6.1%}", None])
         rows.append(["  inside random bases of that rank", None, f"{share['random']:6.1%}  ± {share['random_sd']:.1%}", None])
-    rows.append(["trainable parameters", None, f"{scores['trainable']:,} of {scores['parameters']:,} ({scores['trainable'] / scores['parameters']:.4%})", None])
-    rows += [[f"seconds: {stage}", None, f"{seconds:.1f}", None] for stage, seconds in scores["seconds"].items()]
+    if "trainable" in scores:
+        rows.append(["trainable parameters", None, f"{scores['trainable']:,} of {scores['parameters']:,} "
+                     f"({scores['trainable'] / scores['parameters']:.4%})", None])
+    rows += [[f"seconds: {stage}", None, f"{seconds:6.1f}", None] for stage, seconds in scores.get("seconds", {}).items()]
     return table(rows, ["", "base", "adapter", "n"], right=(3,))

@@ -31,9 +31,9 @@ import recipe
 from data import load_tokenizer, pack
 from features import load_examples, load_saes, load_subspaces, module_bases, sample_pairs, save_selection, select_features
 from figures import complete, load_sets, score
-from files import InputError, locate, read_json, read_tensors, write_json, write_tensors
+from files import InputError, read_tensors, write_json, write_tensors
 from loss import IGNORE, nll_sum
-from model import PRESETS, Config, Gemma2, load_model
+from model import PRESETS, Config, Gemma2, load_config, load_model
 from report import result_table, table
 
 
@@ -245,7 +245,7 @@ def train(settings, model, adapters, examples, folder, log, signals):
         step, seconds = metrics["step"], metrics["seconds"]
         print(f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
               f"grad {metrics['grad_norm']:.2f}  {1000 * seconds:6.0f} ms  {metrics['tokens'] / seconds:7,.0f} tokens/s  "
-              f"{(steps - step) * seconds:5.0f} s left")
+              f"{(steps - step) * seconds:5.0f} s left", flush=True)
         if step % settings.save_every == 0 or step == steps or signals.caught:
             save_checkpoint(folder, step, adapters, optimizer)
         if signals.caught:
@@ -294,7 +294,7 @@ def subspace_share(model, spaces, settings, draws=8):
 def dry_run(settings):
     """Print parameter counts, steps and an estimate of memory, and stop. Loads no weights."""
     config = Config.preset(settings.model) if settings.model in PRESETS else \
-        Config.from_dict(read_json(locate(recipe.folder(settings.model), "config.json")), settings.model)
+        load_config(recipe.folder(settings.model))
     check_rank(settings, config)
     with torch.device("meta"):
         model = Gemma2(config)
@@ -351,7 +351,7 @@ def run(settings, folder, new, signals):
     torch.manual_seed(settings.seed)
     try:
         with log.stage("loading"):
-            config = Config.from_dict(read_json(locate(recipe.folder(settings.model), "config.json")), settings.model)
+            config = load_config(recipe.folder(settings.model))
             check_rank(settings, config)
             saes = load_saes(settings, config)
             print(*saes.values(), sep="\n")

@@ -53,3 +53,28 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("the folder of real inputs, ../shared/data, is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """A folder like toy/, made in a second: random weights and SAEs, the toy world's tokenizer and texts."""
+    import toy
+    from data import load_tokenizer
+    from files import write_jsonl
+    from model import save_model
+    from sae import save_sae
+
+    folder = tmp_path_factory.mktemp("mini")
+    toy.write_tokenizer(folder / "tokenizer.json")
+    model = random_gemma(vocab_size=load_tokenizer(folder).size, num_hidden_layers=3, std=0.1)
+    save_model(model, folder)
+    for layer in (0, 1):
+        draw = torch.Generator().manual_seed(layer)
+        W = torch.nn.functional.normalize(torch.randn(96, 64, generator=draw), dim=1)
+        save_sae(folder / "sae", layer, 9, W_enc=W.T, b_enc=torch.zeros(96), threshold=torch.full((96,), 0.5), W_dec=W,
+                 b_dec=torch.zeros(64))
+    world = toy.World(0)
+    write_jsonl(folder / "train.jsonl", world.pairs(60))
+    for name, rows in world.prompts(8).items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder

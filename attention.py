@@ -1,0 +1,255 @@
+"""Attention of Gemma-2, where a softcap c bounds the scores and every query sees one span of keys.
+
+    u = scale · q·k,   s = c·tanh(u/c),   P = softmax(s) over low_i <= j <= i,   o = P v
+
+low_i is the first key that query i sees: the start of its document or, on a sliding layer, the first of its window,
+whichever comes later. Two forms, and a third for CUDA:
+
+`attend` is the plain form: any mask, all scores at once. It is what the others are tested against.
+
+`attend_spans` is the form for a CPU: blocks of 128 queries against the keys from their first low to their last query,
+so that neither the whole matrix of scores is ever held nor what no query sees computed. |s| <= c = 50, so exp can't
+overflow float32: no running maximum, one pass. Output and row sums of exp(s) are kept, scores are made again for the
+backward, which for one block of queries is
+
+    dV += Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − rowsum(dO ∘ O)),   dU = dS ∘ (1 − (s/c)²),
+    dQ = scale · dU K,   dK += scale · dUᵀ Q
+
+with tanh(x) = 2σ − 1, σ = sigmoid(2x), 1 − tanh² = 4σ(1 − σ): PyTorch's sigmoid is several times faster than its tanh.
+
+`attend_flex` is PyTorch's flex_attention with the same scores and spans.
+
+Letters: B batch, T queries, S keys, H query heads, K key-value heads, G = H/K, hd head size, n queries of a block.
+"""
+
+import sys
+from functools import cache
+
+import torch
+from einops import rearrange
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+BLOCK = 128                                                                          # queries
+SHORT = 64           # rows up to this length take the plain form, which is then as fast
+SAFE_CAP = 60        # T·exp(60) is far from float32's largest, exp(88)
+
+
+def softcap(x, cap):
+    """cap · tanh(x / cap): close to x when small, bounded by ±cap. None leaves x as it is."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Who sees whom
+
+def document_starts(tokens, documents=None):
+    """Index (B or 1, T) of the first token of each token's document: a run of equal numbers in documents (B, T)."""
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    if documents is None:
+        return torch.zeros_like(index)[None]
+    new = documents[:, 1:] != documents[:, :-1]
+    return torch.nn.functional.pad(new * index[1:], (1, 0)).cummax(1).values
+
+
+def span_mask(low):
+    """Mask (B or 1, 1, T, T) of the keys from low (B or 1, T) to the query itself."""
+    index = torch.arange(low.shape[1], device=low.device)
+    return ((index >= low[..., None]) & (index <= index[:, None]))[:, None]
+
+
+def span_blocks(low):
+    """flex_attention's block mask of the same spans."""
+    def visible(b, h, i, j):
+        return (low[b if len(low) > 1 else 0, i] <= j) & (j <= i)
+    return create_block_mask(visible, len(low), None, low.shape[1], low.shape[1], device=low.device)
+
+
+def visible(low, cap):
+    """The spans low (B or 1, T) in the form that `attention` is to use: a BlockMask, low itself, or a mask."""
+    if low.is_cuda and compiled:
+        return span_blocks(low)
+    if low.device.type == "cpu" and low.shape[1] > SHORT and cap is not None and cap <= SAFE_CAP:
+        return low
+    return span_mask(low)
+
+
+def attention(q, k, v, seen, scale, cap):
+    """Attention (B, H, T, hd) of q (B, H, T, hd) to k and v (B, K, S, hd), `seen` being what `visible` gave, or a mask."""
+    if isinstance(seen, BlockMask):
+        return attend_flex(q, k, v, seen, scale, cap)
+    if seen.dtype == torch.bool:
+        return attend(q, k, v, seen, scale, cap)
+    return attend_spans(q, k, v, seen, scale, cap)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The plain form
+
+def attend(q, k, v, mask, scale, cap):
+    """Softmax attention with softcapped scores: q (B, H, T, hd), k and v (B, K, S, hd), mask (B or 1, 1, T, S).
+
+    The query heads of one key-value head are stacked as further rows, so keys and values are never repeated.
+    Scores are capped and normalised in float32.
+    """
+    K, T = k.shape[1], q.shape[2]
+    scores = rearrange(q, "b (k g) t hd -> b k (g t) hd", k=K) @ k.mT                # (B, K, G·T, S)
+    scores = softcap(scores.to(wide(scores)) * scale, cap).unflatten(2, (-1, T))     # (B, K, G, T, S)
+    weights = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).to(v.dtype)
+    return rearrange(weights.flatten(2, 3) @ v, "b k (g t) hd -> b (k g) t hd", t=T)
+
+
+def wide(x):
+    """float32, or float64 if x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks of queries, for a CPU. Operators of their own, so that torch.compile takes a model whole and leaves them be
+
+@torch.library.custom_op("sails::attend_spans", mutates_args=())
+def attend_spans(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch.Tensor, scale: float, cap: float
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q (B, H, T, hd) to k and v (B, K, T, hd), and row sums (B, H, T, 1) of exp(s); low (B or 1, T) int64.
+
+    low may not decrease along a row. Works in float32 and bfloat16, where scores are float32, and in float64.
+    """
+    (B, H, T, hd), K, k, v = q.shape, k.shape[1], k.contiguous(), v.contiguous()
+    out = q.new_empty(B, T, H, hd).transpose(1, 2)             # as o_proj reads it: its input needs no copy of its own
+    totals, scratch = q.new_empty(B, H, T, 1, dtype=wide(q)), q.new_empty(H * BLOCK * T)
+    for b, rows, keys, seen in blocks(low, B):
+        scores = product(stack(q[b, :, rows], K), k[b, :, keys].mT, seen, scratch)   # (H, n, S)
+        totals[b, :, rows] = pointwise[0](scores, seen, scale, cap)                  # scores are P now
+        out[b, :, rows] = (scores.view(K, -1, seen.shape[1]) @ v[b, :, keys]).view(H, -1, hd)
+    return out, totals
+
+
+@torch.library.custom_op("sails::attend_spans_backward", mutates_args=())
+def attend_spans_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch.Tensor,
+                          out: torch.Tensor, totals: torch.Tensor, scale: float, cap: float
+                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v."""
+    (B, H, T, hd), K, k, v = q.shape, k.shape[1], k.contiguous(), v.contiguous()
+    shares = (grad * out.to(wide(q))).sum(-1, keepdim=True)                          # (B, H, T, 1) rowsum(dO ∘ O)
+    dq = q.new_empty(B, T, H, hd).transpose(1, 2)
+    dk, dv = (torch.zeros(B, K, hd, T, dtype=wide(q)) for _ in "kv")                 # sums over blocks: kept wide
+    scratch = q.new_empty(2, H * BLOCK * T)
+    for b, rows, keys, seen in blocks(low, B):
+        Q, dO, k_span = stack(q[b, :, rows], K), stack(grad[b, :, rows], K), k[b, :, keys]
+        scores, d_scores = product(Q, k_span.mT, seen, scratch[0]), product(dO, v[b, :, keys].mT, seen, scratch[1])
+        pointwise[1](scores, d_scores, seen, totals[b, :, rows].clone(), shares[b, :, rows].clone(), scale, cap)
+        weights, d_scores = scores.view(K, -1, seen.shape[1]), d_scores.view(K, -1, seen.shape[1])
+        dq[b, :, rows] = (d_scores @ k_span).view(H, -1, hd)
+        dk[b, :, :, keys] += Q.mT @ d_scores
+        dv[b, :, :, keys] += dO.mT @ weights
+    return dq, k.new_empty(k.shape).copy_(dk.mT), v.new_empty(v.shape).copy_(dv.mT)
+
+
+def blocks(low, B):
+    """For each row b and block: b, the slice of its queries, that of the keys they see, and who sees whom (n, S) as 0, 1."""
+    T = low.shape[1]
+    firsts = low.expand(B, T)[:, ::BLOCK].tolist()
+    for b in range(B):
+        for i, first in [*zip(range(0, T, BLOCK), firsts[b])][::-1]:                 # sizes that are equal the first time
+                                                                                     # would be compiled as always equal
+            rows, keys = slice(i, min(i + BLOCK, T)), slice(first, min(i + BLOCK, T))
+            own = low[b % len(low), rows]
+            seen = torch.ones(rows.stop - i, keys.stop - first)
+            seen[:, i - first:].tril_()
+            if (edge := own[-1].item() - first) > 0:                                 # some see less than the first does
+                seen[:, :edge] *= torch.arange(first, first + edge) >= own[:, None]
+            yield b, rows, keys, seen
+
+
+def stack(x, K):
+    """(H, n, hd) -> (K, G·n, hd): the query heads of one key-value head as rows of one matrix."""
+    return x.reshape(K, -1, x.shape[2])
+
+
+def product(rows, columns, seen, scratch):
+    """rows (K, G·n, hd) @ columns (K, hd, S) as (H, n, S), written to `scratch`: fresh pages cost as much as the product."""
+    out = scratch[:rows.shape[0] * rows.shape[1] * columns.shape[2]].view(-1, *seen.shape)
+    torch.bmm(rows, columns, out=out.view(len(rows), -1, columns.shape[2]))
+    return out
+
+
+def _weigh(scores, seen, scale, cap):
+    """Replace scores (H, n, S) before scale and cap by P; row sums (H, n, 1) of exp(s)."""
+    sigma = scores.to(wide(scores)).mul_(2 * scale / cap).sigmoid_()
+    e = sigma.mul_(2 * cap).sub_(cap).exp_().mul_(seen)
+    total = e.sum(-1, keepdim=True)
+    scores.copy_(e.div_(total))
+    return total
+
+
+def _weigh_backward(scores, d_weights, seen, total, share, scale, cap):
+    """Replace scores (H, n, S) by P and dP, d_weights, by scale · dU; share (H, n, 1) is rowsum(dO ∘ O)."""
+    sigma = scores.to(wide(scores)).mul_(2 * scale / cap).sigmoid_()
+    slope = torch.addcmul(sigma, sigma, sigma, value=-1)                             # (1 − (s/c)²) / 4
+    weights = sigma.mul_(2 * cap).sub_(cap).exp_().mul_(seen).div_(total)
+    d_weights.copy_(d_weights.to(wide(scores)).sub_(share).mul_(slope.mul_(weights).mul_(4 * scale)))
+    scores.copy_(weights)
+
+
+pointwise, compiled = (_weigh, _weigh_backward), False
+
+
+@cache
+def _compiled():
+    """The two functions above, compiled for any shape, or None with a warning where PyTorch finds no way to compile."""
+    global pointwise
+    pointwise = [torch.compile(function, dynamic=True) for function in (_weigh, _weigh_backward)]
+    try:
+        x = torch.zeros(1, 6, 160, 8, requires_grad=True)                            # the first block: n = 32, S = 160
+        attend_spans(x, x, x, torch.zeros(1, 160, dtype=torch.long), 1.0, 50.0)[0].sum().backward()
+        return pointwise
+    except Exception as error:                                                       # no compiler, no Python.h, …
+        print(f"warning: torch.compile fails here, running without it: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+
+
+def use_compile(asked=True):
+    """Compile what stands between the matrix products, or stop doing so; returns whether it is compiled from now on."""
+    global pointwise, compiled
+    functions = _compiled() if asked else None
+    pointwise, compiled = functions or (_weigh, _weigh_backward), functions is not None
+    return compiled
+
+
+@attend_spans.register_fake
+def _(q, k, v, low, scale, cap):
+    B, H, T, hd = q.shape
+    return q.new_empty(B, T, H, hd).transpose(1, 2), q.new_empty(B, H, T, 1, dtype=wide(q))
+
+
+@attend_spans_backward.register_fake
+def _(grad, q, k, v, low, out, totals, scale, cap):
+    B, H, T, hd = q.shape
+    return q.new_empty(B, T, H, hd).transpose(1, 2), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.cap = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad, _):
+    return *attend_spans_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.cap), None, None, None
+
+
+attend_spans.register_autograd(_backward, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# CUDA
+
+_flex = torch.compile(flex_attention)
+
+
+def attend_flex(q, k, v, span_blocks, scale, cap):
+    """flex_attention with softcapped scores. Only CUDA runs it in earnest: on a CPU it has no backward.
+
+    The tests check mask and scores with its uncompiled forward on a CPU; nothing here has been run on a GPU.
+    """
+    def capped(score, b, h, i, j):                                                   # score is already scaled
+        return softcap(score, cap)
+    flex = _flex if q.is_cuda else flex_attention
+    return flex(q, k, v, score_mod=capped, block_mask=span_blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

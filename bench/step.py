@@ -1,0 +1,315 @@
+"""A training step beside transformers + peft: time, memory and the share of what matrix products alone would take.
+
+    pip install -r bench/requirements.txt
+    python bench/step.py --quick                                   # config A, bfloat16, under a minute on one core
+    python bench/step.py --compile                                 # all rows; about a quarter of an hour
+    python bench/step.py --config B --dtype float32 --threads 4
+
+Both sides have the same random weights, LoRA factors (r = 16 on q, k, v, o), tokens, labels, AdamW, thread count and
+matrix products, and run in turn in one process, so that whatever else the machine does hits both. Before anything is
+timed, loss and gradients must agree. Peak memory (VmHWM) is each side's own, in a fresh process. Results are printed
+as one table and written to bench/results/step.json.
+
+The floor of a step is the time of its matrix products alone, each shape at the rate measured for it in the same run:
+every product with a frozen weight once forward and once backward (no gradient for the weight, none at all below the
+first adapter), the six of each adapter, attention over the visible pairs of query and key alone (2 products forward,
+4 backward), and two of the labelled tokens with the embedding. What an implementation computes twice doesn't count.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
+
+from lora import TARGETS, add_lora, lora_layers  # noqa: E402
+from loss import IGNORE  # noqa: E402
+from model import SLIDING, Config, Gemma2  # noqa: E402
+from report import table  # noqa: E402
+from train import fit  # noqa: E402
+
+COMMON = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=256, max_position_embeddings=512)
+CONFIGS = {
+    "A": Config(vocab_size=256000, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,    # the head rules
+                num_attention_heads=4, num_key_value_heads=2, **COMMON),
+    "B": Config(vocab_size=32000, hidden_size=512, intermediate_size=2048, num_hidden_layers=8,     # the blocks rule
+                num_attention_heads=8, num_key_value_heads=4, **COMMON)}
+BATCH, LENGTH, RANK, ALPHA, RATE = 4, 512, 16, 32, 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The two sides. Each is (step, parameters): step() trains once and returns the loss, and leaves the last gradients in
+# `parameters`, {name: parameter}, under our names
+
+def data(config, labelled):
+    """tokens, labels (B, T); labels[t] is token t + 1, on the last half of each row or everywhere."""
+    tokens = torch.randint(3, config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = torch.full_like(tokens, IGNORE)
+    first = LENGTH // 2 if labelled == "half" else 1
+    labels[:, first - 1:-1] = tokens[:, first:]
+    return tokens, labels
+
+
+def in_dtype(dtype, build):
+    """build(), with parameters of `dtype` from the start: `.to` would need a second copy, and round HF's rotary too."""
+    torch.set_default_dtype(dtype)
+    model = build()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def our_model(config, dtype):
+    """With the adapters moved off their start, where one factor's gradient would be zero."""
+    draw = torch.Generator().manual_seed(0)
+    model = in_dtype(dtype, lambda: Gemma2(config)).init_weights(0.02, draw)
+    for layer in add_lora(model, RANK, ALPHA, "random", generator=draw).values():
+        torch.nn.init.normal_(layer.B, 0, 0.02, generator=draw)
+    return model
+
+
+def ours(config, dtype, labelled, compiled=False):
+    model, (tokens, labels) = our_model(config, dtype), data(config, labelled)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    row = SimpleNamespace(tokens=tokens, documents=torch.ones_like(tokens), labels=labels)
+    hidden = torch.compile(lambda *row: model.hidden(*row)[0], dynamic=False) if compiled else None
+    optimizer = KeepGradients(parameters.values(), RATE)
+    steps = fit(model, optimizer, itertools.repeat([row]), lambda step: RATE, hidden=hidden)
+    return lambda: next(steps)["loss"], parameters
+
+
+class KeepGradients(torch.optim.AdamW):
+    """AdamW whose gradients live until the next backward, so that they can be compared."""
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.last, p.grad = p.grad, None
+
+
+def theirs(config, dtype, labelled, compiled=False):
+    """transformers' eager Gemma-2 with peft's LoRA and its own loss over shifted labels."""
+    import peft
+    import transformers
+    values = {k: v for k, v in config.to_dict().items() if k not in ("architectures", "model_type")}
+    twin, (tokens, labels) = our_model(config, dtype), data(config, labelled)
+    settings = transformers.Gemma2Config(**values, attn_implementation="eager")
+    model = in_dtype(dtype, lambda: transformers.Gemma2ForCausalLM(settings))
+    weights = {f"model.{name.replace('.base.', '.')}": w for name, w in twin.state_dict().items() if not name.endswith((".A", ".B"))}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS)))
+    parameters = {}
+    for name, layer in lora_layers(twin).items():
+        module = model.get_submodule(f"base_model.model.model.{name}")
+        for letter, factor in (("A", layer.A), ("B", layer.B)):
+            parameters[f"{name}.{letter}"] = weight = getattr(module, f"lora_{letter}").default.weight
+            weight.data.copy_(factor.data)
+    optimizer, forward = KeepGradients(parameters.values(), RATE), torch.compile(model, dynamic=False) if compiled else model
+    shifted = torch.cat((torch.full_like(labels[:, :1], IGNORE), labels[:, :-1]), 1)
+
+    def step():
+        loss = forward(input_ids=tokens, labels=shifted, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), torch.inf)               # the norm is logged on both sides
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+    return step, parameters
+
+
+SIDES = {"ours": ours, "ours compiled": lambda *a: ours(*a, compiled=True), "HF + peft": theirs,
+         "HF + peft compiled": lambda *a: theirs(*a, compiled=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parity, time, memory
+
+def distance(a, b):
+    """Mean over parameters of ‖a − b‖ / ‖b‖, and the largest."""
+    each = [float((a[name].last.double() - p.last).norm() / p.last.double().norm()) for name, p in b.items()]
+    return statistics.mean(each), max(each)
+
+
+def parity(built, config, dtype, labelled):
+    """Take the first step on each side; loss and gradients must agree. A line that says how well they do.
+
+    In bfloat16 both sides round, so each is held against the same weights in float32 (ours: against theirs it is
+    checked in the float32 rows): our gradients may be at most 1.1 times as far from it as theirs are.
+    """
+    losses = {name: step() for name, (step, _) in built.items()}
+    reference, lines = built["HF + peft"][1], []
+    if dtype == torch.bfloat16:
+        step, truth = ours(config, torch.float32, labelled)
+        for (name, p), low in zip(truth.items(), built["ours"][1].values()):
+            assert p.shape == low.shape, name
+        step()
+        theirs_off = distance(reference, truth)[0]
+    for name, (_, parameters) in built.items():
+        if name.startswith("ours"):
+            off = abs(losses[name] / losses["HF + peft"] - 1)
+            mean, worst = distance(parameters, reference if dtype == torch.float32 else truth)
+            if dtype == torch.float32:
+                good, line = off < 1e-5 and worst < 1e-4, f"worst gradient {worst:.1e}"
+            else:
+                good, line = off < 1e-3 and mean < 1.1 * theirs_off, f"gradients {mean:.2%} from float32, HF's {theirs_off:.2%}"
+            lines.append(f"{name}: loss {off:.1e} from HF's, {line}")
+            if not good:
+                sys.exit(f"no parity, so nothing is timed: {lines[-1]}")
+    return "; ".join(lines)
+
+
+def measure(built, rounds):
+    """{side: [seconds]}, the sides in turn."""
+    times = {name: [] for name in built}
+    for _ in range(rounds):
+        for name, (step, _) in built.items():
+            began = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def peak(side, name, dtype, labelled, args):
+    """Peak resident bytes of a fresh process that takes three steps on one side."""
+    command = [sys.executable, __file__, "--alone", side, "--config", name, "--dtype", dtype, "--labels", labelled,
+               "--threads", str(args.threads), "--products", args.products]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def alone(side, config, dtype, labelled):
+    step, _ = SIDES[side](config, dtype, labelled)
+    for _ in range(3):
+        step()
+    print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The floor
+
+def products(config, labelled):
+    """[(name, flops of a step, (batch, M, K, N))]: a product of a step, and the shape at which its rate is measured."""
+    D, inner, L, hd = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.head_dim
+    H, K, N, T = config.num_attention_heads, config.num_key_value_heads, BATCH * LENGTH, LENGTH
+    out, widths = [], {"q": (D, H * hd), "k": (D, K * hd), "v": (D, K * hd), "o": (H * hd, D)}
+
+    def add(name, count, m, k, n):
+        out.append((name, count * 2 * m * k * n, (1, m, k, n)))
+    for name, (a, b) in widths.items():
+        below = L if name == "o" else L - 1                                          # nothing to train below layer 0
+        add(f"{name} forward", L, N, a, b), add(f"{name} backward", below, N, b, a)
+        add(f"{name} x·Aᵀ", L, N, a, RANK), add(f"{name} ·Bᵀ", L, N, RANK, b), add(f"{name} dy·B", L, N, b, RANK)
+        add(f"{name} ·A", below, N, RANK, a), add(f"{name} dA", L, RANK, N, a), add(f"{name} dB", L, b, N, RANK)
+    add("gate, up", 2 * L, N, D, inner), add("their backward", 2 * L, N, inner, D)
+    add("down", L, N, inner, D), add("its backward", L, N, D, inner)
+    for kind in set(config.layer_types):
+        seen = min(T, config.sliding_window) if kind == SLIDING else T
+        pairs = BATCH * H * (seen * (seen + 1) / 2 + (T - seen) * seen) * config.layer_types.count(kind)
+        add(f"attention, {kind}", 6 * pairs, 1, hd, 1)
+        out[-1] = *out[-1][:2], (BATCH * K, H // K * 128, hd, seen)                  # query blocks of 128 rows
+    labels = int((data(config, labelled)[1] != IGNORE).sum())
+    out += [("logits", 2 * labels * D * config.vocab_size, (1, labels, D, 4096)),
+            ("their gradient", 2 * labels * D * config.vocab_size, (1, labels, 4096, D))]
+    return out
+
+
+def floor(config, dtype, labelled):
+    """(seconds, flops) of all products of a step."""
+    seconds, rates, listed = 0.0, {}, products(config, labelled)
+    for _, flops, (b, m, k, n) in listed:
+        if (b, m, k, n) not in rates:
+            x, w = torch.randn(b, m, k, dtype=dtype), torch.randn(b, n, k, dtype=dtype).mT
+            run = (lambda: x @ w) if b > 1 else (lambda: x[0] @ w[0])
+            run()
+            reps, took = max(1, int(5e7 / (m * k * n * b))), []
+            for _ in range(7):
+                began = time.perf_counter()
+                for _ in range(reps):
+                    run()
+                took.append((time.perf_counter() - began) / reps)
+            rates[b, m, k, n] = 2 * b * m * k * n / statistics.median(took)
+        seconds += flops / rates[b, m, k, n]
+    return seconds, sum(flops for _, flops, _ in listed)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+def choose_products(choice):
+    """Which library multiplies float32 matrices: PyTorch takes MKL, on this project's machine (AMD) the slower one.
+
+    oneDNN is had by allowing it bfloat16; without AMX it makes no use of that. Where it does, the bench refuses.
+    """
+    torch.backends.mkldnn.matmul.fp32_precision = {"onednn": "bf16", "mkl": "ieee"}[choice]
+    a, b = torch.randn(2, 512, 512).unbind()
+    exact = a.double() @ b.double()
+    if (a @ b - exact).norm() > 1e-6 * exact.norm():
+        sys.exit("here oneDNN rounds float32 matrices to bfloat16: take --products mkl")
+
+
+def rows_of(name, dtype_name, labelled, args):
+    """Measure one case: a dict for each side, and what was found about parity."""
+    config, dtype = CONFIGS[name], getattr(torch, dtype_name)
+    sides = [side for side in SIDES if args.compile or "compiled" not in side]
+    memory = {side: peak(side, name, dtype_name, labelled, args) for side in sides}
+    built = {side: SIDES[side](config, dtype, labelled) for side in sides}
+    agreed = parity(built, config, dtype, labelled)
+    print(f"{name} {dtype_name} {labelled}: {agreed}", file=sys.stderr)
+    measure(built, 1)                                                                # the second warm-up
+    least, flops = floor(config, dtype, labelled)
+    times = measure(built, 3 if args.quick else args.rounds)
+    return [{"config": name, "dtype": dtype_name, "labels": labelled, "side": side, "ms": 1e3 * statistics.median(times[side]),
+             "times ours": statistics.median(t / o for t, o in zip(times[side], times["ours"])),
+             "tokens/s": BATCH * LENGTH / statistics.median(times[side]), "floor": least / statistics.median(times[side]),
+             "GF/s": flops / statistics.median(times[side]) / 1e9, "peak MB": memory[side] / 1e6,
+             "ours / peak": memory["ours"] / memory[side], "floor ms": 1e3 * least, "parity": agreed} for side in sides]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="shapes (default: all)")
+    parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"], help="of the base")
+    parser.add_argument("--labels", nargs="+", choices=("half", "all"), default=["half", "all"], help="what is trained on of each row")
+    parser.add_argument("--threads", type=int, default=1, help="of both sides (default: 1)")
+    parser.add_argument("--products", choices=("onednn", "mkl"), default="onednn", help="library for float32 matrices, both sides")
+    parser.add_argument("--compile", action="store_true", help="also both sides under torch.compile")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="3 rounds, and only config A in bfloat16, labels on half")
+    parser.add_argument("--alone", choices=SIDES, help=argparse.SUPPRESS)            # for `peak`
+    args = parser.parse_args()
+    if args.quick:
+        args.config, args.dtype, args.labels = ["A"], ["bfloat16"], ["half"]
+    torch.set_num_threads(args.threads)
+    choose_products(args.products)
+    cases = list(itertools.product(args.config, args.dtype, args.labels))
+    if args.alone:
+        return alone(args.alone, CONFIGS[cases[0][0]], getattr(torch, cases[0][1]), cases[0][2])
+    rows = []
+    for case in cases:
+        rows += rows_of(*case, args)
+        gc.collect()
+    shown = {"config": "", "dtype": "", "labels": "", "side": "", "ms": ",.0f", "times ours": ".2f", "tokens/s": ",.0f", "floor": ".0%",
+             "GF/s": ",.0f", "peak MB": ",.0f", "ours / peak": ".2f"}
+    print(table([[format(row[key], form) for key, form in shown.items()] for row in rows], shown, right=range(4, len(shown))))
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    path = Path(__file__).parent / "results" / "step.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({
+        "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "capability": torch.backends.cpu.get_cpu_capability(), "threads": args.threads,
+        "products": args.products, "rounds": 3 if args.quick else args.rounds, "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}, "rows": rows}, indent=1) + "\n")
+    print(f"\n{cpu}, {args.threads} thread{'s' * (args.threads > 1)}, float32 products by {args.products}; written to {path}")
+
+
+if __name__ == "__main__":
+    main()
