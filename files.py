@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 
 HERE = Path(__file__).resolve().parent
+UMASK = os.umask(0)  # can only be read by setting it
+os.umask(UMASK)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights
 
 
@@ -187,6 +189,7 @@ def atomic(path):
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
+        part.chmod(0o666 & ~UMASK)  # safetensors gives what it writes to its owner alone
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -13,7 +13,6 @@ import torch
 
 from files import HERE, InputError, read_json
 from lora import INITS
-from report import table
 
 HH = "hf://datasets/Anthropic/hh-rlhf/harmless-base"
 TOY = HERE / "toy"
@@ -175,13 +174,6 @@ def saved(run):
     if not isinstance(settings, dict) or settings.keys() != set(NAMES):
         raise InputError(f"{path} is not the configuration of a run of this version")
     return SimpleNamespace(**settings)
-
-
-def settings_table(settings, source):
-    """Every setting, its value and where it came from."""
-    show = {name: value if value is not None else "–" for name, value in vars(settings).items()}
-    return table([[name, " ".join(map(str, value)) if isinstance(value, list) else value, source[name]]
-                  for name, value in show.items()], ["setting", "value", "from"])
 
 
 def jsonable(value):

@@ -34,7 +34,7 @@ from figures import complete, load_sets, score
 from files import InputError, read_tensors, write_json, write_tensors
 from loss import IGNORE, nll_sum
 from model import PRESETS, Config, Gemma2, load_config, load_model
-from report import result_table, table
+from report import result_table, settings_table, table
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -303,12 +303,11 @@ def dry_run(settings):
     trained = sum(settings.rank * (out + inner) for out, inner in sizes)
     D, T, L, b = config.hidden_size, settings.batch_tokens, config.num_hidden_layers, getattr(torch, settings.dtype).itemsize
     # What a block keeps for its backward: about ten float32 copies of the residual around norms and adapters, four
-    # MLP activations, three float32 T × T maps of scores a head; the labelled half of the row passes the head.
+    # MLP activations, three float32 T × T maps of scores a head.
     kept = T * L * (10 * D * 4 + 4 * config.intermediate_size * b + 3 * config.num_attention_heads * T * 4)
-    head = T // 2 * config.vocab_size * 4 * 4
-    rows = [["parameters", f"{whole:,}"], ["trainable", f"{trained:,} ({trained / whole:.4%})"],
-            ["memory: weights", f"{whole * b / 1e9:.2f} GB"], ["memory: adapter, gradient, AdamW", f"{trained * 16 / 1e9:.2f} GB"],
-            ["memory: activations of a row, about", f"{kept / 1e9:.2f} GB"], ["memory: logits of a row, about", f"{head / 1e9:.2f} GB"]]
+    rows = [["parameters", f"{whole:,}"], ["trainable", f"{trained:,} ({trained / whole:.4%})"]]
+    rows += [[f"memory: {name}", f"{size / 1e6:,.0f} MB"] for name, size in (
+        ("weights", whole * b), ("adapter, gradient, AdamW", trained * 16), ("activations of a row, about", kept))]
     try:
         tokenizer = load_tokenizer(recipe.folder(settings.model))
         examples, _ = load_examples(settings, tokenizer)
@@ -332,7 +331,7 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="print the settings, sizes, steps and memory, and stop")
     args = parser.parse_args()
     settings, source = recipe.resolve(args, vars(recipe.saved(args.resume)) if args.resume else None)
-    print(recipe.settings_table(settings, source), "\n")
+    print(settings_table(settings, source), "\n")
     if args.dry_run:
         return dry_run(settings)
     signals, folder = Signals(), None

@@ -15,7 +15,7 @@ from conftest import ROOT, random_gemma
 import files
 import lora
 import train
-from data import Row
+from data import Row, load_tokenizer
 from files import InputError, read_tensors
 from model import load_model
 
@@ -134,6 +134,12 @@ def test_a_run_leaves_what_it_says(whole):
         assert words in whole.out
     table = whole.out[whole.out.index("base  "):].splitlines()
     assert len({line.index(cell) for line, cell in ((table[2], "["), (table[3], "["))}) == 1, "columns don't align"
+
+
+def test_answers_are_as_long_as_asked(whole, mini):
+    encode = load_tokenizer(mini).encode
+    lengths = [len(encode(row["completion"])) for row in files.read_jsonl(whole.folder / "completions.jsonl")]
+    assert len(lengths) == 2 * 4 * 8 and max(lengths) == 4
 
 
 def test_features_are_described(whole, mini):
@@ -256,6 +262,8 @@ def test_killed_runs_go_on_by_the_same_command(whole, mini, tmp_path, line):
     assert process.returncode == 0, err
     assert "going on with the unfinished run" in out
     assert adapter(folder) == adapter(whole.folder)
+    steps = [line["step"] for line in files.read_jsonl(folder / "metrics.jsonl") if "step" in line]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
     assert (folder / "scores.json").exists() and (folder / "completions.jsonl").read_bytes() == (whole.folder / "completions.jsonl").read_bytes()
 
 
