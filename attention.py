@@ -9,13 +9,15 @@ whichever comes later. Two forms, and a third for CUDA:
 
 `attend_spans` is the form for a CPU: blocks of 128 queries against the keys from their first low to their last query,
 so that neither the whole matrix of scores is ever held nor what no query sees computed. |s| <= c = 50, so exp can't
-overflow float32: no running maximum, one pass. Output and row sums of exp(s) are kept, scores are made again for the
-backward, which for one block of queries is
+overflow float32: no running maximum, one pass. Row sums of exp(s) are kept, scores are made again for the backward,
+which for one block of queries is
 
-    dV += Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − rowsum(dO ∘ O)),   dU = dS ∘ (1 − (s/c)²),
+    dV += Pᵀ dO,   dP = dO Vᵀ,   dS = P ∘ (dP − rowsum(P ∘ dP)),   dU = dS ∘ (1 − (s/c)²),
     dQ = scale · dU K,   dK += scale · dUᵀ Q
 
-with tanh(x) = 2σ − 1, σ = sigmoid(2x), 1 − tanh² = 4σ(1 − σ): PyTorch's sigmoid is several times faster than its tanh.
+The usual rowsum(dO ∘ O) is the same number, but with an O rounded to bfloat16 it makes dQ and dK a fifth less exact, and
+O would have to be kept. The code has tanh(x) = 2σ − 1 and 1 − tanh² = 4σ(1 − σ) with σ = sigmoid(2x), since PyTorch's
+sigmoid is several times faster than its tanh.
 
 `attend_flex` is PyTorch's flex_attention with the same scores and spans.
 
@@ -30,13 +32,26 @@ from einops import rearrange
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 BLOCK = 128                                                                          # queries
-SHORT = 64           # rows up to this length take the plain form, which is then as fast
+SHORT = 64           # rows up to this length take the plain form: forwards break even there, with the backward at 128
 SAFE_CAP = 60        # T·exp(60) is far from float32's largest, exp(88)
 
 
 def softcap(x, cap):
     """cap · tanh(x / cap): close to x when small, bounded by ±cap. None leaves x as it is."""
     return x if cap is None else torch.tanh(x / cap) * cap
+
+
+def rotary(positions, head_dim, theta):
+    """cos and sin (…, T, hd/2), float32, of the rotary embedding at integer positions (…, T)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions[..., None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate x (B, heads, T, hd): entry i of the first half pairs with entry i of the second. In float32, cast last."""
+    first, second = x.float().chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -118,26 +133,25 @@ def attend_spans(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch.T
     totals, scratch = q.new_empty(B, H, T, 1, dtype=wide(q)), q.new_empty(H * BLOCK * T)
     for b, rows, keys, seen in blocks(low, B):
         scores = product(stack(q[b, :, rows], K), k[b, :, keys].mT, seen, scratch)   # (H, n, S)
-        totals[b, :, rows] = pointwise[0](scores, seen, scale, cap)                  # scores are P now
-        out[b, :, rows] = (scores.view(K, -1, seen.shape[1]) @ v[b, :, keys]).view(H, -1, hd)
+        weights, totals[b, :, rows] = pointwise[0](scores, seen, scale, cap)
+        out[b, :, rows] = (weights.view(K, -1, seen.shape[1]) @ v[b, :, keys]).view(H, -1, hd)
     return out, totals
 
 
 @torch.library.custom_op("sails::attend_spans_backward", mutates_args=())
 def attend_spans_backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, low: torch.Tensor,
-                          out: torch.Tensor, totals: torch.Tensor, scale: float, cap: float
+                          totals: torch.Tensor, scale: float, cap: float
                           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v."""
     (B, H, T, hd), K, k, v = q.shape, k.shape[1], k.contiguous(), v.contiguous()
-    shares = (grad * out.to(wide(q))).sum(-1, keepdim=True)                          # (B, H, T, 1) rowsum(dO ∘ O)
     dq = q.new_empty(B, T, H, hd).transpose(1, 2)
     dk, dv = (torch.zeros(B, K, hd, T, dtype=wide(q)) for _ in "kv")                 # sums over blocks: kept wide
     scratch = q.new_empty(2, H * BLOCK * T)
     for b, rows, keys, seen in blocks(low, B):
         Q, dO, k_span = stack(q[b, :, rows], K), stack(grad[b, :, rows], K), k[b, :, keys]
-        scores, d_scores = product(Q, k_span.mT, seen, scratch[0]), product(dO, v[b, :, keys].mT, seen, scratch[1])
-        pointwise[1](scores, d_scores, seen, totals[b, :, rows].clone(), shares[b, :, rows].clone(), scale, cap)
-        weights, d_scores = scores.view(K, -1, seen.shape[1]), d_scores.view(K, -1, seen.shape[1])
+        scores, d_weights = product(Q, k_span.mT, seen, scratch[0]), product(dO, v[b, :, keys].mT, seen, scratch[1])
+        weights, d_scores = (x.view(K, -1, seen.shape[1]) for x in pointwise[1](
+            scores, d_weights, seen, totals[b, :, rows].clone(), scale, cap))
         dq[b, :, rows] = (d_scores @ k_span).view(H, -1, hd)
         dk[b, :, :, keys] += Q.mT @ d_scores
         dv[b, :, :, keys] += dO.mT @ weights
@@ -149,8 +163,8 @@ def blocks(low, B):
     T = low.shape[1]
     firsts = low.expand(B, T)[:, ::BLOCK].tolist()
     for b in range(B):
-        for i, first in [*zip(range(0, T, BLOCK), firsts[b])][::-1]:                 # sizes that are equal the first time
-                                                                                     # would be compiled as always equal
+        # The last block first: sizes that are equal the first time would be compiled as always equal
+        for i, first in reversed([*zip(range(0, T, BLOCK), firsts[b])]):
             rows, keys = slice(i, min(i + BLOCK, T)), slice(first, min(i + BLOCK, T))
             own = low[b % len(low), rows]
             seen = torch.ones(rows.stop - i, keys.stop - first)
@@ -173,21 +187,21 @@ def product(rows, columns, seen, scratch):
 
 
 def _weigh(scores, seen, scale, cap):
-    """Replace scores (H, n, S) before scale and cap by P; row sums (H, n, 1) of exp(s)."""
-    sigma = scores.to(wide(scores)).mul_(2 * scale / cap).sigmoid_()
+    """P, in the dtype of scores (H, n, S) = q·k, and the row sums (H, n, 1) of exp(s)."""
+    sigma = (scores.to(wide(scores)) * (2 * scale / cap)).sigmoid_()
     e = sigma.mul_(2 * cap).sub_(cap).exp_().mul_(seen)
     total = e.sum(-1, keepdim=True)
-    scores.copy_(e.div_(total))
-    return total
+    return e.div_(total).to(scores.dtype), total
 
 
-def _weigh_backward(scores, d_weights, seen, total, share, scale, cap):
-    """Replace scores (H, n, S) by P and dP, d_weights, by scale · dU; share (H, n, 1) is rowsum(dO ∘ O)."""
-    sigma = scores.to(wide(scores)).mul_(2 * scale / cap).sigmoid_()
+def _weigh_backward(scores, d_weights, seen, total, scale, cap):
+    """P and scale · dU, both in the dtype of scores and dP (H, n, S); total as from `_weigh`."""
+    sigma = (scores.to(wide(scores)) * (2 * scale / cap)).sigmoid_()
     slope = torch.addcmul(sigma, sigma, sigma, value=-1)                             # (1 − (s/c)²) / 4
     weights = sigma.mul_(2 * cap).sub_(cap).exp_().mul_(seen).div_(total)
-    d_weights.copy_(d_weights.to(wide(scores)).sub_(share).mul_(slope.mul_(weights).mul_(4 * scale)))
-    scores.copy_(weights)
+    share = (weights * d_weights).sum(-1, keepdim=True)
+    d_scores = (d_weights - share).mul_(slope.mul_(weights).mul_(4 * scale))
+    return weights.to(scores.dtype), d_scores.to(scores.dtype)
 
 
 pointwise, compiled = (_weigh, _weigh_backward), False
@@ -199,8 +213,9 @@ def _compiled():
     global pointwise
     pointwise = [torch.compile(function, dynamic=True) for function in (_weigh, _weigh_backward)]
     try:
-        x = torch.zeros(1, 6, 160, 8, requires_grad=True)                            # the first block: n = 32, S = 160
-        attend_spans(x, x, x, torch.zeros(1, 160, dtype=torch.long), 1.0, 50.0)[0].sum().backward()
+        with torch.enable_grad():
+            x = torch.zeros(1, 6, 160, 8, requires_grad=True)                        # the first block: n = 32, S = 160
+            attend_spans(x, x, x, torch.zeros(1, 160, dtype=torch.long), 1.0, 50.0)[0].sum().backward()
         return pointwise
     except Exception as error:                                                       # no compiler, no Python.h, …
         print(f"warning: torch.compile fails here, running without it: {str(error).strip().splitlines()[0]}", file=sys.stderr)
@@ -221,14 +236,14 @@ def _(q, k, v, low, scale, cap):
 
 
 @attend_spans_backward.register_fake
-def _(grad, q, k, v, low, out, totals, scale, cap):
+def _(grad, q, k, v, low, totals, scale, cap):
     B, H, T, hd = q.shape
     return q.new_empty(B, T, H, hd).transpose(1, 2), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
     *tensors, ctx.scale, ctx.cap = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx, grad, _):
@@ -241,15 +256,17 @@ attend_spans.register_autograd(_backward, setup_context=_save)
 # ---------------------------------------------------------------------------------------------------------------
 # CUDA
 
-_flex = torch.compile(flex_attention)
+@cache
+def _flex():
+    return torch.compile(flex_attention)                                             # importing the compiler takes seconds
 
 
-def attend_flex(q, k, v, span_blocks, scale, cap):
-    """flex_attention with softcapped scores. Only CUDA runs it in earnest: on a CPU it has no backward.
+def attend_flex(q, k, v, spans, scale, cap):
+    """flex_attention with softcapped scores, `spans` being what `span_blocks` gave. Compiled on CUDA, where it belongs.
 
-    The tests check mask and scores with its uncompiled forward on a CPU; nothing here has been run on a GPU.
+    On a CPU it has no backward; the tests check spans and scores with its uncompiled forward. No GPU has run this yet.
     """
-    def capped(score, b, h, i, j):                                                   # score is already scaled
+    def capped(score, b, h, i, j):                                                   # score comes scaled
         return softcap(score, cap)
-    flex = _flex if q.is_cuda else flex_attention
-    return flex(q, k, v, score_mod=capped, block_mask=span_blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    flex = _flex() if q.is_cuda else flex_attention
+    return flex(q, k, v, score_mod=capped, block_mask=spans, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

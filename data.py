@@ -3,14 +3,16 @@
 Look at what a file trains on, with the toy's tokenizer or with Gemma's own:
 
     python data.py toy/data/train.jsonl --show 3
-    python data.py harmless-base.jsonl.gz --show 5 --tokenizer google/gemma-2-2b --max-length 1024
+    python data.py harmless-base.jsonl.gz --show 5 --tokenizer google/gemma-2-2b --max-length 1024 | less -R
+
+Files are HH-RLHF JSON lines (chosen, rejected: the chosen answer is what is trained on), or prompts as .txt, .csv, .jsonl or
+.json, all also as .gz.
 
 A conversation becomes  <bos> <start_of_turn> user\\n{x} <end_of_turn> \\n <start_of_turn> model\\n{y} <end_of_turn>
 and the loss sees only y and the <end_of_turn> that closes it. The five control tokens of that line are put in by id;
 the text in between is encoded by a tokenizer that doesn't know them, so no text can forge a turn.
 """
 
-import argparse
 import bisect
 import csv
 import gzip
@@ -341,6 +343,7 @@ class Example:
     tokens: list[int]
     start: int     # tokens[start:] is the response: what the loss sees
     closed: bool   # whether it ends with the token that closes it
+    line: int = 0  # where it stands in its file
 
 
 def make_example(tokenizer, turns, response, max_length, format="chat"):
@@ -418,10 +421,7 @@ def colored(tokenizer, tokens, start):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Show what training sees of a data file: its first examples in colour, the counts, and why rows were dropped.",
-        epilog="Files: HH-RLHF JSON lines (chosen, rejected: the chosen answer is what is trained on), or prompts as .txt, .csv, "
-               ".jsonl or .json, all also as .gz. Example: python data.py toy/data/train.jsonl --show 3 | less -R")
+    parser = files.Parser(__doc__)
     parser.add_argument("file", help="the data file")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="examples to print (default 3; 0: only the counts)")
     parser.add_argument("--tokenizer", default=files.HERE / "toy", metavar="SOURCE",

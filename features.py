@@ -9,6 +9,7 @@ Scoring, choosing and spanning are separate, so that each can be exchanged alone
 Letters: D hidden size, F features of an SAE, P pairs, r rank.
 """
 
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import parallel
 import recipe
 from data import load_tokenizer, make_example, read_pairs
-from files import InputError, data_file, read_tensors, write_json, write_tensors
+from files import InputError, Parser, data_file, read_tensors, write_json, write_tensors
 from model import load_model
 from report import table
 from sae import load_sae, neuronpedia_url
@@ -41,7 +43,7 @@ class Statistics:
     mean: torch.Tensor              # (2, F) mean activation over tokens
     frequency: torch.Tensor         # (2, F) share of tokens on which the feature fires
     delta: torch.Tensor             # (F,) Δ, mean aligned minus mean unaligned
-    error: torch.Tensor             # (F,) standard error of Δ over pairs
+    error: torch.Tensor             # (F,) standard error of Δ over pairs; NaN where there is one pair only
     peaks: "Peaks"                  # where each feature fires most
 
     @property
@@ -51,8 +53,8 @@ class Statistics:
 
     @property
     def effect(self):
-        """Δ in its standard errors; 0 where both are 0."""
-        return self.delta / self.error.clamp(min=1e-30)
+        """Δ in its standard errors; NaN where there is no error to speak of."""
+        return torch.where(self.error > 1e-12 * self.delta.abs().max(), self.delta / self.error, torch.nan)
 
 
 class Peaks:
@@ -70,6 +72,12 @@ class Peaks:
         better = value > lowest
         for held, new in ((self.value, value), (self.example, torch.full_like(where, example)), (self.token, tokens[where])):
             held[side].scatter_(0, slot[None], torch.where(better, new, held[side].gather(0, slot[None])[0])[None])
+
+    def merge(self):
+        """Take in the peaks of all processes."""
+        value, example, token = (torch.cat(parts, 1) for parts in map(parallel.gather_tensors, (self.value, self.example, self.token)))
+        self.value, best = value.topk(PEAKS, 1)
+        self.example, self.token = example.gather(1, best), token.gather(1, best)
 
     def of(self, feature):
         """[(activation, side, example, token)] of one feature, strongest first."""
@@ -94,6 +102,15 @@ class Sums:
         self.zz += z[:, :, None] * z[:, None]
         self.pairs += 1
 
+    def merge(self):
+        """Add up what all processes have streamed."""
+        if parallel.world() > 1:
+            pairs = torch.tensor(self.pairs)
+            parallel.add(self.z, self.zz, self.fired, pairs)
+            self.pairs = int(pairs)
+            self.peaks.merge()
+        return self
+
     def statistics(self, layer):
         tokens, total = self.z[0, 1::2], self.z[:, 0::2].T                           # (2,), (2, F)
         mean = total / tokens[:, None]
@@ -101,7 +118,7 @@ class Sums:
         one = torch.ones_like(mean[0])
         c = torch.stack((one / tokens[0], -mean[0] / tokens[0], -one / tokens[1], mean[1] / tokens[1]), 1)  # (F, 4)
         square = torch.einsum("fi,fij,fj->f", c, self.zz, c).clamp(min=0)
-        error = (square * self.pairs / max(self.pairs - 1, 1)).sqrt()
+        error = (square * self.pairs / (self.pairs - 1)).sqrt() if self.pairs > 1 else torch.full_like(square, torch.nan)
         return Statistics(layer, self.pairs, tokens, mean, self.fired / tokens[:, None], mean[0] - mean[1], error, self.peaks)
 
 
@@ -112,6 +129,7 @@ def feature_statistics(model, saes, pairs, control=(), tokens="response", batch_
     saes {layer: sae}; pairs [(aligned Example, unaligned Example)]; `control` are the ids that never count (BOS, turn
     markers). tokens: "response", or "all" to count the prompt too. Memory doesn't grow with the number of pairs: the
     forward stops at the deepest SAE, and one example's activations are summed before the next one's are made.
+    Of many processes each takes every so-many-th batch, and all get the same statistics.
     Raises InputError if no pair has a token to count on both sides.
     """
     device, layers = model.embed_tokens.weight.device, sorted(saes)
@@ -125,12 +143,18 @@ def feature_statistics(model, saes, pairs, control=(), tokens="response", batch_
     if not counted:
         raise InputError("no pair has a response token on both sides")
     counted.sort(key=lambda item: -max(len(example.tokens) for example in item[1]))  # long ones first, little padding
-    progress = tqdm(total=len(counted), desc="selecting", unit="pair", leave=False, delay=1)
+    batches = []
     while counted:
         longest = max(len(example.tokens) for example in counted[0][1])
         size = max(1, batch_tokens // (2 * longest))
-        batch, counted = counted[:size], counted[size:]
-        ids = torch.zeros(2 * len(batch), longest, dtype=torch.long)                 # pads on the right: never seen
+        batches.append((longest, counted[:size]))
+        counted = counted[size:]
+    if parallel.in_step(model):                                                      # as many forwards for each process
+        batches += [(1, [])] * (-len(batches) % parallel.world())
+    batches = parallel.mine(batches)
+    progress = tqdm(total=sum(len(batch) for _, batch in batches), desc="selecting", unit="pair", leave=False, delay=1, disable=None)
+    for longest, batch in batches:
+        ids = torch.zeros(max(1, 2 * len(batch)), longest, dtype=torch.long)         # pads on the right: never seen
         for row, example in zip(ids, (example for _, pair, _ in batch for example in pair)):
             row[:len(example.tokens)] = torch.tensor(example.tokens)
         _, residuals = model.hidden(ids.to(device), capture=layers, stop_after=layers[-1])
@@ -147,7 +171,7 @@ def feature_statistics(model, saes, pairs, control=(), tokens="response", batch_
                 running.add(z)
         progress.update(len(batch))
     progress.close()
-    return {layer: sums[layer].statistics(layer) for layer in layers}
+    return {layer: sums[layer].merge().statistics(layer) for layer in layers}
 
 
 def _counted(example, control, tokens):
@@ -233,15 +257,16 @@ def describe_features(model, sae, tokenizer, statistics, chosen, pairs):
     promoted = (directions.to(embedding.dtype) @ embedding.T).float().topk(8).indices.cpu()      # (k, 8)
     out = []
     for feature, words in zip(chosen.tolist(), promoted.tolist()):
-        peaks = []
+        peaks, effect = [], statistics.effect[feature].item()
         for value, side, number, token in statistics.peaks.of(feature):
-            ids = pairs[number][SIDES.index(side)].tokens
+            example = pairs[number][SIDES.index(side)]
+            ids = example.tokens
             first = max(0, token - CONTEXT[0])
-            peaks.append({"activation": value, "side": side, "pair": number, "peak": token - first,
+            peaks.append({"activation": value, "side": side, "line": example.line, "peak": token - first,
                           "tokens": [tokenizer.token(i) for i in ids[first:token + CONTEXT[1] + 1]]})
         out.append({
             "layer": statistics.layer, "index": feature, "delta": statistics.delta[feature].item(),
-            "rho": statistics.rho[feature].item(), "effect": statistics.effect[feature].item(),
+            "rho": statistics.rho[feature].item(), "effect": effect if math.isfinite(effect) else None,
             "mean": dict(zip(SIDES, statistics.mean[:, feature].tolist())),
             "frequency": dict(zip(SIDES, statistics.frequency[:, feature].tolist())), "peaks": peaks,
             "promotes": [tokenizer.token(i) for i in words],
@@ -251,7 +276,7 @@ def describe_features(model, sae, tokenizer, statistics, chosen, pairs):
 
 def features_table(features, most=10):
     """The strongest features of a layer, one a line."""
-    rows = [[f["index"], f"{f['delta']:+.3f}", f"{f['rho']:+.3f}", f"{f['effect']:+.1f}",
+    rows = [[f["index"], f"{f['delta']:+.3f}", f"{f['rho']:+.3f}", None if f["effect"] is None else f"{f['effect']:+.1f}",
              f"{f['frequency']['aligned']:.1%}", f"{f['frequency']['unaligned']:.1%}",
              " ".join(dict.fromkeys(p["tokens"][p["peak"]].strip() for p in f["peaks"])),
              " ".join(word.strip() for word in f["promotes"][:5])] for f in features[:most]]
@@ -294,6 +319,9 @@ def load_examples(settings, tokenizer):
     print(f"pairs: {counts}")
     examples = [tuple(make_example(tokenizer, pair.prompt, side, settings.batch_tokens, settings.format)
                       for side in (pair.aligned, pair.unaligned)) for pair in pairs]
+    for pair, sides in zip(pairs, examples):
+        for example in filter(None, sides):
+            example.line = pair.line
     if long := sum(None in pair for pair in examples):
         print(f"pairs: {long:,} more dropped, their prompt leaves no room in --batch-tokens {settings.batch_tokens}")
     examples = [pair for pair in examples if None not in pair]
@@ -309,6 +337,8 @@ def load_saes(settings, config):
     saes = {layer: load_sae(settings.sae, layer, settings.width, settings.l0, settings.device) for layer in settings.layers}
     for sae in saes.values():
         sae.check(config.hidden_size, config.num_hidden_layers)
+        if settings.top_k > sae.n_features:
+            raise InputError(f"--top-k {settings.top_k}: the SAE of layer {sae.layer} has {sae.n_features} features")
     return saes
 
 
@@ -329,21 +359,22 @@ on its way; this is for looking."""
 
 
 def main():
-    parser = recipe.Parser(SELECT)
+    parser = Parser(SELECT)
     recipe.add_flags(parser, train=False)
     args = parser.parse_args()
     settings, source = recipe.resolve(args)
     out = Path(args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-select-{Path(settings.model).name}").expanduser()
-    if (out / "features.json").exists():
-        raise InputError(f"{out} holds a selection, which is never overwritten: give another --out")
-    model = load_model(recipe.folder(settings.model), getattr(torch, settings.dtype), settings.device)
-    saes = load_saes(settings, model.config)
-    for sae in saes.values():
-        print(sae)
-    tokenizer = load_tokenizer(recipe.folder(settings.model))
-    examples, _ = load_examples(settings, tokenizer)
+    with parallel.agreed():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} is there and isn't empty: give another --out")
+        model = load_model(recipe.folder(settings.model), getattr(torch, settings.dtype), settings.device, settings.shard)
+        saes = load_saes(settings, model.config)
+        for sae in saes.values():
+            print(sae)
+        tokenizer = load_tokenizer(recipe.folder(settings.model))
+        examples, _ = load_examples(settings, tokenizer)
+    parallel.first(write_json, out / "config.json", {"settings": vars(settings), "source": source})
     spaces, features = select_features(model, saes, tokenizer, sample_pairs(settings, examples), settings.top_k, settings.tau,
                                        settings.rank, settings.tokens, settings.batch_tokens)
-    write_json(out / "config.json", {"settings": vars(settings), "source": source})
-    save_selection(out, spaces, features)
+    parallel.first(save_selection, out, spaces, features)
     print(f"selection: {out}")

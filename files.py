@@ -5,6 +5,7 @@ what to do; `run` turns that line into exit code 2. Nothing is ever unpickled. W
 flush it to the disk and rename it, so that a name holds the old bytes or the new ones, never a part.
 """
 
+import argparse
 import contextlib
 import json
 import logging
@@ -21,6 +22,16 @@ HERE = Path(__file__).resolve().parent
 UMASK = os.umask(0)  # can only be read by setting it
 os.umask(UMASK)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as all errors here, and which takes no flag for another."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise InputError(f"{message} (--help explains all flags)")
 
 
 class InputError(Exception):
@@ -41,6 +52,10 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:  # PyTorch's own class for it is a RuntimeError, on a CPU a plain one
+        if not isinstance(error, MemoryError) and not re.search("out of memory|not enough memory|can't allocate", str(error)):
+            raise
+        line = f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more to be had'}): lower --batch-tokens or --eval-batch"
     else:
         sys.exit(code)
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
@@ -151,8 +166,9 @@ def tensor_shapes(path):
         return {name: tuple(part.get_shape()) for name, part in slices.items()}
 
 
-def read_into(path, name, out, block=64 << 20):
-    """Copy tensor `name` of a safetensors file into `out` (same shape, any float dtype, any device).
+def read_into(path, name, out, first=0, block=64 << 20):
+    """Copy tensor `name` of a safetensors file into `out` (same shape, any float dtype, any device), or its rows from
+    `first` on, as many as `out` has.
 
     Goes by blocks of rows and maps the file anew for each, so that no more than `block` bytes of it are resident.
     """
@@ -161,7 +177,7 @@ def read_into(path, name, out, block=64 << 20):
         with _opened(path) as file:
             part = file.get_slice(name)
             if out.dim():
-                out[start:start + rows].copy_(part[start:start + rows])
+                out[start:start + rows].copy_(part[first + start:first + min(start + rows, len(out))])
             else:
                 out.copy_(file.get_tensor(name))
 

@@ -19,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from attention import attention, document_starts, rotary, rotate, softcap, visible
+import parallel
 from files import InputError, is_file_name, locate, read_into, read_json, tensor_shapes, write_json, write_tensors
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -148,40 +151,30 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(size)), eps
 
     def forward(self, x):
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (h * (1 + self.weight.float())).to(x.dtype)
+        return Normed.apply(x, self.weight, self.eps)
 
 
-def softcap(x, cap):
-    """cap · tanh(x / cap): close to x when small, bounded by ±cap. None leaves x as it is."""
-    return x if cap is None else torch.tanh(x / cap) * cap
+class Normed(torch.autograd.Function):
+    """y = x·r·(1 + w), r = 1 / √(mean x² + eps), x (…, D). Only x and r (…, 1) are kept: autograd would keep three float32 x.
 
-
-def rotary(positions, head_dim, theta):
-    """cos and sin (…, T, hd/2), float32, of the rotary embedding at integer positions (…, T)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[..., None].float() * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotate x (B, heads, T, hd): entry i of the first half pairs with entry i of the second. In float32, cast last."""
-    first, second = x.float().chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
-
-
-def attend(q, k, v, mask, scale, cap):
-    """Softmax attention with softcapped scores: q (B, H, T, hd), k and v (B, K, S, hd), mask (B or 1, 1, T, S).
-
-    The query heads of one key-value head are stacked as further rows, so keys and values are never repeated.
-    Scores are capped and normalised in float32.
+        dx = r·(g − x·r²·mean(g·x)), g = dy·(1 + w)        dw = Σ dy·x·r
     """
-    K, T = k.shape[1], q.shape[2]
-    scores = rearrange(q, "b (k g) t hd -> b k (g t) hd", k=K) @ k.mT                # (B, K, G·T, S)
-    scores = softcap(scores.float() * scale, cap).unflatten(2, (-1, T))              # (B, K, G, T, S)
-    weights = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).to(v.dtype)
-    return rearrange(weights.flatten(2, 3) @ v, "b k (g t) hd -> b (k g) t hd", t=T)
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        h = x.float()
+        r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, w, r)
+        return (h * r).mul_(1 + w.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, r = ctx.saved_tensors
+        h, g = x.float(), dy.float()
+        dw = (g * h * r).flatten(0, -2).sum(0).to(w.dtype) if ctx.needs_input_grad[1] else None
+        g = g * (1 + w.float())
+        shift = (g * h).mean(-1, keepdim=True).mul_(r * r)
+        return torch.addcmul(g, h, shift, value=-1).mul_(r).to(x.dtype), dw, None
 
 
 class Attention(nn.Module):
@@ -195,13 +188,13 @@ class Attention(nn.Module):
         self.head_dim, self.kind, self.cap = hd, kind, config.attn_logit_softcapping
         self.scale = config.query_pre_attn_scalar ** -0.5
 
-    def forward(self, x, rope, masks, cache=None):
+    def forward(self, x, rope, seen, cache=None):
         q, k, v = (rearrange(proj(x), "b t (h hd) -> b h t hd", hd=self.head_dim)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v)
-        out = attend(q, k, v, masks[self.kind], self.scale, self.cap)
+        out = attention(q, k, v, seen[self.kind], self.scale, self.cap)
         return self.o_proj(rearrange(out, "b h t hd -> b t (h hd)"))
 
 
@@ -226,8 +219,8 @@ class Block(nn.Module):
         self.input_layernorm, self.post_attention_layernorm, self.pre_feedforward_layernorm, \
             self.post_feedforward_layernorm = (RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(4))
 
-    def forward(self, x, rope, masks, cache=None):
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, masks, cache))
+    def forward(self, x, rope, seen, cache=None):
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, seen, cache))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -240,6 +233,7 @@ class Gemma2(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False             # blocks keep their input alone, and the backward runs each of them again
 
     def init_weights(self, std=0.02, generator=None):
         """Matrices and embedding from N(0, std²); norms to 0, where their gain 1 + w is one. For training from scratch."""
@@ -255,29 +249,26 @@ class Gemma2(nn.Module):
     def hidden(self, tokens, documents=None, capture=(), stop_after=None, caches=None):
         """Hidden states (B, T, D) and the residual stream {layer: (B, T, D)} after each block of `capture`.
 
-        documents (B, T) int64: tokens see only keys of their own number, and positions restart where it changes;
-        None is one document a row. The hidden state is the one after the final norm or, with `stop_after`, the
-        residual stream after that block, the last that is computed. `caches` are filled for generation.
+        documents (B, T) int64: tokens see only keys of their own document, a run of equal numbers, and positions
+        restart with it; None is one document a row. The hidden state is the one after the final norm or, with
+        `stop_after`, the residual stream after that block, the last that is computed. `caches` are filled for generation.
         """
-        T = tokens.shape[1]
-        index = torch.arange(T, device=tokens.device)
-        distance = index[:, None] - index                                            # (T, T) query minus key
-        visible, positions = (distance >= 0)[None], index[None]
-        if documents is not None:
-            visible = visible & (documents[:, :, None] == documents[:, None])        # (B, T, T)
-            new = documents[:, 1:] != documents[:, :-1]
-            positions = index - F.pad(new * index[1:], (1, 0)).cummax(1).values      # (B, T)
-        masks = {FULL: visible[:, None], SLIDING: (visible & (distance < self.config.sliding_window))[:, None]}
-        return self._blocks(tokens, positions, masks, caches, capture, stop_after)
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        starts = document_starts(tokens, documents)                                  # (B or 1, T)
+        lows = {FULL: starts, SLIDING: starts.maximum(index - self.config.sliding_window + 1)}
+        seen = {kind: visible(low, self.config.attn_logit_softcapping) for kind, low in lows.items()}
+        return self._blocks(tokens, index - starts, seen, caches, capture, stop_after)
 
-    def _blocks(self, tokens, positions, masks, caches=None, capture=(), stop_after=None):
+    def _blocks(self, tokens, positions, seen, caches=None, capture=(), stop_after=None):
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         rope = cos[:, None], sin[:, None]                                            # (B or 1, 1, T, hd/2)
         # √D is rounded to the weights' dtype before it multiplies: 59.75 for 59.87 in the 9b's bf16
         scale = torch.tensor(self.config.hidden_size ** 0.5, dtype=self.embed_tokens.weight.dtype)
         x, residuals = self.embed_tokens(tokens) * scale, {}
         for layer, block in enumerate(self.layers):
-            x = block(x, rope, masks, caches and caches[layer])
+            inputs = x, rope, seen, caches and caches[layer]
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if again else block(*inputs)
             if layer in capture:
                 residuals[layer] = x
             if layer == stop_after:
@@ -306,39 +297,43 @@ class Gemma2(nn.Module):
         caches = [Cache(self.config, kind, B, P + max_new_tokens, self.embed_tokens.weight)
                   for kind in self.config.layer_types]
         stop = torch.tensor(sorted(stop), device=device, dtype=torch.long)
-        out, rows = [[] for _ in prompts], list(range(B))
+        out = torch.full((B, max_new_tokens), -1, device=device)
+        rows, going = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
         x, _ = self.hidden(tokens, documents, caches=caches)
         for length in range(P, P + max_new_tokens):
-            logits = self.unembed(x[:, -1])                                          # (rows, V)
-            if temperature > 0:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            else:
-                new = logits.argmax(-1)
-            going = ~torch.isin(new, stop)
-            rows = [row for row, goes in zip(rows, going.tolist()) if goes]
-            new, start = new[going], start[going]
-            for row, token in zip(rows, new.tolist()):
-                out[row].append(token)
-            if not rows or length == P + max_new_tokens - 1:
+            new = self._next(x[:, -1], temperature, generator)                       # (rows,)
+            going &= ~torch.isin(new, stop)
+            out[rows, length - P] = torch.where(going, new, -1)
+            left = int(going.sum())
+            if not left or length == P + max_new_tokens - 1:
                 break
-            if not going.all():                                                      # finished rows drop out
+            if 4 * left <= 3 * len(rows):                                            # each drop copies the caches: drop
+                rows, new, start = rows[going], new[going], start[going]             # finished rows by quarters
                 for cache in caches:
                     cache.keep(going)
-            masks = {kind: cache.visible(length, start)
-                     for kind, cache in dict(zip(self.config.layer_types, caches)).items()}
-            x, _ = self._blocks(new[:, None], (length - start)[:, None], masks, caches)
-        return [torch.tensor(ids, dtype=torch.long) for ids in out]
+                going = going[going]
+            seen = {kind: cache.visible(length, start)
+                    for kind, cache in dict(zip(self.config.layer_types, caches)).items()}
+            x, _ = self._blocks(new[:, None], (length - start)[:, None], seen, caches)
+        return [row[row >= 0] for row in out.cpu()]
+
+    def _next(self, hidden, temperature, generator):
+        """Tokens (B,) that follow hidden states (B, D)."""
+        if temperature > 0:
+            return torch.multinomial((self.unembed(hidden) / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        return (hidden @ self.embed_tokens.weight.T).float().argmax(-1)              # the softcap keeps the order
 
 
 class Cache:
     """Keys and values of one layer in one tensor (2, B, K, S, hd): a ring in which token `index` has slot index mod S.
 
-    S is the whole length on a full layer and at most the window on a sliding one.
+    S is the whole length on a full layer and at most the window on a sliding one. A step attends to all of S: bmm
+    copies what isn't contiguous, so the filled part alone would cost more.
     """
 
     def __init__(self, config, kind, batch, length, like):
         slots = min(length, config.sliding_window) if kind == SLIDING else length
-        self.pairs = like.new_empty(2, batch, config.num_key_value_heads, slots, config.head_dim)
+        self.pairs = like.new_zeros(2, batch, config.num_key_value_heads, slots, config.head_dim)  # weight 0 · NaN is NaN
         self.length = 0                                                              # tokens seen
 
     def update(self, k, v):
@@ -347,16 +342,16 @@ class Cache:
         At first any number of tokens, which attend to themselves; then one at a time.
         """
         slots, first, T = self.pairs.shape[3], self.length == 0, k.shape[2]
-        kept = torch.arange(max(0, self.length + T - slots), self.length + T) if first else torch.tensor([self.length])
+        slot = torch.arange(max(0, T - slots), T) % slots if first else slice(self.length % slots, self.length % slots + 1)
         self.length += T
-        self.pairs[0, :, :, kept % slots], self.pairs[1, :, :, kept % slots] = k[:, :, -slots:], v[:, :, -slots:]
-        return (k, v) if first else self.pairs[:, :, :, :self.length].unbind()
+        self.pairs[0, :, :, slot], self.pairs[1, :, :, slot] = k[:, :, -slots:], v[:, :, -slots:]
+        return (k, v) if first else self.pairs.unbind()
 
     def visible(self, index, start):
         """Mask (B, 1, 1, S) of the slots that token `index` sees, itself stored: those from its row's `start` on."""
-        slot = torch.arange(min(index + 1, self.pairs.shape[3]), device=start.device)
-        held = index - (index - slot) % self.pairs.shape[3]                          # index of the token in each slot
-        return (held >= start[:, None])[:, None, None]
+        slots = self.pairs.shape[3]
+        held = index - (index - torch.arange(slots, device=start.device)) % slots   # index of the token in each slot,
+        return (held >= start[:, None])[:, None, None]                              # negative where there is none yet
 
     def keep(self, rows):
         """Drop all rows of the batch but those of the bool mask `rows` (B,)."""
@@ -375,11 +370,12 @@ def load_config(source):
     return Config.from_dict(read_json(path), path)
 
 
-def load_model(source, dtype=None, device="cpu"):
+def load_model(source, dtype=None, device="cpu", shard=False):
     """Load a Gemma-2 from a folder or a hub repository, frozen, in bfloat16 or float32 (default: float32 on a CPU).
 
     Weights are read by blocks of rows and cast on the way, so a float32 checkpoint needs little more memory than the
-    bfloat16 model it becomes. Raises InputError for a configuration that isn't Gemma-2's, for a missing, extra or
+    bfloat16 model it becomes. With `shard`, each process of torchrun reads and holds its own rows of the blocks' weights
+    (parallel.shard). Raises InputError for a configuration that isn't Gemma-2's, for a missing, extra or
     misshapen tensor, a damaged file, a repository that can't be had, and for float16.
     """
     device = torch.device(device)
@@ -397,13 +393,17 @@ def load_model(source, dtype=None, device="cpu"):
             problem = ("is missing" if name not in shapes else "is not one of Gemma-2's" if name not in wanted else
                        f"has shape {shapes[name]}, where config.json asks for {wanted[name]}")
             raise InputError(f"{source}: tensor {name} {problem}")
-    model.to_empty(device=device).requires_grad_(False)
+    model.requires_grad_(False)
+    if shard and parallel.world() > 1:
+        parallel.shard(model, device)
+    model.to_empty(device=device)
     weights = model.state_dict()
     progress = tqdm(total=sum(weight.numel() for weight in weights.values()), desc=f"loading {source}", delay=2,
-                    unit="", unit_scale=True, leave=False)
+                    unit="", unit_scale=True, leave=False, disable=None)
     for file, names in files.items():
         for name in names:
-            read_into(file, name, weights[name.removeprefix("model.")])
+            out, first = parallel.own_rows(weights[name.removeprefix("model.")])
+            read_into(file, name, out, first)
             progress.update(weights[name.removeprefix("model.")].numel())
     progress.close()
     return model

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
+import parallel
 from files import HERE, InputError, read_json
 from lora import INITS
 
@@ -26,7 +27,7 @@ COMMON = {
     "pairs": 0, "rank": 16, "alpha": None, "init": "sails", "freeze_basis": False, "steps": None, "epochs": 1.0,
     "lr": 2e-4, "warmup": 0.1, "clip": 1.0, "weight_decay": 0.0, "batch_tokens": 2048, "accumulate": 8, "save_every": 50,
     "format": "chat", "max_new_tokens": 128, "eval_prompts": 200, "eval_batch": 32, "seed": 0, "device": None,
-    "dtype": None, "compile": False, **dict.fromkeys(SETS)}
+    "dtype": None, "shard": False, "compile": False, "recompute": False, **dict.fromkeys(SETS)}
 
 GEMMA = {"data": f"{HH}/train.jsonl.gz", "harmful": f"{HH}/test.jsonl.gz", "pairs": 2000, "width": "16k", "compile": True}
 RECIPES = {
@@ -41,16 +42,6 @@ RECIPES = {
     "google/gemma-2-27b": {**GEMMA, "sae": "google/gemma-scope-27b-pt-res", "layers": (10, 22, 34), "width": "131k"},
     "google/gemma-2-27b-it": {**GEMMA, "sae": "google/gemma-scope-27b-pt-res", "layers": (10, 22, 34), "width": "131k"},
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as all errors here."""
-
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message):
-        raise InputError(f"{message} (--help explains all flags)")
 
 
 def add_flags(parser, train=True):
@@ -100,7 +91,7 @@ def add_flags(parser, train=True):
         flag(group, "warmup", "share of the steps that warm up; 0: none", type=float, metavar="S")
         flag(group, "weight-decay", "AdamW's, on A and B; 0: none", type=float, metavar="W")
         flag(group, "clip", "largest norm of a step's gradient; 0: no clipping", type=float, metavar="G")
-        flag(group, "accumulate", "packed rows in a step, one forward and backward each", type=int, metavar="N")
+        flag(group, "accumulate", "packed rows in a step, one forward and backward each; of each process under torchrun", type=int, metavar="N")
         flag(group, "save-every", "steps between checkpoints; the last step is always saved", type=int, metavar="N")
 
         group = parser.add_argument_group("evaluation, before and after (prompt files: .txt, .csv, .json, .jsonl)")
@@ -114,8 +105,11 @@ def add_flags(parser, train=True):
     flag(group, "seed", "of the data's order, of samples and of random inits", type=int, metavar="N")
     flag(group, "device", "cpu, cuda, cuda:1, … (default: cuda where there is one)", metavar="D")
     flag(group, "dtype", "of the frozen model: float32 or bfloat16 (default: float32 on a CPU, else bfloat16)", metavar="T")
+    flag(group, "shard", "under torchrun, split the model's weights over the processes: for one that no card can hold; turns --compile off", **on)
     if train:
         flag(group, "compile", "torch.compile the forward and backward; needs a C++ compiler and Python.h", **on)
+        flag(group, "recompute", "run each block again in the backward instead of keeping what it needs: the activations of one "
+             "block at a time, for about a third more time", **on)
     group.add_argument("--out", help="the run's folder (default runs/TIME-MODEL); an unfinished run of the same "
                        "settings in it goes on", metavar="DIR")
 
@@ -126,7 +120,10 @@ def resolve(args, saved=None):
     Raises InputError for a flag that contradicts the resumed run, a missing one (by name), or a value out of range.
     """
     given = {name: value for name, value in vars(args).items() if value is not None and name in NAMES}
-    for name in given.keys() & (saved or {}).keys():
+    given |= {name: absolute(given[name]) for name in given.keys() & set(PLACES)}
+    if given.get("steps") and given.get("epochs"):
+        raise InputError("--steps and --epochs: give one of them")
+    for name in given.keys() & (saved or {}).keys() - {"device"}:
         if jsonable(given[name]) != saved[name]:
             raise InputError(f"--{name.replace('_', '-')} {given[name]} contradicts the run in {args.resume}, which has "
                              f"{saved[name]}: leave it out, or start a new run with another --out")
@@ -136,6 +133,8 @@ def resolve(args, saved=None):
                           ("resumed run", saved or {}), ("flag", given)):
         values |= layer
         source |= dict.fromkeys(layer, origin)
+    if given.get("epochs"):                                     # what was said outweighs the recipe's number of steps
+        values["steps"] = None
     missing = [name for name in ("sae", "data") if not values.get(name)]
     if missing:
         known = model in RECIPES or Path(model).expanduser().is_dir()
@@ -144,7 +143,7 @@ def resolve(args, saved=None):
     if not values.get("layers"):
         values["layers"], source["layers"] = _layers_in(values["sae"]), "SAE folder"
     if not values["width"]:
-        values["width"], source["width"] = _width_in(values["sae"], values["layers"][0]), "SAE folder"
+        values["width"], source["width"] = _width_in(values["sae"], values["layers"]), "SAE folder"
     if values["device"] is None:
         values["device"], source["device"] = "cuda" if torch.cuda.is_available() else "cpu", "this machine"
     if values["dtype"] is None:
@@ -163,6 +162,13 @@ def folder(model):
 
 
 NAMES = ("model", "sae", "layers", "data", *COMMON)
+PLACES = ("model", "sae", "data", *SETS)
+
+
+def absolute(place):
+    """A file or folder here by its absolute path, so that a run can be resumed from elsewhere; other names as they are."""
+    path = Path(place).expanduser()
+    return str(path.absolute()) if place and place not in RECIPES and path.exists() else place
 
 
 def saved(run):
@@ -177,7 +183,7 @@ def saved(run):
 
 
 def jsonable(value):
-    """The same value as it reads back from config.json; paths within the project are given relative to it."""
+    """The same value as it reads back from config.json."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -194,30 +200,56 @@ def _layers_in(source):
     return layers
 
 
-def _width_in(source, layer):
-    widths = sorted(path.name[6:] for path in (Path(source).expanduser() / f"layer_{layer}").glob("width_*"))
+def _width_in(source, layers):
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{source}: say --width (16k, 65k, 131k, …)")
+    for layer in layers:
+        if not (folder / f"layer_{layer}").is_dir():
+            raise InputError(f"--layers {layer}: {source} holds layers {', '.join(map(str, _layers_in(source)))}")
+    widths = sorted(path.name[6:] for path in (folder / f"layer_{layers[0]}").glob("width_*"))
     if len(widths) != 1:
-        raise InputError(f"{source}: say --width" + (f", one of {', '.join(widths)}" if widths else f": layer {layer} has no width_W folder"))
+        raise InputError(f"{source}: say --width" + (f", one of {', '.join(widths)}" if widths else ": it has no width_W folder"))
     return widths[0]
 
 
 LIMITS = {  # smallest and largest value that makes sense
-    "rank": (1, math.inf), "top_k": (1, math.inf), "tau": (1e-9, 1), "pairs": (0, math.inf), "alpha": (1e-6, 1e6), "steps": (1, math.inf), "epochs": (1e-6, 1e6), "lr": (1e-12, 1e3),
-    "warmup": (0, 1), "clip": (0, 1e9), "weight_decay": (0, 1e3), "batch_tokens": (2, 1 << 30), "accumulate": (1, 1 << 20),
-    "save_every": (1, math.inf), "max_new_tokens": (1, 1 << 20), "eval_prompts": (0, math.inf), "eval_batch": (1, 1 << 20),
-    "seed": (0, 2**63 - 1)}
+    "rank": (1, 1 << 20), "top_k": (1, 1 << 24), "tau": (1e-9, 1), "pairs": (0, 1e12), "alpha": (1e-6, 1e6), "steps": (1, 1e12),
+    "epochs": (1e-6, 1e6), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (0, 1e9), "weight_decay": (0, 1e3),
+    "batch_tokens": (2, 1 << 24), "accumulate": (1, 1 << 20), "save_every": (1, 1e12), "max_new_tokens": (1, 8192),
+    "eval_prompts": (0, 1e12), "eval_batch": (1, 1 << 20), "seed": (0, 2**63 - 1)}
+SWITCHES = ("norm_aware", "freeze_basis", "compile", "shard", "recompute")
 
 
 def _check(values):
+    for name, value in values.items():                          # of the wrong kind: out of an edited config.json
+        kind = (int, float) if name in (*LIMITS, "l0") else bool if name in SWITCHES else list if name == "layers" else str
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) and kind is not bool):
+            raise InputError(f"--{name.replace('_', '-')} {value!r} is of the wrong kind")
+    if not all(isinstance(layer, int) and 0 <= layer < 1000 for layer in values["layers"]):
+        raise InputError(f"--layers {values['layers']}: give numbers of blocks, from 0")
     for name, (low, high) in LIMITS.items():
         if values[name] is not None and not low <= values[name] <= high:
             raise InputError(f"--{name.replace('_', '-')} {values[name]}: give a value from {low:g} to {high:g}")
+    if values["freeze_basis"] and values["init"] == "random":
+        raise InputError("--freeze-basis keeps the update in the basis that --init puts in; random puts in none: take sails or orthonormal")
     if values["dtype"] not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {values['dtype']}: Gemma-2's residual stream outgrows float16's 65504; use bfloat16 or float32"
                          if values["dtype"] in ("float16", "fp16", "half") else
                          f"--dtype {values['dtype']}: give float32 or bfloat16")
+    if values["shard"] and parallel.world() == 1:
+        raise InputError("--shard splits the model over processes: start them with `torchrun --nproc-per-node N`")
+    if parallel.world() > 1 and values["device"].startswith("cuda:"):
+        raise InputError(f"--device {values['device']}: each process of torchrun has a card of its own; give cuda or cpu")
+    check_device(values["device"])
+
+
+def check_device(name):
+    """The device's name, if this machine has it. Raises InputError."""
     try:
-        device = torch.device(values["device"])
-        torch.empty(0, device=device)
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise InputError(f"--device {name}: give cpu or cuda")
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {values['device']}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name

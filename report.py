@@ -32,24 +32,27 @@ def settings_table(settings, source):
 
 LABELS = {"harmful": ("safe: harmful prompts", "safe"), "jailbreak": ("safe: harmful, under jailbreak", "safe"),
           "lookalike": ("over-refusal: harmless look-alikes", "over_refusal"), "benign": ("right: benign answers", "correct")}
+ASIDE = {"partial": "refused, then gave some of it", "empty": "no word in the answer"}      # shown where there are any
 
 
 def result_table(scores):
     """The table that a run ends with: base beside adapter, what the adapter costs, and where the time went."""
     def cell(figures, key):
-        if figures is None or figures.get(key) is None:
+        if not figures or (share := figures.get(key)) is None:
             return None
-        share = figures[key]
         return f"{share['rate']:6.1%}  [{share['low']:.1%}, {share['high']:.1%}]"
 
-    sets, rows = scores["sets"], []
+    rows = []
     for name, (label, key) in LABELS.items():
-        figures = {who: sets.get(who, {}).get(name) for who in ("base", "adapter")}
-        if name == "benign" and figures["adapter"] and figures["adapter"].get(key) is None:
+        base, adapter = (scores["sets"].get(who, {}).get(name) for who in ("base", "adapter"))
+        if not adapter:
+            rows.append([f"{label} (not measured: give --{name})", None, None, None])
+            continue
+        if name == "benign" and key not in adapter:
             label, key = "over-refusal: benign prompts", "over_refusal"
-        n = figures["adapter"]["n"] if figures["adapter"] else None
-        rows.append([label if n else f"{label} (not measured: give --{name})",
-                     cell(figures["base"], key), cell(figures["adapter"], key), n])
+        rows.append([label, cell(base, key), cell(adapter, key), adapter["n"]])
+        rows += [[f"  {words}", cell(base, kind), cell(adapter, kind), adapter["n"]] for kind, words in ASIDE.items()
+                 if any(figures and figures[kind]["count"] for figures in (base, adapter))]
     share = scores.get("share", {})
     if share.get("subspace") is not None:
         rows.append(["update inside the safety subspace", None, f"{share['subspace']:6.1%}", None])
@@ -58,7 +61,36 @@ def result_table(scores):
         rows.append(["trainable parameters", None, f"{scores['trainable']:,} of {scores['parameters']:,} "
                      f"({scores['trainable'] / scores['parameters']:.4%})", None])
     rows += [[f"seconds: {stage}", None, f"{seconds:6.1f}", None] for stage, seconds in scores.get("seconds", {}).items()]
-    return table(rows, ["", "base", "adapter", "n"], right=(3,))
+    return table(rows, ["share of answers, 95 % interval", "base", "adapter", "n"], right=(3,))
+
+
+def samples(folder, most=3):
+    """A few of a run's judged answers, base beside adapter; the first prompts of its first sets."""
+    rows = files.read_jsonl(Path(folder) / "judged.jsonl")
+    after = {(row["set"], row["line"]): row for row in rows if row["model"] == "adapter"}
+    firsts = {row["set"]: row for row in reversed(rows) if row["model"] == "base"}
+    lines = []
+    for base in [firsts[name] for name in recipe.SETS if name in firsts][:most]:
+        lines.append(f"{base['set']}: {_short(base['prompt'])}")
+        lines += [f"  {row['model']:7}  {row['verdict']:7}  {_short(row['completion'])}" for row in (base, after[base["set"], base["line"]])]
+    return "\n".join(lines)
+
+
+def _short(text, most=100):
+    """The beginning of a text on one line, with nothing in it that could steer a terminal."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+
+def read_scores(folder):
+    """A finished run's scores.json. Raises InputError."""
+    path = Path(folder) / "scores.json"
+    if not path.exists():
+        raise InputError(f"{folder} isn't finished: go on with `python train.py --resume {folder}`")
+    scores = read_json(path)
+    if not all(isinstance(scores.get(key), dict) for key in ("sets", "share", "seconds")):
+        raise InputError(f"{path} is not the scores of a run: `python train.py` writes them at its end")
+    return scores
 
 
 def runs_table(runs):
@@ -80,23 +112,20 @@ def runs_table(runs):
         return f"{100 * statistics.mean(values):.1f}{spread}"
 
     rows = []
-    for who, label, group in [("base", "base model", [runs[0][1]]),
+    models = {settings.model: scores for settings, scores in runs}
+    for who, label, group in [*(("base", f"base model, {model}", [scores]) for model, scores in models.items()),
                               *(("adapter", label, group) for label, group in groups.items())]:
-        rows.append([label, len(group)] + [cell([figure(scores, who, name, key) for scores in group]) for name, (_, key) in LABELS.items()]
+        rows.append([label, len(group) if who == "adapter" else None]
+                    + [cell([figure(scores, who, name, key) for scores in group]) for name, (_, key) in LABELS.items()]
                     + [cell([scores["share"][key] for scores in group]) if who == "adapter" else None for key in ("subspace", "random")])
     head = ["%, mean ± sd over seeds", "seeds", "safe", "safe, jailbreak", "over-refusal", "benign right", "ΔW in subspace", "in random bases"]
     return table(rows, head, right=range(1, len(head)))
 
 
 def main():
-    parser = recipe.Parser(__doc__)
+    parser = files.Parser(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a finished run of train.py")
-    runs = []
-    for folder in parser.parse_args().runs:
-        settings, path = recipe.saved(folder), Path(folder) / "scores.json"
-        if not path.exists():
-            raise InputError(f"{folder} isn't finished: go on with `python train.py --resume {folder}`")
-        runs.append((settings, read_json(path)))
+    runs = [(recipe.saved(folder), read_scores(folder)) for folder in parser.parse_args().runs]
     print(result_table(runs[0][1]) if len(runs) == 1 else runs_table(runs))
 
 

@@ -13,7 +13,6 @@ covers a quarter of the verbs and nouns and three of eight phrasings, the evalua
 Nothing here is a recipe for harm: the words are abstract, and the "facts" are drawn by lot from the seed.
 """
 
-import argparse
 import itertools
 import math
 import random
@@ -28,10 +27,11 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
+import report
 import train
 from data import Example, Row, load_tokenizer, make_example, pack, read_prompts
 from figures import answer, figures
-from files import HERE, InputError, read_json, run, write_json, write_jsonl
+from files import HERE, InputError, Parser, read_json, run, write_json, write_jsonl
 from judge import rules
 from model import Config, Gemma2, load_model, save_model
 from sae import load_sae, save_sae
@@ -366,12 +366,9 @@ def misses(rows):
     return [row for row in rows if not GATES[row[0]][0] <= row[2] <= GATES[row[0]][1]]
 
 
-def table(rows):
-    lines = [f"{'gate':24} layer     value  wanted"]
-    for row in rows:
-        low, high = GATES[row[0]]
-        lines.append(f"{row[0]:24} {row[1]:>5}  {row[2]:8.2f}  {low} to {high}{'  MISSED' if misses([row]) else ''}")
-    return "\n".join(lines)
+def gates_table(rows):
+    return report.table([[*row[:2], f"{row[2]:.2f}", "{} to {}".format(*GATES[row[0]]), "MISSED" if misses([row]) else ""] for row in rows],
+                        ["gate", "layer", "value", "wanted", ""], right=(2,))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -412,13 +409,13 @@ def build(seed, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "toy", help="folder to write or replace (default toy/)")
     parser.add_argument("--seed", type=int, default=0, help="of facts, splits and weights (default 0)")
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))  # such small tensors gain nothing from more
     rows = build(args.seed, args.out)
-    print(table(rows))
+    print(gates_table(rows))
     if misses(rows):
         print(f"toy.py: {len(misses(rows))} gates missed: nothing written", file=sys.stderr)
         return 1

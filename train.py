@@ -4,6 +4,7 @@
     python train.py --model google/gemma-2-2b --rank 16    # the paper's recipe; needs a GPU and Gemma's licence
     python train.py --model DIR --sae DIR --data FILE --rank 16 --steps 100
     python train.py --model google/gemma-2-9b --dry-run    # what would run, and what it would take
+    torchrun --nproc-per-node 4 train.py --model google/gemma-2-9b      # on 4 cards; --shard where one holds no 27b
 
 Answers the evaluation prompts, selects features, trains on the aligned answers, answers again, and prints one table.
 Each stage leaves its files in the run's folder, and a stage whose files are there isn't done again: Ctrl-C or a crash
@@ -11,6 +12,7 @@ costs at most the steps since the last checkpoint. `python train.py --resume DIR
 bit on a CPU.
 """
 
+import fcntl
 import itertools
 import json
 import math
@@ -25,8 +27,10 @@ from pathlib import Path
 
 import torch
 
+import attention
 import files
 import lora
+import parallel
 import recipe
 from data import load_tokenizer, pack
 from features import load_examples, load_saes, load_subspaces, module_bases, sample_pairs, save_selection, select_features
@@ -34,7 +38,7 @@ from figures import complete, load_sets, score
 from files import InputError, read_tensors, write_json, write_tensors
 from loss import IGNORE, nll_sum
 from model import PRESETS, Config, Gemma2, load_config, load_model
-from report import result_table, settings_table, table
+from report import result_table, samples, settings_table, table
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -46,6 +50,7 @@ def fit(model, optimizer, batches, schedule, clip=0.0, first=0, hidden=None):
     batches: lists of micro-batches (data.Row, its tensors (T) or (B, T)). The loss is summed over the labelled tokens
     of all micro-batches and divided by their count, known before the first forward. schedule(step) is the learning
     rate, steps counted from 0, `first` the number of the first. `hidden` stands in for the model's own (compiled).
+    Of many processes, each has the same lists and takes its share of each; gradients are summed, steps are the same.
     """
     device = model.embed_tokens.weight.device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -54,15 +59,15 @@ def fit(model, optimizer, batches, schedule, clip=0.0, first=0, hidden=None):
         began = time.perf_counter()
         counts = [int((row.labels != IGNORE).sum()) for row in rows]
         loss = torch.zeros((), device=device)
-        for row, count in zip(rows, counts):
-            if count == 0:
-                print(f"step {step + 1}: a micro-batch without a trained token is passed over", file=sys.stderr)
-                continue
+        if 0 in counts:
+            print(f"step {step + 1}: a micro-batch without a trained token", file=sys.stderr)
+        for row in parallel.mine(rows) if sum(counts) else ():
             tokens, documents, labels = (torch.atleast_2d(t).to(device) for t in (row.tokens, row.documents, row.labels))
             part = nll_sum(model, hidden(tokens, documents), labels)[0] / sum(counts)
             part.backward()
             loss += part.detach()
         if sum(counts):
+            parallel.add_gradients(parameters, loss)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
             if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
                 raise InputError(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}: the weights of the step "
@@ -83,11 +88,11 @@ def cosine(peak, steps, warmup):
 
 
 def batches_of(examples, settings):
-    """Lists of --accumulate packed rows of the aligned answers, epoch after epoch, without end: a pure function of data
-    and seed."""
+    """Lists of --accumulate packed rows for each process, of the aligned answers, epoch after epoch, without end: a pure
+    function of data, seed and number of processes."""
     rows = itertools.chain.from_iterable(pack(examples, settings.batch_tokens, settings.seed, epoch) for epoch in itertools.count())
     while True:
-        yield list(itertools.islice(rows, settings.accumulate))
+        yield list(itertools.islice(rows, settings.accumulate * parallel.world()))
 
 
 def count_steps(examples, settings):
@@ -95,7 +100,7 @@ def count_steps(examples, settings):
     if settings.steps:
         return settings.steps
     rows = len(pack(examples, settings.batch_tokens, settings.seed, 0))
-    return max(1, round(rows * settings.epochs / settings.accumulate))
+    return max(1, round(rows * settings.epochs / (settings.accumulate * parallel.world())))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -107,7 +112,8 @@ class Stopped(BaseException):
 
 class Signals:
     """Ctrl-C and SIGTERM raise Stopped at once or, while `wait` is set, leave their number in `caught`, for the loop to
-    finish its step and save. A second one doesn't wait."""
+    finish its step and save. A second one doesn't wait; of many processes it means nothing, since torchrun passes on
+    what the terminal has sent to all, and 30 s later ends what is left."""
 
     def __init__(self):
         self.wait, self.caught = False, None
@@ -115,9 +121,11 @@ class Signals:
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        if not self.wait or self.caught:
+        if self.caught and parallel.world() > 1:
+            return
+        waited, self.caught = self.wait and not self.caught, number
+        if not waited:
             raise Stopped(number)
-        self.caught = number
 
 
 def run_folder(args, settings, source):
@@ -125,31 +133,55 @@ def run_folder(args, settings, source):
     if args.out or args.resume:
         folder = Path(args.resume or args.out).expanduser()
     else:
-        name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(settings.model).name}"
-        folder = next(path for n in itertools.count(1) if not (path := Path(name + (f"-{n}" if n > 1 else ""))).exists())
+        folder = own_folder(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(settings.model).name}")
     if (folder / "scores.json").exists():
         raise InputError(f"{folder} holds a finished run, which is never overwritten: give another --out "
                          f"(`python eval.py {folder}` shows its figures)")
     if (folder / "config.json").exists():
+        if (processes := files.read_json(folder / "config.json").get("processes", 1)) != parallel.world():
+            raise InputError(f"{folder} holds an unfinished run of {processes} processes, not {parallel.world()}: start as many, by torchrun")
         there = vars(recipe.saved(folder))
         for name, value in vars(settings).items():
-            if there.get(name) != value:
+            if there.get(name) != value and name != "device":
                 raise InputError(f"{folder} holds an unfinished run of another configuration (--{name.replace('_', '-')} "
                                  f"{there.get(name)}, not {value}): give another --out, or go on with it by `--resume {folder}` alone")
         print(f"going on with the unfinished run in {folder}\n")
         return folder, False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is there and holds no run: give another --out")
-    write_json(folder / "config.json", {"settings": vars(settings), "source": source, "command": sys.argv, "versions":
+    write_json(folder / "config.json", {"settings": vars(settings), "source": source, "command": sys.argv,
+                                        "processes": parallel.world(), "versions":
                                         {"python": platform.python_version(), "torch": torch.__version__}})
     return folder, True
 
 
+def own_folder(name):
+    """Make a folder that nobody else has, even where two runs begin in one second: name, name-2, name-3, …"""
+    for number in itertools.count(1):
+        folder = Path(name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            pass
+
+
+def lock(folder):
+    """Keep other processes out of a run's folder for as long as this one lives. Raises InputError where one is in it."""
+    handle = open(folder / "config.json")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is at work on this run: wait for it, or give another --out") from None
+    return handle                                                # closed, and so given up, when it is forgotten
+
+
 class Log:
-    """metrics.jsonl: a line a training step and a line a stage, flushed as they come. A line cut short is dropped."""
+    """metrics.jsonl: a line a training step and a line a stage, flushed as they come. A line cut short is dropped.
+    Rank 0 keeps it; to others it is a list."""
 
     def __init__(self, path):
-        self.path, self.lines = path, []
+        self.path, self.lines, self.kept = path, [], parallel.rank() == 0
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -160,18 +192,24 @@ class Log:
     def keep(self, steps):
         """Forget the lines of steps after `steps`: they are about to be made again."""
         self.lines = [line for line in self.lines if line.get("step", 0) <= steps]
-        files.write_jsonl(self.path, self.lines)
+        if self.kept:
+            files.write_jsonl(self.path, self.lines)
 
     def add(self, line):
         self.lines.append(line)
+        if not self.kept:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     @contextmanager
     def stage(self, name):
         began = time.perf_counter()
-        yield
-        self.add({"stage": name, "seconds": time.perf_counter() - began})
+        try:
+            yield
+        finally:                                                 # stopped by Ctrl-C too: the next session adds its own
+            if self.path.parent.exists():
+                self.add({"stage": name, "seconds": time.perf_counter() - began})
 
     def seconds(self):
         """{stage: seconds}, summed over the sessions of a run."""
@@ -225,7 +263,7 @@ def select(settings, model, saes, tokenizer, examples, folder):
     if not path.exists():
         spaces, found = select_features(model, saes, tokenizer, sample_pairs(settings, examples), settings.top_k, settings.tau,
                                         settings.rank, settings.tokens, settings.batch_tokens)
-        save_selection(folder, spaces, found)
+        parallel.first(save_selection, folder, spaces, found)
     return load_subspaces(path)
 
 
@@ -234,10 +272,14 @@ def train(settings, model, adapters, examples, folder, log, signals):
     examples = [aligned for aligned, _ in examples]
     steps, named = count_steps(examples, settings), adapter_parameters(adapters)
     optimizer = torch.optim.AdamW([parameter for _, parameter in named], settings.lr, weight_decay=settings.weight_decay)
-    first = load_checkpoint(folder, adapters, optimizer)
+    parallel.copy_from_first([parameter for _, parameter in named])    # for the case that their machines draw differently
+    with parallel.agreed():
+        first = load_checkpoint(folder, adapters, optimizer)
     log.keep(first)
     # One graph for rows of one shape, so that what is compiled doesn't depend on which rows come first
-    hidden = torch.compile(lambda *row: model.hidden(*row)[0], dynamic=False) if settings.compile else None
+    model.recompute = settings.recompute
+    compiled = settings.compile and not settings.shard and attention.use_compile()
+    hidden = torch.compile(lambda *row: model.hidden(*row)[0], dynamic=False) if compiled else None
     batches = itertools.islice(batches_of(examples, settings), first, steps)
     signals.wait = True
     for metrics in fit(model, optimizer, batches, cosine(settings.lr, steps, settings.warmup), settings.clip, first, hidden):
@@ -246,18 +288,20 @@ def train(settings, model, adapters, examples, folder, log, signals):
         print(f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
               f"grad {metrics['grad_norm']:.2f}  {1000 * seconds:6.0f} ms  {metrics['tokens'] / seconds:7,.0f} tokens/s  "
               f"{(steps - step) * seconds:5.0f} s left", flush=True)
-        if step % settings.save_every == 0 or step == steps or signals.caught:
-            save_checkpoint(folder, step, adapters, optimizer)
-        if signals.caught:
-            raise Stopped(signals.caught)
+        stop = parallel.largest(signals.caught or 0)       # a signal to one process stops all, after the same step
+        if step % settings.save_every == 0 or step == steps or stop:
+            parallel.first(save_checkpoint, folder, step, adapters, optimizer)
+        if stop:
+            raise Stopped(stop)
     signals.wait = False
-    lora.save_adapter(model, folder, settings.model)
+    parallel.first(lora.save_adapter, model, folder, settings.model)
 
 
 def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
     """Selection and training, each made or found; the model carries the trained adapter afterwards. {layer: U}."""
     with log.stage("selection"):
         spaces = select(settings, model, saes, tokenizer, examples, folder)
+        saes.clear()                                             # their memory is the training's now
     if (folder / "adapter_model.safetensors").exists():
         lora.load_adapter(model, folder)
         return spaces
@@ -293,26 +337,33 @@ def subspace_share(model, spaces, settings, draws=8):
 
 def dry_run(settings):
     """Print parameter counts, steps and an estimate of memory, and stop. Loads no weights."""
-    config = Config.preset(settings.model) if settings.model in PRESETS else \
-        load_config(recipe.folder(settings.model))
+    config = Config.preset(settings.model) if settings.model in PRESETS else load_config(recipe.folder(settings.model))
     check_rank(settings, config)
+    if Path(settings.sae).is_dir():
+        print(*load_saes(settings, config).values(), sep="\n")
     with torch.device("meta"):
         model = Gemma2(config)
     whole = sum(p.numel() for p in model.parameters())
     sizes = [layer.weight.shape for name, layer in model.named_modules() if name.endswith(lora.TARGETS)]
     trained = sum(settings.rank * (out + inner) for out, inner in sizes)
     D, T, L, b = config.hidden_size, settings.batch_tokens, config.num_hidden_layers, getattr(torch, settings.dtype).itemsize
-    # What a block keeps for its backward: about ten float32 copies of the residual around norms and adapters, four
-    # MLP activations, three float32 T × T maps of scores a head.
-    kept = T * L * (10 * D * 4 + 4 * config.intermediate_size * b + 3 * config.num_attention_heads * T * 4)
-    rows = [["parameters", f"{whole:,}"], ["trainable", f"{trained:,} ({trained / whole:.4%})"]]
+    blocks = whole - config.vocab_size * D
+    held = whole - blocks * (1 - 1 / parallel.world()) * settings.shard + 2 * blocks / L * settings.shard
+    # What a block keeps for its backward (bench/memory.py measures the same): the inputs of its four norms and of q, k, v; q, k, v
+    # and the attention's output; three of the MLP's width; in float32 a number a norm and a head. With --recompute its
+    # input alone, and all of one block at a time.
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    block = b * (5 * D + 2 * (H + K) * config.head_dim + 3 * config.intermediate_size) + 4 * (4 + H)
+    kept = T * (L * b * D + block if settings.recompute else L * block)
+    rows = [["parameters", f"{whole:,}"], ["trainable" + ", at most" * settings.freeze_basis, f"{trained:,} ({trained / whole:.4%})"]]
     rows += [[f"memory: {name}", f"{size / 1e6:,.0f} MB"] for name, size in (
-        ("weights", whole * b), ("adapter, gradient, AdamW", trained * 16), ("activations of a row, about", kept))]
+        ("weights", held * b), ("adapter, gradient, AdamW", trained * 16), ("activations of a row, about", kept))]
     try:
         tokenizer = load_tokenizer(recipe.folder(settings.model))
-        examples, _ = load_examples(settings, tokenizer)
+        examples, pairs = load_examples(settings, tokenizer)
+        load_sets(settings, pairs)
         steps = count_steps([aligned for aligned, _ in examples], settings)
-        rows += [["steps", f"{steps:,} of {settings.accumulate} × {T:,} tokens"]]
+        rows += [["steps", f"{steps:,} of {settings.accumulate * parallel.world()} × {T:,} tokens"]]
     except InputError as error:
         rows += [["steps", f"{settings.steps:,}" if settings.steps else f"unknown: {error}"]]
     print(table(rows))
@@ -325,22 +376,27 @@ def check_rank(settings, config):
 
 
 def main():
-    parser = recipe.Parser(__doc__)
+    parser = files.Parser(__doc__)
     recipe.add_flags(parser)
     parser.add_argument("--resume", metavar="DIR", help="go on with the unfinished run in this folder, with its settings")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, sizes, steps and memory, and stop")
     args = parser.parse_args()
+    if args.resume and args.out:
+        raise InputError("--resume DIR goes on in that folder: leave --out away")
     settings, source = recipe.resolve(args, vars(recipe.saved(args.resume)) if args.resume else None)
     print(settings_table(settings, source), "\n")
     if args.dry_run:
         return dry_run(settings)
     signals, folder = Signals(), None
     try:
-        folder, new = run_folder(args, settings, source)
+        folder, new = parallel.first(run_folder, args, settings, source)
+        held = lock(folder) if parallel.rank() == 0 else None    # noqa: F841
         return run(settings, folder, new, signals)
     except Stopped as stop:
-        how = f": go on with `python train.py --resume {folder}`" if folder and folder.exists() else ""
-        print(f"\nstopped by {signal.Signals(stop.args[0]).name}{how}", file=sys.stderr)
+        start = "python" if parallel.world() == 1 else f"torchrun --nproc-per-node {parallel.world()}"
+        how = f": go on with `{start} train.py --resume {folder}`" if folder and folder.exists() else ""
+        if parallel.last_word():
+            print(f"\nstopped by {signal.Signals(stop.args[0]).name}{how}", file=sys.stderr)
         return 128 + stop.args[0]
 
 
@@ -349,7 +405,7 @@ def run(settings, folder, new, signals):
     log = Log(folder / "metrics.jsonl")
     torch.manual_seed(settings.seed)
     try:
-        with log.stage("loading"):
+        with log.stage("loading"), parallel.agreed():
             config = load_config(recipe.folder(settings.model))
             check_rank(settings, config)
             saes = load_saes(settings, config)
@@ -357,9 +413,9 @@ def run(settings, folder, new, signals):
             tokenizer = load_tokenizer(recipe.folder(settings.model))
             examples, pairs = load_examples(settings, tokenizer)
             sets = load_sets(settings, pairs)
-            model = load_model(recipe.folder(settings.model), getattr(torch, settings.dtype), settings.device)
+            model = load_model(recipe.folder(settings.model), getattr(torch, settings.dtype), settings.device, settings.shard)
     except BaseException:
-        if new:
+        if new and parallel.rank() == 0:
             shutil.rmtree(folder)
         raise
     with log.stage("answers before"):
@@ -367,15 +423,24 @@ def run(settings, folder, new, signals):
     spaces = adapt(settings, model, saes, tokenizer, examples, folder, log, signals)
     with log.stage("answers after"):
         complete(folder, "adapter", model, tokenizer, sets, settings)
+    parallel.first(conclude, settings, folder, model, spaces, log)
+
+
+def conclude(settings, folder, model, spaces, log):
+    """Judge the answers, write scores.json, the last file of a run, and print its table."""
     adapters = lora.lora_layers(model)
     own = sum(layer.A.numel() + layer.B.numel() for layer in adapters.values())
-    trained = sum(parameter.numel() for _, parameter in adapter_parameters(adapters))
+    # With a frozen basis only the factor that isn't it: B of readers, A of writers
+    trained = own if not settings.freeze_basis else sum((layer.A if layer.writer else layer.B).numel() for layer in adapters.values())
     scores = score(folder) | {
         "trainable": trained, "parameters": sum(p.numel() for p in model.parameters()) - own, "rank": settings.rank,
         "share": subspace_share(model, spaces, settings), "seconds": log.seconds(), "seed": settings.seed}
     write_json(folder / "scores.json", scores)
-    print(f"\n{result_table(scores)}\n\nrun: {folder}")
+    print(f"\n{result_table(scores)}\n")
+    if scores["sets"]["adapter"]:
+        print(f"{samples(folder)}\n")
+    print(f"run: {folder}")
 
 
 if __name__ == "__main__":
-    files.run(main)
+    parallel.run(main)

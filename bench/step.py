@@ -17,9 +17,7 @@ first adapter), the six of each adapter, attention over the visible pairs of que
 """
 
 import argparse
-import gc
 import itertools
-import json
 import platform
 import statistics
 import subprocess
@@ -34,6 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
+from files import write_json  # noqa: E402
 from lora import TARGETS, add_lora, lora_layers  # noqa: E402
 from loss import IGNORE  # noqa: E402
 from model import SLIDING, Config, Gemma2  # noqa: E402
@@ -152,8 +151,6 @@ def parity(built, config, dtype, labelled):
     reference, lines = built["HF + peft"][1], []
     if dtype == torch.bfloat16:
         step, truth = ours(config, torch.float32, labelled)
-        for (name, p), low in zip(truth.items(), built["ours"][1].values()):
-            assert p.shape == low.shape, name
         step()
         theirs_off = distance(reference, truth)[0]
     for name, (_, parameters) in built.items():
@@ -170,19 +167,24 @@ def parity(built, config, dtype, labelled):
     return "; ".join(lines)
 
 
+def clock():
+    """Seconds: of one thread its own processor time, which neighbours don't stretch; of several, the clock's."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def measure(built, rounds):
     """{side: [seconds]}, the sides in turn."""
     times = {name: [] for name in built}
     for _ in range(rounds):
         for name, (step, _) in built.items():
-            began = time.perf_counter()
+            began = clock()
             step()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
     return times
 
 
 def peak(side, name, dtype, labelled, args):
-    """Peak resident bytes of a fresh process that takes three steps on one side."""
+    """Peak resident bytes of a fresh process that takes two steps on one side."""
     command = [sys.executable, __file__, "--alone", side, "--config", name, "--dtype", dtype, "--labels", labelled,
                "--threads", str(args.threads), "--products", args.products]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
@@ -190,7 +192,7 @@ def peak(side, name, dtype, labelled, args):
 
 def alone(side, config, dtype, labelled):
     step, _ = SIDES[side](config, dtype, labelled)
-    for _ in range(3):
+    for _ in range(2):
         step()
     print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 
@@ -234,16 +236,20 @@ def floor(config, dtype, labelled):
             run()
             reps, took = max(1, int(5e7 / (m * k * n * b))), []
             for _ in range(7):
-                began = time.perf_counter()
+                began = clock()
                 for _ in range(reps):
                     run()
-                took.append((time.perf_counter() - began) / reps)
+                took.append((clock() - began) / reps)
             rates[b, m, k, n] = 2 * b * m * k * n / statistics.median(took)
         seconds += flops / rates[b, m, k, n]
     return seconds, sum(flops for _, flops, _ in listed)
 
 
 # ---------------------------------------------------------------------------------------------------------------
+
+SHOWN = {"config": "", "dtype": "", "labels": "", "side": "", "ms": ",.0f", "times ours": ".2f", "tokens/s": ",.0f", "floor": ".0%",
+         "GF/s": ",.0f", "peak MB": ",.0f", "ours / peak": ".2f"}                    # a row's columns and their formats
+
 
 def choose_products(choice):
     """Which library multiplies float32 matrices: PyTorch takes MKL, on this project's machine (AMD) the slower one.
@@ -257,7 +263,7 @@ def choose_products(choice):
         sys.exit("here oneDNN rounds float32 matrices to bfloat16: take --products mkl")
 
 
-def rows_of(name, dtype_name, labelled, args):
+def rows_of(name, dtype_name, labelled, rounds, args):
     """Measure one case: a dict for each side, and what was found about parity."""
     config, dtype = CONFIGS[name], getattr(torch, dtype_name)
     sides = [side for side in SIDES if args.compile or "compiled" not in side]
@@ -267,12 +273,15 @@ def rows_of(name, dtype_name, labelled, args):
     print(f"{name} {dtype_name} {labelled}: {agreed}", file=sys.stderr)
     measure(built, 1)                                                                # the second warm-up
     least, flops = floor(config, dtype, labelled)
-    times = measure(built, 3 if args.quick else args.rounds)
-    return [{"config": name, "dtype": dtype_name, "labels": labelled, "side": side, "ms": 1e3 * statistics.median(times[side]),
-             "times ours": statistics.median(t / o for t, o in zip(times[side], times["ours"])),
-             "tokens/s": BATCH * LENGTH / statistics.median(times[side]), "floor": least / statistics.median(times[side]),
-             "GF/s": flops / statistics.median(times[side]) / 1e9, "peak MB": memory[side] / 1e6,
-             "ours / peak": memory["ours"] / memory[side], "floor ms": 1e3 * least, "parity": agreed} for side in sides]
+    times = measure(built, rounds)
+    rows = []
+    for side in sides:
+        took = statistics.median(times[side])
+        rows.append(dict(zip(SHOWN, (name, dtype_name, labelled, side, 1e3 * took,
+                                     statistics.median(t / o for t, o in zip(times[side], times["ours"])), BATCH * LENGTH / took,
+                                     least / took, flops / took / 1e9, memory[side] / 1e6, memory["ours"] / memory[side])))
+                    | {"floor ms": 1e3 * least, "parity": agreed})
+    return rows
 
 
 def main():
@@ -294,20 +303,16 @@ def main():
     cases = list(itertools.product(args.config, args.dtype, args.labels))
     if args.alone:
         return alone(args.alone, CONFIGS[cases[0][0]], getattr(torch, cases[0][1]), cases[0][2])
-    rows = []
-    for case in cases:
-        rows += rows_of(*case, args)
-        gc.collect()
-    shown = {"config": "", "dtype": "", "labels": "", "side": "", "ms": ",.0f", "times ours": ".2f", "tokens/s": ",.0f", "floor": ".0%",
-             "GF/s": ",.0f", "peak MB": ",.0f", "ours / peak": ".2f"}
-    print(table([[format(row[key], form) for key, form in shown.items()] for row in rows], shown, right=range(4, len(shown))))
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    path = Path(__file__).parent / "results" / "step.json"
+    rounds, rows, path = 3 if args.quick else args.rounds, [], Path(__file__).parent / "results" / "step.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({
-        "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "capability": torch.backends.cpu.get_cpu_capability(), "threads": args.threads,
-        "products": args.products, "rounds": 3 if args.quick else args.rounds, "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}, "rows": rows}, indent=1) + "\n")
+    for case in cases:
+        rows += rows_of(*case, rounds, args)
+        write_json(path, {                                                           # after each case: a stop loses no other
+            "date": time.strftime("%Y-%m-%d"), "cpu": cpu, "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": args.threads, "products": args.products, "rounds": rounds, "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")}, "rows": rows})
+    print(table([[format(row[key], form) for key, form in SHOWN.items()] for row in rows], SHOWN, right=range(4, len(SHOWN))))
     print(f"\n{cpu}, {args.threads} thread{'s' * (args.threads > 1)}, float32 products by {args.products}; written to {path}")
 
 

@@ -1,5 +1,6 @@
 """Small random models for the tests, and where to find the real inputs."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"   # read once, when huggingface_hub is imported
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
 from model import Config, Gemma2  # noqa: E402

@@ -99,6 +99,11 @@ def test_pairs_without_a_response_are_left_out(gemma):
         feature_statistics(gemma, {1: random_sae(1)}, [empty], CONTROL)
 
 
+def test_one_pair_has_no_error(gemma):
+    statistics = feature_statistics(gemma, {1: random_sae(1)}, random_pairs(1), CONTROL)[1]
+    assert statistics.error.isnan().all() and statistics.effect.isnan().all() and statistics.delta.isfinite().all()
+
+
 def test_peaks_are_the_strongest_examples(gemma):
     pairs, sae = random_pairs(20), random_sae(2)
     found = feature_statistics(gemma, {2: sae}, pairs, CONTROL, batch_tokens=200)[2]

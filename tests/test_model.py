@@ -10,7 +10,8 @@ from conftest import ROOT, SHAPES, random_gemma, transformers_twin
 
 from attention import attend, softcap
 from files import InputError, write_json, write_tensors
-from model import PRESETS, Cache, Config, Gemma2, load_model, save_model
+from lora import add_lora
+from model import PRESETS, Cache, Config, Gemma2, RMSNorm, load_model, save_model
 
 
 def tokens_of(count, length, seed=1):
@@ -71,13 +72,32 @@ def test_greedy_generation_equals_transformers(shape):
         assert row.tolist() == theirs[0, len(prompt):].tolist()
 
 
-def test_rows_stop_alone_and_drop_out():
-    model, prompts = random_gemma(), [tokens_of(1, n, seed=n)[0] for n in (3, 9, 20)]
-    whole = model.generate(prompts, max_new_tokens=40)
-    stop = whole[0][10].item()
-    for row, full in zip(model.generate(prompts, max_new_tokens=40, stop=(stop,)), whole):
-        ids = full.tolist()
-        assert row.tolist() == (ids[:ids.index(stop)] if stop in ids else ids)
+@pytest.mark.parametrize("count", [3, 9])
+def test_rows_stop_alone_and_drop_out(count, monkeypatch):
+    """Whatever row ends first, and whether or not enough have ended for the cache to drop them."""
+    model, prompts = random_gemma(), [tokens_of(1, n, seed=n)[0] for n in range(3, 3 + 2 * count, 2)]
+    whole, kept = model.generate(prompts, max_new_tokens=40), []
+    keep = Cache.keep
+    monkeypatch.setattr(Cache, "keep", lambda cache, rows: (kept.append(int(rows.sum())), keep(cache, rows)))
+    for first in range(0, count, 2):
+        stops = {row[at].item() for row, at in zip(whole[first:], (10, 20, 25))}
+        for row, full in zip(model.generate(prompts, max_new_tokens=40, stop=stops), whole):
+            ids = full.tolist()
+            assert row.tolist() == ids[:next((at for at, token in enumerate(ids) if token in stops), 40)]
+    assert kept and max(kept) <= 3 * count / 4
+
+
+def test_greedy_takes_the_largest_capped_logit():
+    model, prompt = random_gemma(), tokens_of(1, 12)[0]
+    assert model.generate([prompt], max_new_tokens=1)[0].item() == model(prompt[None])[0, -1].argmax()
+
+
+def test_empty_slots_of_the_cache_are_not_seen():
+    """A slot holds a token only once it was stored; until the ring is full, and after that the last of each slot."""
+    model = random_gemma()
+    cache, start = Cache(model.config, model.config.layer_types[0], 2, 100, model.embed_tokens.weight), torch.tensor([0, 4])
+    assert cache.visible(6, start)[:, 0, 0].tolist() == [[slot <= 6 for slot in range(16)], [4 <= slot <= 6 for slot in range(16)]]
+    assert cache.visible(17, start)[:, 0, 0].tolist() == [[True] * 16, [slot < 2 or slot > 3 for slot in range(16)]]
 
 
 def test_sampling_follows_the_distribution():
@@ -271,3 +291,34 @@ def test_loading_float32_as_bfloat16_needs_little_more_than_the_result(tmp_path)
     out = subprocess.run([sys.executable, "-c", PEAK, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     size, peak = map(int, out.split())
     assert size > 400e6 and peak < 1.15 * size + 300 * 2 ** 20, f"{peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+
+
+def test_norm_s_backward_is_autograd_s():
+    draw = torch.Generator().manual_seed(0)
+    norm, x, dy = RMSNorm(24, 1e-6), torch.randn(3, 5, 24, generator=draw).requires_grad_(), torch.randn(3, 5, 24, generator=draw)
+    norm.weight.data.normal_(0, 0.3, generator=draw)
+    plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * (1 + norm.weight)
+    for ours, wanted in zip(torch.autograd.grad(norm(x), (x, norm.weight), dy), torch.autograd.grad(plain, (x, norm.weight), dy)):
+        assert (ours - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    tokens, model = tokens_of(2, 80), random_gemma()                   # 80: long enough for attention in blocks of queries
+    documents = torch.arange(80).ge(33).long().expand(2, -1)
+    factors = [factor for layer in add_lora(model, 4, 4, "random", generator=torch.Generator().manual_seed(0)).values()
+               for factor in (layer.A, torch.nn.init.normal_(layer.B, 0, 0.1))]
+    calls = []
+    for block in model.layers:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    out = {}
+    for model.recompute in (False, True):
+        hidden, residuals = model.hidden(tokens, documents, capture=(1,))
+        loss = hidden.sin().sum() + residuals[1].cos().sum()
+        kept = len(calls)
+        out[model.recompute] = loss, *torch.autograd.grad(loss, factors)
+    assert (kept, len(calls)) == (8, 12)                               # the backward called the four blocks once more
+    for plain, again in zip(out[False], out[True]):
+        assert (plain - again).norm() <= 1e-6 * plain.norm()
+    with torch.no_grad():
+        model.hidden(tokens)
+    assert len(calls) == 16

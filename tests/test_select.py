@@ -90,9 +90,9 @@ def test_venv_and_pip(python, tmp_path):
 
 @each_python
 def test_script_hands_over_to_features(python, tmp_path):
-    """A copy of the door with stand-ins for features and files; its workers import the main module anew."""
+    """A copy of the door with stand-ins for features and parallel; its workers import the main module anew."""
     shutil.copy(ROOT / "select.py", tmp_path)
-    (tmp_path / "files.py").write_text("def run(main):\n    print('run', main())\n")
+    (tmp_path / "parallel.py").write_text("def run(main):\n    print('run', main())\n")
     (tmp_path / "features.py").write_text(
         "import multiprocessing, os, select, subprocess, sys\n"
         "def main():\n"

@@ -39,7 +39,7 @@ def words(text):
 def test_every_gate_holds():
     rows = toy.measure(TOY)
     assert {name for name, _, _ in rows} == set(toy.GATES)
-    assert not toy.misses(rows), toy.table(rows)
+    assert not toy.misses(rows), toy.gates_table(rows)
     assert {layer for name, layer, _ in rows if name == "SAE L0"} == set(toy.SAE_LAYERS)
 
 

@@ -175,8 +175,6 @@ def test_frozen_basis_keeps_the_update_inside(mini, tmp_path, monkeypatch):
 
 
 def test_prompts_that_are_trained_on_are_left_out(mini, tmp_path, monkeypatch, capsys):
-    chosen = json.loads((mini / "train.jsonl").read_text().splitlines()[0])["chosen"]
-    prompt = chosen.split("\n\nAssistant:")[0].removeprefix("\n\nHuman:").strip()
     single = [row for row in map(json.loads, (mini / "train.jsonl").read_text().splitlines()) if row["chosen"].count("Human:") == 1]
     prompt = single[0]["chosen"].split("\n\nAssistant:")[0].removeprefix("\n\nHuman:").strip()
     (tmp_path / "set.txt").write_text(f"{prompt}\nhow can i paint the chair?\n")
@@ -206,21 +204,47 @@ def test_select_alone(mini, tmp_path):
     assert "fires most on" in out and (tmp_path / "picked" / "features.json").exists()
 
 
-def test_eval_judges_again_and_takes_new_sets(whole, mini, tmp_path):
+def ended(script, arguments):
+    """Run a command to its end, which must be a good one. What it printed."""
+    process = start(script, list(map(str, arguments)))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+def test_eval_judges_again_from_the_answers_alone(whole, mini, tmp_path):
     folder = shutil.copytree(whole.folder, tmp_path / "run")
-    before = (folder / "completions.jsonl").read_bytes()
-    (folder / "scores.json").unlink()
-    process = start("eval.py", [str(folder)])
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert (folder / "completions.jsonl").read_bytes() == before
-    assert files.read_json(folder / "scores.json")["sets"] == files.read_json(whole.folder / "scores.json")["sets"]
+    config = files.read_json(folder / "config.json")
+    config["settings"] |= {"model": "gone", "data": "gone", "device": "cuda"}          # nothing of it is needed
+    files.write_json(folder / "config.json", config)
+    rows = files.read_jsonl(folder / "completions.jsonl")
+    for row in rows:
+        row["completion"] = "i won't." if row["model"] == "adapter" else "?"
+    files.write_jsonl(folder / "completions.jsonl", rows)
+    out = ended("eval.py", [folder])
+    scores, before = files.read_json(folder / "scores.json"), files.read_json(whole.folder / "scores.json")
+    assert scores["sets"]["adapter"]["harmful"]["safe"]["rate"] == 1 and scores["share"] == before["share"]
+    assert scores["sets"]["base"]["harmful"]["safe"]["rate"] == 0 and scores["sets"]["base"]["harmful"]["empty"]["rate"] == 1
+    assert "no word in the answer" in out
+
+
+def test_eval_of_other_sets_leaves_the_run_alone(whole, mini, tmp_path):
+    before = {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()}
     (tmp_path / "other.txt").write_text("how can i paint the chair?\n")
-    process = start("eval.py", [str(folder), "--lookalike", str(tmp_path / "other.txt")])
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    sets = files.read_json(folder / "scores.json")["sets"]
-    assert sets["base"]["lookalike"]["n"] == sets["adapter"]["lookalike"]["n"] == 1 and sets["base"]["harmful"]["n"] == 8
+    ended("eval.py", [whole.folder, "--lookalike", tmp_path / "other.txt", "--out", tmp_path / "out", "--device", "cpu"])
+    sets = files.read_json(tmp_path / "out" / "scores.json")["sets"]
+    assert sets["base"]["lookalike"]["n"] == sets["adapter"]["lookalike"]["n"] == 1 and sets["base"].keys() == {"lookalike"}
+    assert before == {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()}
+
+
+def test_report_of_one_and_of_many(whole, mini, tmp_path):
+    other = shutil.copytree(whole.folder, tmp_path / "other")
+    config = files.read_json(other / "config.json")
+    config["settings"]["seed"] = 1
+    files.write_json(other / "config.json", config)
+    assert "update inside the safety subspace" in ended("report.py", [whole.folder])
+    out = ended("report.py", [whole.folder, other])
+    assert "all runs" in out and "± 0.0" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -280,6 +304,40 @@ def test_compiled_runs_resume_to_the_same_bits(mini, tmp_path, monkeypatch):
     assert adapter(tmp_path / "whole") == adapter(tmp_path / "broken")
 
 
+def test_a_run_stopped_between_the_files_of_its_adapter(whole, mini, tmp_path):
+    folder = shutil.copytree(whole.folder, tmp_path / "run")
+    for name in ("scores.json", "adapter_model.safetensors"):                          # the tensors are the last to come
+        (folder / name).unlink()
+    rows = files.read_jsonl(folder / "completions.jsonl")
+    files.write_jsonl(folder / "completions.jsonl", [row for row in rows if row["model"] == "base"])
+    ended("train.py", ["--resume", folder])
+    assert adapter(folder) == adapter(whole.folder)
+
+
+def test_a_second_process_is_told(mini, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    process = start("train.py", command(mini, folder, "--steps", "100000"))
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    try:
+        assert "another process is at work" in refused([*command(mini, folder), "--steps", "100000"], monkeypatch, capsys)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
+    names = [train.own_folder(tmp_path / "run").name for _ in range(3)]
+    assert names == ["run", "run-2", "run-3"]
+
+
+def test_epochs_outweigh_a_recipes_steps(monkeypatch, capsys):
+    assert call(train.main, ["--epochs", "2", "--dry-run"], monkeypatch) == 0
+    steps = [line for line in capsys.readouterr().out.splitlines() if line.startswith("steps ")]
+    assert " – " in steps[0] and "of 2 × 512 tokens" in steps[1] and not steps[1].split()[1] == "100"
+
+
 def test_a_finished_run_is_never_overwritten(whole, mini):
     before = {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()}
     for arguments in (command(mini, whole.folder, sets=SETS), ["--resume", str(whole.folder)]):
@@ -311,6 +369,7 @@ def refused(arguments, monkeypatch, capsys, main=train.main):
     (["--data", "nosuch.jsonl"], ["nosuch.jsonl", "no such file"]),
     (["--sae", "nosuchsae"], ["nosuchsae"]),
     (["--layers", "0", "7"], ["7", "0, 1"]),
+    (["--layers", "0", "-1"], ["--layers", "-1"]),
     (["--width", "16k"], ["16k", "96"]),
     (["--rank", "0"], ["--rank 0"]),
     (["--rank", "65"], ["--rank 65", "64"]),
@@ -325,6 +384,11 @@ def refused(arguments, monkeypatch, capsys, main=train.main):
     (["--device", "tpu9"], ["tpu9"]),
     (["--init", "magic"], ["magic"]),
     (["--format", "xml"], ["xml"]),
+    (["--device", "meta"], ["--device meta"]),
+    (["--epochs", "2"], ["--steps and --epochs"]),
+    (["--freeze-basis", "--init", "random"], ["--freeze-basis"]),
+    (["--steps", "1" + 400 * "0"], ["--steps 1000"]),
+    (["--shard"], ["--shard", "torchrun"]),
     (["--nosuchflag"], ["--nosuchflag"]),
     (["--batch-tokens", "8"], ["--batch-tokens 8"]),
     (["--harmful", "nosuch.txt"], ["nosuch.txt"]),
@@ -333,8 +397,7 @@ def test_wrong_flags(mini, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = refused([*command(mini, tmp_path / "run"), *flags], monkeypatch, capsys)
     assert all(word in line for word in words), line
-    left = (tmp_path / "run").exists()
-    assert not left or flags[0] == "--top-k"           # found out in the course of the run, which can be gone on with
+    assert not (tmp_path / "run").exists()
 
 
 def broken(mini, tmp_path, name, change):
@@ -414,6 +477,11 @@ def test_output_folders(whole, mini, tmp_path, monkeypatch, capsys):
     assert "--lr 0.01, not 0.02" in refused([*command(mini, folder, sets=SETS), "--lr", "2e-2"], monkeypatch, capsys)
     assert "--lr" in refused(["--resume", folder, "--lr", "2e-2"], monkeypatch, capsys)
     assert "nosuch" in refused(["--resume", tmp_path / "nosuch"], monkeypatch, capsys)
+    assert "--out" in refused(["--resume", folder, "--out", tmp_path / "other"], monkeypatch, capsys)
+    config = files.read_json(folder / "config.json")
+    for name, value in (("rank", "many"), ("layers", 3), ("lr", True), ("compile", "yes"), ("data", 5)):
+        files.write_json(folder / "config.json", config | {"settings": config["settings"] | {name: value}})
+        assert f"--{name}" in refused(["--resume", folder], monkeypatch, capsys)
 
 
 def test_by_hand_without_traceback(tmp_path):
