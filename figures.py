@@ -94,7 +94,7 @@ def answer(model, tokenizer, prompts, max_new_tokens=64, batch_size=32, format="
             for i, new in zip(batch, out):
                 texts[i] = tokenizer.decode(new.tolist())
             bar.update(len(batch))
-    texts = {i: text for share in parallel.gather(texts) for i, text in share.items()}
+    texts = {i: text for share in parallel.gather(list(texts.items())) for i, text in share}
     return [texts[i] for i in range(len(ids))]
 
 

@@ -16,6 +16,7 @@ waits for it fails at once on a CPU. The first one to know why says it, the othe
 """
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -119,12 +120,13 @@ def mine(items):
 
 @_all
 def gather(value):
-    """The values of all processes, a list by rank. Small ones: they are pickled."""
+    """The values of all processes, a list by rank: what JSON can say, and paths as text. (PyTorch's own would pickle.)"""
     if world() == 1:
         return [value]
-    values = [None] * world()
-    dist.all_gather_object(values, value)
-    return values
+    text = torch.frombuffer(bytearray(json.dumps(value, default=str).encode()), dtype=torch.uint8)
+    size = largest(len(text))
+    padded = torch.nn.functional.pad(text, (0, size - len(text)), value=ord(" "))
+    return [json.loads(bytes(part.tolist())) for part in gather_tensors(padded)]
 
 
 @_all
@@ -147,8 +149,8 @@ def agreed():
         yield
     except (InputError, OSError) as found:
         error = found
-    if errors := [other for other in gather(error) if other]:
-        raise error or errors[0]
+    if errors := [other for other in gather(str(error) if error else None) if other]:
+        raise error or InputError(errors[0])
 
 
 def first(action, *arguments):

@@ -390,6 +390,7 @@ def main():
     signals, folder = Signals(), None
     try:
         folder, new = parallel.first(run_folder, args, settings, source)
+        folder = Path(folder)
         held = lock(folder) if parallel.rank() == 0 else None    # noqa: F841
         return run(settings, folder, new, signals)
     except Stopped as stop:
