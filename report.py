@@ -64,15 +64,17 @@ def result_table(scores):
     return table(rows, ["share of answers, 95 % interval", "base", "adapter", "n"], right=(3,))
 
 
-def samples(folder, most=3):
-    """A few of a run's judged answers, base beside adapter; the first prompts of its first sets."""
+def samples(folder):
+    """Of each set of a run the first prompt whose verdict has changed, with both answers; the first one if none has."""
     rows = files.read_jsonl(Path(folder) / "judged.jsonl")
     after = {(row["set"], row["line"]): row for row in rows if row["model"] == "adapter"}
-    firsts = {row["set"]: row for row in reversed(rows) if row["model"] == "base"}
+    pairs = [(row, after[row["set"], row["line"]]) for row in rows if row["model"] == "base"]
     lines = []
-    for base in [firsts[name] for name in recipe.SETS if name in firsts][:most]:
-        lines.append(f"{base['set']}: {_short(base['prompt'])}")
-        lines += [f"  {row['model']:7}  {row['verdict']:7}  {_short(row['completion'])}" for row in (base, after[base["set"], base["line"]])]
+    for name in recipe.SETS:
+        here = sorted((pair for pair in pairs if pair[0]["set"] == name), key=lambda pair: pair[0]["verdict"] == pair[1]["verdict"])
+        for base, adapter in here[:1]:
+            lines.append(f"{name}: {_short(base['prompt'])}")
+            lines += [f"  {row['model']:7}  {row['verdict']:7}  {_short(row['completion'])}" for row in (base, adapter)]
     return "\n".join(lines)
 
 
