@@ -60,6 +60,8 @@ def result_table(scores):
     if "trainable" in scores:
         rows.append(["trainable parameters", None, f"{scores['trainable']:,} of {scores['parameters']:,} "
                      f"({scores['trainable'] / scores['parameters']:.4%})", None])
+    if "peak_bytes" in scores:
+        rows.append(["peak memory", None, f"{scores['peak_bytes'] / 1e6:,.0f} MB", None])
     rows += [[f"seconds: {stage}", None, f"{seconds:6.1f}", None] for stage, seconds in scores.get("seconds", {}).items()]
     return table(rows, ["share of answers, 95 % interval", "base", "adapter", "n"], right=(3,))
 

@@ -18,6 +18,7 @@ import json
 import math
 import platform
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -435,7 +436,9 @@ def conclude(settings, folder, model, spaces, log):
     trained = own if not settings.freeze_basis else sum((layer.A if layer.writer else layer.B).numel() for layer in adapters.values())
     scores = score(folder) | {
         "trainable": trained, "parameters": sum(p.numel() for p in model.parameters()) - own, "rank": settings.rank,
-        "share": subspace_share(model, spaces, settings), "seconds": log.seconds(), "seed": settings.seed}
+        "share": subspace_share(model, spaces, settings), "seconds": log.seconds(), "seed": settings.seed,
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else
+                      1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}     # on a CPU of the whole process
     write_json(folder / "scores.json", scores)
     print(f"\n{result_table(scores)}\n")
     if scores["sets"]["adapter"]:
