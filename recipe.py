@@ -218,13 +218,17 @@ LIMITS = {  # smallest and largest value that makes sense
     "epochs": (1e-6, 1e6), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (0, 1e9), "weight_decay": (0, 1e3),
     "batch_tokens": (2, 1 << 24), "accumulate": (1, 1 << 20), "save_every": (1, 1e12), "max_new_tokens": (1, 8192),
     "eval_prompts": (0, 1e12), "eval_batch": (1, 1 << 20), "seed": (0, 2**63 - 1)}
+FRACTIONS = ("tau", "alpha", "epochs", "lr", "warmup", "clip", "weight_decay")
 SWITCHES = ("norm_aware", "freeze_basis", "compile", "shard", "recompute")
 
 
 def _check(values):
     for name, value in values.items():                          # of the wrong kind: out of an edited config.json
-        kind = (int, float) if name in (*LIMITS, "l0") else bool if name in SWITCHES else list if name == "layers" else str
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool) and kind is not bool):
+        kind = (int, float) if name in FRACTIONS else int if name in (*LIMITS, "l0") else bool if name in SWITCHES else \
+            list if name == "layers" else str
+        if value is None and name in ("l0", "steps", *SETS):
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
             raise InputError(f"--{name.replace('_', '-')} {value!r} is of the wrong kind")
     if not all(isinstance(layer, int) and 0 <= layer < 1000 for layer in values["layers"]):
         raise InputError(f"--layers {values['layers']}: give numbers of blocks, from 0")

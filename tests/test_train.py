@@ -479,7 +479,7 @@ def test_output_folders(whole, mini, tmp_path, monkeypatch, capsys):
     assert "nosuch" in refused(["--resume", tmp_path / "nosuch"], monkeypatch, capsys)
     assert "--out" in refused(["--resume", folder, "--out", tmp_path / "other"], monkeypatch, capsys)
     config = files.read_json(folder / "config.json")
-    for name, value in (("rank", "many"), ("layers", 3), ("lr", True), ("compile", "yes"), ("data", 5)):
+    for name, value in (("rank", "many"), ("rank", None), ("rank", 8.5), ("layers", 3), ("layers", ["1"]), ("lr", True), ("compile", "yes"), ("data", 5)):
         files.write_json(folder / "config.json", config | {"settings": config["settings"] | {name: value}})
         assert f"--{name}" in refused(["--resume", folder], monkeypatch, capsys)
 
