@@ -74,7 +74,6 @@ def add_flags(parser, train=True):
     flag(group, "top-k", "features kept of each SAE layer", type=int, metavar="K")
     flag(group, "tau", "share of the squared singular values of the chosen decoder rows that the subspace keeps, at most "
          "--rank directions", type=float, metavar="T")
-    flag(group, "norm-aware", "map directions through Gemma-2's norm gains on their way into the adapter", **on)
     flag(group, "rank", "rank of the adapters on q, k, v, o of every layer", type=int, metavar="R")
     flag(group, "batch-tokens", "tokens of one packed row, the longest example too; in selection, of one batch", type=int, metavar="N")
     if train:
@@ -82,6 +81,7 @@ def add_flags(parser, train=True):
         flag(group, "alpha", "the update is alpha/rank · B·A (default: the rank, so that the scale is 1)", type=float, metavar="α")
         flag(group, "init", "how A and B begin; sails: in the safety subspace, random: LoRA's own, orthonormal: a random basis",
              choices=tuple(INITS))
+        flag(group, "norm-aware", "map directions through Gemma-2's norm gains on their way into the adapter", **on)
         flag(group, "freeze-basis", "train only the factor that isn't the basis: the update can't leave the subspace", **on)
 
         group = parser.add_argument_group("training")
@@ -110,8 +110,8 @@ def add_flags(parser, train=True):
         flag(group, "compile", "torch.compile the forward and backward; needs a C++ compiler and Python.h", **on)
         flag(group, "recompute", "run each block again in the backward instead of keeping what it needs: the activations of one "
              "block at a time, for about a third more time", **on)
-    group.add_argument("--out", help="the run's folder (default runs/TIME-MODEL); an unfinished run of the same "
-                       "settings in it goes on", metavar="DIR")
+    group.add_argument("--out", metavar="DIR", help="the run's folder (default runs/TIME-MODEL); an unfinished run of the same settings "
+                       "in it goes on" if train else "a new folder (default runs/TIME-select-MODEL)")
 
 
 def resolve(args, saved=None):
