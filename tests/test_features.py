@@ -122,6 +122,9 @@ def test_peaks_are_the_strongest_examples(gemma):
         strongest = peaks.of(feature)
         assert [row[1:] for row in strongest] == [row[1:] for row in wanted] and len(wanted) == 5
         assert strongest[0][0] == pytest.approx(wanted[0][0], rel=1e-4)
+        for number, side in enumerate(("aligned", "unaligned")):        # all five of each side, the weakest too
+            top = sorted((row[0] for row in best if row[1] == side), reverse=True)[:5]
+            assert sorted(peaks.value[number, :, feature].tolist(), reverse=True) == pytest.approx(top, rel=1e-4)
 
 
 MEMORY = """
