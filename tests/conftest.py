@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
 from model import Config, Gemma2  # noqa: E402
 
+hypothesis.settings.register_profile("same each time", derandomize=True)
+hypothesis.settings.load_profile("same each time")
 SHARED = ROOT.parent / "shared" / "data"
 TOY = ROOT / "toy"
 SHAPES = [  # heads, key-value heads, head_dim, hidden_size, query_pre_attn_scalar; the last two as odd as the 27b's

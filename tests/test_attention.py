@@ -57,7 +57,11 @@ def check(inputs, bound=1e-5):
     tensors, low, grad = inputs
     ours, plain = results(spans, tensors, low, grad), results(attend, tensors, span_mask(low), grad)
     assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in zip(ours, plain))
-    assert max(distance(ours, plain)) < bound, distance(ours, plain)
+    # Held to the plain form in float64. Where P is all but one-hot, dQ and dK are differences of nearly equal numbers, and the
+    # plain form in float32 is itself further off than the bound: there three times its distance will do.
+    truth = results(attend, [x.detach().double().requires_grad_() for x in tensors], span_mask(low), grad.double())
+    for mine, theirs in zip(distance(ours, truth), distance(plain, truth)):
+        assert mine < max(bound, 3 * theirs), (distance(ours, truth), distance(plain, truth))
 
 
 # ---------------------------------------------------------------------------------------------------------------
