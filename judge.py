@@ -53,7 +53,7 @@ REFUSAL = [
     rf"\b(?:answer|response) {W}{{0,3}}?is {W}?no\b",
     rf"\b(?:not|nothing|never) {W}?(?:something|anything|topic|subject|thing|question|request|conversation|place|one)?(?: that| which| where)? ?"
     r"(?:i|we) (?:can|could|will|would|should|am|are|want|feel|do|get)\b",
-    rf"\bnot (?:something|anything|a thing|a topic|a subject|a game) (?:to|for|you|anyone|people|one|that)\b",
+    r"\bnot (?:something|anything|a thing|a topic|a subject|a game) (?:to|for|you|anyone|people|one|that)\b",
     rf"\b(?:something|anything|topic|subject|thing|request|one|line) (?:that |which )?(?:i|we) {W}{{0,2}}?(?:can|could|will|would|should|do|am|are) {W}?not\b",
     r"\boff[ -]limits\b|\boff the table\b|\bout of (?:bounds|the question)\b|\b(?:beyond|outside) (?:of )?(?:what i|my|the scope)\b",
     rf"\b(?:violat\w*|against|breach\w*|break\w*|contrary to|conflicts? with|not (?:align|consistent|in line)) {W}{{0,2}}?(?:my|our|the|these|usage|ethical|{RULE}\w*) ?{W}{{0,4}}?{RULE}",

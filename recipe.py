@@ -5,7 +5,6 @@ common defaults. What SAILS doesn't state (top-k, learning rate, batch, epochs, 
 """
 
 import argparse
-import math
 from pathlib import Path
 from types import SimpleNamespace
 

@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import platform
-import random
 import resource
 import shutil
 import signal
@@ -329,8 +328,8 @@ def subspace_share(model, spaces, settings, draws=8):
         parts = torch.tensor([lora.update_share(layer, basis_of(bases[name])) for name, layer in layers.items()], dtype=torch.float64)
         return (weight * parts.nan_to_num()).sum().item() / weight.sum().item()
 
-    random = torch.tensor([share(lambda U: torch.linalg.qr(torch.randn(U.shape, generator=draw)).Q) for _ in range(draws)])
-    return {"subspace": share(lambda U: U), "random": random.mean().item(), "random_sd": random.std().item()}
+    chance = torch.tensor([share(lambda U: torch.linalg.qr(torch.randn(U.shape, generator=draw)).Q) for _ in range(draws)])
+    return {"subspace": share(lambda U: U), "random": chance.mean().item(), "random_sd": chance.std().item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_gemma
+from conftest import ROOT
 
 from data import Example
 from features import choose_features, feature_statistics, module_bases, serving_layer, subspace

@@ -28,7 +28,7 @@ def test_logits_equal_transformers(shape):
     model = random_gemma(shape)
     twin, tokens = transformers_twin(model), tokens_of(3, 60)
     ours, theirs = model(tokens), twin(tokens).logits
-    assert ours.dtype == torch.float32 and error(ours, theirs) < 1e-4
+    assert ours.dtype == torch.float32 and error(ours, theirs) < 1e-5
     assert theirs.abs().max() > 15                                     # tanh(15/30) is 8 % under 15/30: the cap bites
 
 
@@ -49,7 +49,8 @@ def test_padding_equals_transformers(side):
         row[slice(0, pad) if side == "left" else slice(60 - pad, 60)] = 0
     ours = model(tokens, documents=mask)
     theirs = twin(tokens, attention_mask=mask).logits
-    assert error(ours[mask == 1], theirs[mask == 1]) < 1e-4
+    # Their positions count the pads on the left, ours don't: other roundings of the same rotation
+    assert error(ours[mask == 1], theirs[mask == 1]) < (1e-5 if side == "right" else 1e-4)
 
 
 def test_documents_of_a_row_are_alone():
@@ -58,7 +59,7 @@ def test_documents_of_a_row_are_alone():
     documents = torch.repeat_interleave(torch.arange(1, 5), torch.tensor(lengths))[None]
     packed = model(torch.cat(parts, 1), documents)
     alone = torch.cat([model(part) for part in parts], 1)
-    assert error(packed, alone) < 1e-4
+    assert error(packed, alone) < 1e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -122,7 +123,7 @@ def test_captured_residuals_and_early_stop():
     hidden, residuals = model.hidden(tokens, capture=(0, 2, 3))
     assert error(hidden, theirs[-1]) < 1e-5                            # theirs ends with the final norm's output
     for layer in (0, 2):
-        assert error(residuals[layer], theirs[layer + 1]) < 1e-4
+        assert error(residuals[layer], theirs[layer + 1]) < 1e-5
     assert error(model.norm(residuals[3]), hidden) < 1e-6
     calls = []
     for number, block in enumerate(model.layers):
@@ -183,7 +184,7 @@ def test_checkpoints_go_both_ways(tmp_path):
     save_model(model, tmp_path / "ours", max_shard_bytes=100_000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 3
     twin = transformers.Gemma2ForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
-    assert error(model(tokens), twin(tokens).logits.detach()) < 1e-4
+    assert error(model(tokens), twin(tokens).logits.detach()) < 1e-5
     for size, folder in (("5GB", "one"), ("100KB", "sharded")):
         twin.save_pretrained(tmp_path / folder, max_shard_size=size)    # writes config.json in the form of transformers 5
         again = load_model(tmp_path / folder)

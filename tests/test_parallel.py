@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-import torch
 from conftest import ROOT
 from test_train import SETS, command, start
 
