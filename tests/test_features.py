@@ -130,7 +130,8 @@ def test_peaks_are_the_strongest_examples(gemma):
 MEMORY = """
 import sys
 sys.path.append("tests")
-from test_features import *
+from conftest import random_gemma
+from test_features import CONTROL, feature_statistics, random_pairs, random_sae
 feature_statistics(random_gemma(), {1: random_sae(1, features=4096)}, random_pairs(int(sys.argv[1])), CONTROL, batch_tokens=512)
 print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
