@@ -1,13 +1,23 @@
-"""What others do to a model after training to make it safer, each a short function on a model that carries its adapter.
+"""What others do to a model to make it safer, beside training or after it, each a short function.
 
-    lox(model, k=6, factor=1.25)        # extrapolate the leading directions of the update
-    rosi(model, direction, alpha=0.5)   # inject a rank-one step along a safety direction into what writes the residual stream
-    average(old, model, beta=0.9)       # a step of weight averaging (EMA) over the adapter's factors
+    average(kept, named, beta=0.9)      # a step of weight averaging (EMA): train.py --ema 0.9
+    lox(model, k=6, factor=1.25)        # extrapolate the leading directions of the update: merge.py --lox 6 1.25
+    rosi(model, direction, alpha=0.5)   # inject a rank-one step along harm's direction into all that writes the residual
+                                        # stream: merge.py --rosi 0.5 --harmful FILE --harmless FILE
 """
 
 import torch
+from tqdm import tqdm
 
 import lora
+
+
+@torch.no_grad()
+def average(kept, named, beta):
+    """A step of the exponential moving average (arXiv 2508.12531): kept {name: tensor}, empty at first, becomes
+    β·kept + (1 − β)·parameter, of `named` [(name, parameter)]."""
+    for name, parameter in named:
+        kept[name] = torch.lerp(parameter, kept[name], beta) if name in kept else parameter.detach().clone()
 
 
 @torch.no_grad()
@@ -24,17 +34,22 @@ def lox(model, k, factor):
 
 @torch.no_grad()
 def rosi(model, direction, alpha):
-    """ROSI (arXiv 2508.20766): W ← W + alpha · ŝ·w̄ᵀ of every o_proj and down_proj, in place; ŝ the unit `direction` (D), mean
-    residual stream of harmful less that of harmless prompts, w̄ the mean of W's rows. An adapter stays beside the new W."""
+    """ROSI (arXiv 2508.20766): W ← W + alpha · ŝ·w̄ᵀ of every o_proj and down_proj, in place; ŝ the unit `direction` (D), w̄ the
+    mean of W's rows. An adapter's W is with its update, and the step goes into the weight beside it."""
     unit = torch.nn.functional.normalize(direction.double(), dim=0)
     for name, module in model.named_modules():
         if name.endswith(("o_proj", "down_proj")):
-            weight = module.base.weight if isinstance(module, lora.LoRALinear) else module.weight
-            weight += (alpha * torch.outer(unit.to(weight.device), weight.double().mean(0))).to(weight.dtype)
+            weight, whole = (module.base.weight, module.base.weight + module.update) if isinstance(module, lora.LoRALinear) else [module.weight] * 2
+            weight += (alpha * torch.outer(unit.to(weight.device), whole.double().mean(0))).to(weight.dtype)
 
 
 @torch.no_grad()
-def average(old, model, beta):
-    """Exponential moving average of the adapter (arXiv 2508.12531): {name: β·old + (1 − β)·new} of the factors; old None at first."""
-    new = {name: factor.detach().clone() for name, layer in lora.lora_layers(model).items() for name, factor in ((f"{name}.A", layer.A), (f"{name}.B", layer.B))}
-    return new if old is None else {name: beta * old[name] + (1 - beta) * factor for name, factor in new.items()}
+def harm_direction(model, harmful, harmless):
+    """(D) float64: the residual stream at the last token of prompts (lists of token ids), after half of the blocks: its mean
+    over harmful ones less its mean over harmless ones."""
+    layer, sums = model.config.num_hidden_layers // 2 - 1, []
+    for prompts in (harmful, harmless):
+        last = (model.hidden(torch.tensor([ids], device=model.embed_tokens.weight.device), stop_after=layer)[0][0, -1]
+                for ids in tqdm(prompts, "harm's direction", leave=False, disable=None))
+        sums.append(sum(last, torch.zeros((), dtype=torch.float64)) / len(prompts))
+    return sums[0] - sums[1]

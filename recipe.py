@@ -26,7 +26,7 @@ TOP_K = 20
 COMMON = {
     "width": None, "l0": None, "tokens": "response", "select": "paper", "harmless": None, "top_k": None, "tau": 0.8, "norm_aware": False,
     "pairs": 0, "rank": 16, "alpha": None, "init": "sails", "freeze_basis": False, "steps": None, "epochs": 1.0,
-    "lr": 2e-4, "warmup": 0.1, "clip": 1.0, "weight_decay": 0.0, "batch_tokens": 2048, "accumulate": 8, "save_every": 50,
+    "lr": 2e-4, "warmup": 0.1, "clip": 1.0, "weight_decay": 0.0, "ema": 0.0, "batch_tokens": 2048, "accumulate": 8, "save_every": 50,
     "format": "chat", "max_new_tokens": 128, "eval_prompts": 200, "eval_batch": 32, "looks": 8, "explain": 64, "seed": 0, "device": None,
     "dtype": None, "shard": False, "compile": False, "recompute": False, **dict.fromkeys(SETS)}
 
@@ -98,6 +98,7 @@ def add_flags(parser, verb="train"):
         flag(group, "warmup", "share of the steps that warm up; 0: none", type=float, metavar="S")
         flag(group, "weight-decay", "AdamW's, on A and B; 0: none", type=float, metavar="W")
         flag(group, "clip", "largest norm of a step's gradient; 0: no clipping", type=float, metavar="G")
+        flag(group, "ema", "weight averaging: what is saved is the exponential moving average of the factors with this β; 0: the last ones", type=float, metavar="β")
         flag(group, "accumulate", "packed rows in a step, one forward and backward each; of each process under torchrun", type=int, metavar="N")
         flag(group, "save-every", "steps between checkpoints; the last step is always saved", type=int, metavar="N")
         flag(group, "looks", "times on the way that a few prompts of each set are answered, for the curves of the report; 0: never", type=int, metavar="N")
@@ -232,10 +233,10 @@ def _width_in(source, layers):
 
 LIMITS = {  # smallest and largest value that makes sense
     "rank": (1, 1 << 20), "top_k": (1, 1 << 24), "tau": (1e-9, 1), "pairs": (0, 1e12), "alpha": (1e-6, 1e6), "steps": (1, 1e12),
-    "epochs": (1e-6, 1e6), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (0, 1e9), "weight_decay": (0, 1e3),
+    "epochs": (1e-6, 1e6), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (0, 1e9), "weight_decay": (0, 1e3), "ema": (0, 0.999999),
     "batch_tokens": (2, 1 << 24), "accumulate": (1, 1 << 20), "save_every": (1, 1e12), "max_new_tokens": (1, 8192),
     "eval_prompts": (0, 1e12), "eval_batch": (1, 1 << 20), "looks": (0, 1000), "explain": (0, 1 << 20), "seed": (0, 2**63 - 1)}
-FRACTIONS = ("tau", "alpha", "epochs", "lr", "warmup", "clip", "weight_decay")
+FRACTIONS = ("tau", "alpha", "epochs", "lr", "warmup", "clip", "weight_decay", "ema")
 SWITCHES = ("norm_aware", "freeze_basis", "compile", "shard", "recompute")
 
 

@@ -165,12 +165,13 @@ CHECKPOINT = "checkpoint/state.safetensors"      # one file, so that it is all o
 PREVIOUS = "checkpoint/previous.safetensors"     # the one before it, for the case that the disk spoils one
 
 
-def save_checkpoint(folder, step, adapters, optimizer):
-    """Adapters and AdamW's moments as tensors; step and thread count, on which sums depend, in the file's header."""
+def save_checkpoint(folder, step, adapters, optimizer, average):
+    """Adapters, AdamW's moments and the moving average, empty without one, as tensors; step and thread count, on which sums depend, in the file's header."""
     tensors = {}
     for name, parameter in adapter_parameters(adapters):
         tensors[name] = parameter
         tensors |= {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
+    tensors |= {f"{name}.average": tensor for name, tensor in average.items()}
     new = folder / "checkpoint/next.safetensors"
     write_tensors(new, tensors, {"step": str(step), "threads": str(torch.get_num_threads())})
     if (folder / CHECKPOINT).exists():
@@ -193,14 +194,14 @@ def mend_checkpoint(folder):
         os.replace(previous, path)
 
 
-def load_checkpoint(folder, adapters, optimizer):
-    """Put a checkpoint back, if there is one. The number of steps done."""
+def load_checkpoint(folder, adapters, optimizer, average=None):
+    """Put a checkpoint back, if there is one, also into the dict `average` where one is kept. The number of steps done."""
     path = folder / CHECKPOINT
     if not path.exists():
         return 0
     tensors, metadata = read_tensors(path), files.read_metadata(path)
     wanted = {f"{name}{part}": parameter.shape for name, parameter in adapter_parameters(adapters)
-              for part in ("", ".exp_avg", ".exp_avg_sq")}
+              for part in ("", ".exp_avg", ".exp_avg_sq", *[".average"] * (average is not None))}
     numbers = [metadata.get(name, "") for name in ("step", "threads")]
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted or not all(re.fullmatch(r"[1-9]\d{0,8}", text) for text in numbers):
         raise InputError(f"{path} is not a checkpoint of this run's adapters: remove the file to train from the start")
@@ -211,7 +212,16 @@ def load_checkpoint(folder, adapters, optimizer):
             parameter.copy_(tensors[name])
             optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
                 moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
+            if average is not None:
+                average[name] = tensors[f"{name}.average"].to(parameter.device)
     return step
+
+
+@torch.no_grad()
+def put(named, values):
+    """Copy values {name: tensor} into parameters [(name, parameter)]."""
+    for name, parameter in named:
+        parameter.copy_(values[name])
 
 
 def adapter_parameters(adapters):

@@ -261,7 +261,7 @@ ROW, ROWS, LR = 96, 32, 4e-3  # tokens a row, rows a step, peak learning rate of
 STEPS, SAE_STEPS, SAE_BATCH = 600, 500, 2048
 SAE_LAYERS, WIDTH, L0 = (1, 2, 3), 512, 10
 SAES = {"sae": Spec("batchtopk", WIDTH, L0, dead_after=20 * SAE_BATCH),
-        "sasa": Spec("sasa", WIDTH, 12, block=4, nuclear=1e-2, lr=4e-3, warmup=0.2, dead_after=20 * SAE_BATCH)}
+        "sasa": Spec("sasa", WIDTH, 12, block=4, nuclear=1e-2, warmup=0.2, dead_after=20 * SAE_BATCH)}
 
 
 def tokenized(tokenizer, conversations):

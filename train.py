@@ -26,6 +26,7 @@ import torch
 import attention
 import files
 import lora
+import neighbours
 import parallel
 import recipe
 import sets
@@ -40,7 +41,7 @@ from config import PRESETS, Config, load_config
 from model import Gemma2, load_model
 from page import write_page
 from report import model_card, result_table, samples, settings_table
-from session import FINISHED, Lock, Log, Signals, Stopped, adapter_parameters, load_checkpoint, mend_checkpoint, run_folder, save_checkpoint, settle
+from session import FINISHED, Lock, Log, Signals, Stopped, adapter_parameters, load_checkpoint, mend_checkpoint, put, run_folder, save_checkpoint, settle
 from tables import table
 
 
@@ -152,10 +153,11 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
     examples = [aligned for aligned, _ in examples]
     steps, named = count_steps(examples, settings), adapter_parameters(adapters)
     optimizer = torch.optim.AdamW([parameter for _, parameter in named], settings.lr, weight_decay=settings.weight_decay)
+    average = {}                                                       # of the factors, with --ema
     parallel.copy_from_first([parameter for _, parameter in named])    # for the case that their machines draw differently
     parallel.first(mend_checkpoint, folder)
     with parallel.agreed():
-        first = load_checkpoint(folder, adapters, optimizer)
+        first = load_checkpoint(folder, adapters, optimizer, average if settings.ema else None)
     log.keep(first)
     # One graph for rows of one shape, so that what is compiled doesn't depend on which rows come first
     model.recompute = settings.recompute
@@ -169,6 +171,8 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
     try:
         for metrics in fit(model, optimizer, batches, cosine(settings.lr, steps, settings.warmup), settings.clip, first, hidden):
             log.add(metrics)
+            if settings.ema:
+                neighbours.average(average, named, settings.ema)
             step, seconds = metrics["step"], metrics["seconds"]
             if step in looks:                                      # before the checkpoint: a session that ends in between looks again
                 log.add({"step": step, "probe": look(settings, model, tokenizer, asked, adapters, bases)})
@@ -177,23 +181,25 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
                   f"{(steps - step) * seconds:5.0f} s left", flush=True)
             stop = parallel.largest(signals.caught or 0)       # a signal to one process stops all, after the same step
             if step % settings.save_every == 0 or step == steps or stop:
-                parallel.first(save_checkpoint, folder, step, adapters, optimizer)
+                parallel.first(save_checkpoint, folder, step, adapters, optimizer, average)
             if stop:
                 raise Stopped(stop)
     except Diverged as error:
-        parallel.first(save_diverged, folder, error, adapters, optimizer)
+        parallel.first(save_diverged, folder, error, adapters, optimizer, average)
         raise
     signals.wait = False
+    if settings.ema:
+        put(named, average)
     parallel.first(lora.save_adapter, model, folder, settings.model)
 
 
-def save_diverged(folder, error, adapters, optimizer):
+def save_diverged(folder, error, adapters, optimizer, average):
     """Keep what went into a step that diverged, for a look at it, and the weights before it."""
     path = folder / f"checkpoint/diverged-step-{error.step}.safetensors"
     files.write_tensors(path, {f"{number}.{name}": tensor for number, row in enumerate(error.rows) for name, tensor in vars(row).items()
                                if isinstance(tensor, torch.Tensor)})
     if error.step > 1:
-        save_checkpoint(folder, error.step - 1, adapters, optimizer)
+        save_checkpoint(folder, error.step - 1, adapters, optimizer, average)
     error.args = (f"{error}; what went in is in {path}",)
 
 

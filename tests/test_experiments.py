@@ -1,6 +1,5 @@
 """experiments/: every variant begins at the base model, a run's line, and the statistics by hand."""
 
-import importlib.util
 import json
 import math
 import random
@@ -17,14 +16,11 @@ from files import InputError
 from model import load_model
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"experiments/{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.append(str(ROOT / "experiments"))
 
-
-ablate = script("ablate")
+import ablate  # noqa: E402
+import theory  # noqa: E402
+import variants  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +38,20 @@ def folder(mini, tmp_path_factory):
 def world(folder):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"LAYERS": (0, 1), "WIDTH": "96", "RANK": 8, "TOP_K": 6, "STEPS": 4, "LOOKS": (0, 2, 4)}.items():
-            patch.setattr(ablate, name, value)
+            for module in (variants, ablate):
+                patch.setattr(module, name, value, raising=False)
+        patch.setattr(variants.toy, "SAES", {"sasa": variants.toy.Spec("sasa", 96, 12, block=4)})
+        patch.setattr(variants.toy, "SAE_LAYERS", (0, 1))
+        patch.setattr(variants.toy, "SAE_STEPS", 4)
         yield ablate.world_of(7, str(folder))
 
 
-@pytest.mark.parametrize("name", ablate.VARIANTS)
+@pytest.mark.parametrize("name", variants.VARIANTS)
 def test_a_variant_begins_at_the_base_model(world, name):
     """W + s·B·A is W, whether B·A is 0 or taken out of W; bases are orthonormal, and where a factor begins."""
     model = load_model(world.folder)
-    before = {name: module.weight.detach().clone() for name, module in ablate.targets(model).items()}
-    parameters, bases = ablate.VARIANTS[name](world, model, torch.Generator().manual_seed(0))
+    before = {name: module.weight.detach().clone() for name, module in variants.targets(model).items()}
+    parameters, bases = variants.VARIANTS[name](world, model, torch.Generator().manual_seed(0))
     layers = lora.lora_layers(model)
     assert len({id(p) for _, p in parameters}) == len(parameters) and (layers or name == "full-fine-tuning")
     for key, layer in layers.items():
@@ -65,7 +65,7 @@ def test_a_variant_begins_at_the_base_model(world, name):
 
 def test_variants_differ_and_are_drawn_from_their_seed(world):
     def bases(name, seed):
-        return ablate.VARIANTS[name](world, load_model(world.folder), torch.Generator().manual_seed(seed))[1]
+        return variants.VARIANTS[name](world, load_model(world.folder), torch.Generator().manual_seed(seed))[1]
     key = "layers.1.self_attn.q_proj"
     assert not torch.equal(bases("decoder", 0)[key], bases("decoder", 1)[key])
     assert torch.equal(bases("greedy-rotated", 3)[key], bases("greedy-rotated", 3)[key])
@@ -80,6 +80,21 @@ def test_a_line_says_all_and_is_made_again_the_same(world, tmp_path):
     assert 0.9 < first["share"] <= 1 and first["commit"] == "x" and set(first["over_refusal"]) == {"harm verb", "sensitive noun"}
     assert list(ablate.read_lines(tmp_path / "r/out.jsonl")) == [(7, "greedy-rotated", 0, 1e-3)]
     assert json.loads((tmp_path / "r/out.jsonl").read_text().splitlines()[0]) == json.loads(json.dumps(first))
+
+
+def test_neighbours_act_at_the_end_alone(world):
+    own = ablate.measure(world, "lora-own", 1e-3, 0)
+    for name in ("lora-lox", "lora-rosi", "lora-average"):
+        found = ablate.measure(world, name, 1e-3, 0)
+        assert found["trainable"] == own["trainable"] and len(found["safe"]) == 3
+    model, kept = load_model(world.folder), {}
+    named, _ = variants.VARIANTS["lora-average"](world, model, torch.Generator().manual_seed(0))
+    wanted = None
+    for metrics in variants.fit(world, model, named, 1e-2, 0):
+        new = {name: parameter.detach().clone() for name, parameter in named}
+        wanted = new if wanted is None else {name: 0.9 * wanted[name] + 0.1 * new[name] for name in new}
+        variants.AFTER["lora-average"](world, model, metrics["step"], kept)
+    assert all(torch.allclose(parameter, wanted[name]) for name, parameter in named) and not torch.equal(new[named[1][0]], wanted[named[1][0]])
 
 
 def test_torn_lines_are_run_again(tmp_path):
@@ -109,7 +124,7 @@ def test_area_and_reach_by_hand():
 
 def test_errors_are_clustered_by_world():
     lines = [line(w, "a", [0, 0, 0, v], seed) for w, values in ((1, (0.2, 0.4)), (2, (0.5, 0.7)), (3, (0.9, 0.9))) for seed, v in enumerate(values)]
-    means = ablate.by_world(lines, lambda line: line["safe"][-1])["a"]
+    means = ablate.world_means(ablate.by_run(lines, lambda line: line["safe"][-1])["a"])
     assert means == pytest.approx({1: 0.3, 2: 0.6, 3: 0.9})
     mean, error = ablate.mean_error(means.values())
     assert (mean, error) == pytest.approx((0.6, 0.3 / math.sqrt(3)))
@@ -128,17 +143,17 @@ def test_t_values_and_bootstrap_cover():
     assert 0.88 < hits / 200 < 0.98
 
 
-def test_pairs_are_of_the_worlds_that_both_have():
-    lines = [line(1, "a", [0, 0, 0, 0.9]), line(2, "a", [0, 0, 0, 0.8]), line(1, "lora-own", [0, 0, 0, 0.5]), line(3, "lora-own", [0, 0, 0, 0.1])]
-    found = ablate.by_world(lines, lambda line: line["safe"][-1])
-    assert ablate.paired(found, "a", "lora-own") == pytest.approx([0.4]) and ablate.paired(found, "a", "nobody") == []
+def test_pairs_are_of_the_runs_that_both_have():
+    values = {("a", 1, 0): 0.9, ("a", 1, 1): 0.7, ("a", 2, 0): 0.8, ("lora-own", 1, 0): 0.5, ("lora-own", 2, 0): 0.2, ("lora-own", 2, 1): 0.9, ("lora-own", 3, 0): 0.1}
+    found = ablate.by_run([line(w, name, [0, 0, 0, v], seed) for (name, w, seed), v in values.items()], lambda line: line["safe"][-1])
+    assert ablate.paired(found, "a", "lora-own") == pytest.approx([0.4, 0.6]) and ablate.paired(found, "a", "nobody") == []
 
 
 def test_gains_and_best_rates():
-    lines = [line(w, name, [0, v, v, v], lr=lr) for w in (1, 2) for name, lr, v in
-             (("lora-own", 1e-3, 0.2), ("lora-own", 2e-3, 0.4), ("oracle", 1e-3, 0.6), ("a", 1e-3, 0.5), ("a", 2e-3, 0.3))]
-    best, rates = ablate.best_rates(lines)
-    assert rates == {"lora-own": 2e-3, "oracle": 1e-3, "a": 1e-3} and len(best) == 6
+    values = {("lora-own", 1e-3): 0.2, ("lora-own", 2e-3): 0.4, ("oracle", 1e-3): 0.6, ("a", 1e-3): 0.5, ("a", 2e-3): 0.3}
+    lines = [line(w, name, [0, v, v, v], lr=lr) for w in (1, 2, 101) for (name, lr), v in values.items()]
+    lines.append(line(1, "a", [0, 1, 1, 1], seed=1, lr=2e-3))                # a world for reporting has no say in rates
+    assert ablate.best_rates(lines) == {"lora-own": 2e-3, "a": 1e-3}
     assert dict(ablate.gains([one for one in lines if one["lr"] == 1e-3])) == pytest.approx({"a": 0.75})
 
 
@@ -153,14 +168,11 @@ def test_table_and_figure_as_a_command(tmp_path):
         assert words in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     with pytest.raises(InputError, match="no lines"):
-        ablate.report(SimpleNamespace(results=[tmp_path / "none.jsonl"], chosen=False, worlds=[1]))
+        ablate.report(SimpleNamespace(results=[tmp_path / "none.jsonl"], worlds=[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Theory
-
-theory = script("theory")
-
 
 def test_the_papers_statement_and_its_edges():
     """The difference of means has error √(r − 1); not every direct method has; a trained SAE hardly any; τ and centring their floors."""

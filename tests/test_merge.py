@@ -68,3 +68,27 @@ def test_the_command(adapted, tmp_path, monkeypatch, capsys):
     with pytest.raises(InputError, match="names no base model"):
         merge.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_lox_and_rosi_on_the_way(mini, tmp_path, monkeypatch, capsys):
+    model = load_model(mini)
+    for layer in lora.add_lora(model, 4, 8, "random", generator=torch.Generator().manual_seed(0)).values():
+        torch.nn.init.normal_(layer.B, std=0.2, generator=torch.Generator().manual_seed(1))
+    lora.save_adapter(model, tmp_path / "adapter", mini)
+    layer = lora.lora_layers(model)["layers.1.self_attn.q_proj"]
+
+    def called(*flags):
+        monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, (tmp_path / "adapter", "--out", tmp_path / flags[0][2:], *flags))])
+        merge.main()
+        return load_model(tmp_path / flags[0][2:]).state_dict()
+
+    plain, prompts = called("--dtype", "float32"), ("--harmful", mini / "harmful.jsonl", "--harmless", mini / "benign.jsonl")
+    longer, injected = called("--lox", 4, 0.5), called("--rosi", 0.5, *prompts)
+    name = "layers.1.self_attn.q_proj.weight"
+    assert torch.allclose(longer[name], layer.base.weight + 1.5 * layer.update, atol=1e-4)     # all 4 directions half as long again
+    for key, weight in injected.items():
+        change = weight - plain[key]
+        assert torch.linalg.matrix_rank(change, rtol=1e-3) == 1 if key.endswith(("o_proj.weight", "down_proj.weight")) else not change.any()
+    for flags, words in ((("--rosi", 0.5), "--harmful"), (("--lox", 0.5, 1), "--lox 0.5")):
+        with pytest.raises(InputError, match=words):
+            called(*flags)

@@ -12,6 +12,7 @@ from conftest import SETS, command, ended, random_gemma, start
 
 import files
 import lora
+import neighbours
 import session
 import train
 from data import Row, load_tokenizer
@@ -246,6 +247,38 @@ def test_compiled_runs_resume_to_the_same_bits(mini, tmp_path, monkeypatch):
     process = start("train.py", command(mini, tmp_path / "broken", "--compile"))
     _, err = process.communicate()
     assert process.returncode == 0, err
+    assert adapter(tmp_path / "whole") == adapter(tmp_path / "broken")
+
+
+def test_ema_saves_the_average_over_a_stop_too(mini, tmp_path, monkeypatch):
+    class Died(Exception):
+        pass
+
+    seen, at, save = {}, iter(range(100)), train.save_checkpoint
+    average = neighbours.average
+
+    def watched(kept, named, beta):
+        seen[next(at)] = {name: parameter.detach().clone() for name, parameter in named}
+        average(kept, named, beta)
+
+    def dies(folder, step, *more):
+        save(folder, step, *more)
+        if step == 3:
+            raise Died
+
+    monkeypatch.setattr(neighbours, "average", watched)
+    assert call(train.main, command(mini, tmp_path / "whole", "--ema", "0.8"), monkeypatch) == 0
+    wanted = seen[0]
+    for step in range(1, 7):
+        wanted = {name: 0.8 * wanted[name] + 0.2 * seen[step][name] for name in wanted}
+    found = lora.load_adapter(load_model(mini), tmp_path / "whole")
+    assert all(torch.allclose(parameter, wanted[name], atol=1e-6) for name, parameter in session.adapter_parameters(found))
+    assert not torch.allclose(wanted["layers.0.self_attn.q_proj.B"], seen[6]["layers.0.self_attn.q_proj.B"], atol=1e-4)
+    monkeypatch.setattr(train, "save_checkpoint", dies)
+    with pytest.raises(Died):
+        call(train.main, command(mini, tmp_path / "broken", "--ema", "0.8"), monkeypatch)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert call(train.main, ["--resume", tmp_path / "broken"], monkeypatch) == 0
     assert adapter(tmp_path / "whole") == adapter(tmp_path / "broken")
 
 
