@@ -111,14 +111,14 @@ def one(job):
     return line
 
 
-def append(path, line):
-    """Add a line to a file that others add to too: locked, and a torn last line of a killed process is closed first."""
+def append(path, *lines):
+    """Add lines to a file that others add to too: locked, and a torn last line of a killed process is closed first."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")
-        file.write(json.dumps(line).encode() + b"\n")
+        file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
 
 def key_of(line):

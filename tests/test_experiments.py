@@ -19,6 +19,7 @@ from model import load_model
 sys.path.append(str(ROOT / "experiments"))
 
 import ablate  # noqa: E402
+import reading  # noqa: E402
 import theory  # noqa: E402
 import variants  # noqa: E402
 
@@ -38,7 +39,7 @@ def folder(mini, tmp_path_factory):
 def world(folder):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"LAYERS": (0, 1), "WIDTH": "96", "RANK": 8, "TOP_K": 6, "STEPS": 4, "LOOKS": (0, 2, 4)}.items():
-            for module in (variants, ablate):
+            for module in (variants, ablate, reading):
                 patch.setattr(module, name, value, raising=False)
         patch.setattr(variants.toy, "SAES", {"sasa": variants.toy.Spec("sasa", 96, 12, block=4)})
         patch.setattr(variants.toy, "SAE_LAYERS", (0, 1))
@@ -95,6 +96,17 @@ def test_neighbours_act_at_the_end_alone(world):
         wanted = new if wanted is None else {name: 0.9 * wanted[name] + 0.1 * new[name] for name in new}
         variants.AFTER["lora-average"](world, model, metrics["step"], kept)
     assert all(torch.allclose(parameter, wanted[name]) for name, parameter in named) and not torch.equal(new[named[1][0]], wanted[named[1][0]])
+
+
+def test_reading_finds_planted_detectors(world, monkeypatch):
+    """A feature that fires on harmful prompts alone, or everywhere else, is found; the base rate is that of all features."""
+    told = reading.detection(world)
+    assert told[0].shape == (2, 96) and ((told[0] >= 0) & (told[0] <= 1)).all()
+    monkeypatch.setattr(reading, "detection", lambda world: {layer: torch.tensor([[0.9, 0.1, *[0.5] * 94], [0.5] * 96]) for layer in (0, 1)})
+    lines = list(reading.read(world))
+    assert lines[0]["selection"] == "all features" and lines[0]["features"] == 192 and lines[0]["harm"] == pytest.approx(4 / 192)
+    assert [(line["selection"], line["side"], line["features"]) for line in lines[1:3]] == [("paper", "all", 12), ("gradient", "readers", 32)]
+    assert "2.1%" in reading.show(lines)
 
 
 def test_torn_lines_are_run_again(tmp_path):
