@@ -7,14 +7,18 @@ Both run a model as it is, base or adapted. For the suites of the field, lm_eval
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import parallel
+from data import Tokenizer
 from files import InputError, read_jsonl
 from loss import IGNORE, nll_sum
+from model import Gemma2
 
 LENGTH = 1024       # tokens of context, at most: a longer text is read in windows of so many
 BATCH = 8192        # tokens of one forward
@@ -24,11 +28,11 @@ BATCH = 8192        # tokens of one forward
 class Question:
     """What is asked, the answers to choose from, and the index of the right one."""
     context: str
-    answers: list
+    answers: list[str]
     right: int
 
 
-def read_questions(path):
+def read_questions(path: str | Path) -> list[Question]:
     """Multiple choice from JSON lines: {"question" or "prompt" or "ctx": str, "choices" or "endings": [str, …], "answer" or "label":
     index or letter}. A "question" is asked as "Question: …\\nAnswer:", the others stand as they are. Raises InputError, with the line."""
     questions = []
@@ -38,9 +42,10 @@ def read_questions(path):
         right = row.get("answer", row.get("label"))
         if isinstance(right, str):
             right = int(right[:9]) if right.isdecimal() else ord(right) - ord("A") if len(right) == 1 else None
-        if not asked.strip() or not isinstance(answers, list) or len(answers) < 2 or not all(isinstance(a, str) and a.strip() for a in answers) \
-                or type(right) is not int or not 0 <= right < len(answers):
-            raise InputError(f'{path}:{line}: a question is {{"question": text, "choices": [two texts or more], "answer": index or letter}}')
+        if not (asked.strip() and isinstance(answers, list) and len(answers) > 1 and type(right) is int and 0 <= right < len(answers)
+                and all(isinstance(answer, str) and answer.strip() for answer in answers)):
+            raise InputError(f'{path}:{line}: a question is {{"question": text, "choices": [two texts or more], '
+                             '"answer": index or letter}')
         asked = f"Question: {asked.strip()}\nAnswer:" if "question" in row else asked.rstrip()
         questions.append(Question(asked, [answer.strip() for answer in answers], right))
     if not questions:
@@ -76,20 +81,20 @@ def nlls(model, spans, label):
     return [sums[i] for i in range(len(spans))]
 
 
-def perplexity(model, tokenizer, texts, label="perplexity"):
+def perplexity(model: Gemma2, tokenizer: Tokenizer, texts: Sequence[str], label="perplexity") -> list[tuple[float, int]]:
     """[(nats, tokens)] of each text: −log p of all its tokens, each window of a long one on its own, behind one BOS."""
     windows = []                                                # (text, ids): each window begins with the last token of the one before
     for number, text in enumerate(texts):
         ids = [tokenizer.bos, *tokenizer.encode(text)]
         windows += [(number, ids[start:start + LENGTH + 1]) for start in range(0, len(ids) - 1, LENGTH)]
-    totals = [[0.0, 0] for _ in texts]
-    for (number, ids), nats in zip(windows, nlls(model, [(ids, 1) for _, ids in windows], label)):
-        totals[number][0] += nats
-        totals[number][1] += len(ids) - 1
-    return [tuple(total) for total in totals]
+    nats, tokens = [0.0] * len(texts), [0] * len(texts)
+    for (number, ids), value in zip(windows, nlls(model, [(ids, 1) for _, ids in windows], label)):
+        nats[number] += value
+        tokens[number] += len(ids) - 1
+    return list(zip(nats, tokens))
 
 
-def choices(model, tokenizer, questions, label="choices"):
+def choices(model: Gemma2, tokenizer: Tokenizer, questions: Sequence[Question], label="choices") -> list[tuple[bool, bool]]:
     """Of each question, whether the right answer has the largest log p, and whether it has per character of its text:
     [(bool, bool)], what lm_eval calls acc and acc_norm. An answer follows its context after one space."""
     spans = []
@@ -105,7 +110,7 @@ def choices(model, tokenizer, questions, label="choices"):
     return told
 
 
-def perplexity_figure(told):
+def perplexity_figure(told: Sequence[tuple[float, int]]) -> dict:
     """{"mean": perplexity over all tokens, "n": texts, "low", "high"}: its 95 % interval, from the spread over texts."""
     told = [text for text in told if text[1]]
     if not told:
@@ -118,7 +123,7 @@ def perplexity_figure(told):
     return {"mean": math.exp(mean), "n": n, "low": low, "high": high}
 
 
-def perplexity_change(before, after):
+def perplexity_change(before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]) -> dict:
     """{"n", "ratio", "low", "high"}: by what two models' perplexity of the same texts differs, paired text by text."""
     found = perplexity_figure([(a - b, tokens) for (b, tokens), (a, _) in zip(before, after, strict=True)])
     return {"n": found["n"], "ratio": found["mean"], "low": found["low"], "high": found["high"]}

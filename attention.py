@@ -37,19 +37,19 @@ SAFE_CAP = 60        # T·exp(60) is far from float32's largest, exp(88)
 LOG2E = 1.4426950408889634         # exp(x) = 2^(x·log₂e), and exp2 is four times as fast on a CPU
 
 
-def softcap(x, cap):
+def softcap(x: torch.Tensor, cap: float | None) -> torch.Tensor:
     """cap · tanh(x / cap): close to x when small, bounded by ±cap. None leaves x as it is."""
     return x if cap is None else torch.tanh(x / cap) * cap
 
 
-def rotary(positions, head_dim, theta):
+def rotary(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (…, T, hd/2), float32, of the rotary embedding at integer positions (…, T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[..., None].float() * frequency
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x (B, heads, T, hd) by cos and sin (B or 1, 1, T, hd/2): entry i of the first half pairs with entry i of the second."""
     return Rotated.apply(x, cos, sin)
 
@@ -78,7 +78,7 @@ def turn(x, cos, sin):
 # ---------------------------------------------------------------------------------------------------------------
 # Who sees whom
 
-def document_starts(tokens, documents=None):
+def document_starts(tokens: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
     """Index (B or 1, T) of the first token of each token's document: a run of equal numbers in documents (B, T)."""
     index = torch.arange(tokens.shape[1], device=tokens.device)
     if documents is None:
@@ -109,7 +109,7 @@ def visible(low, cap):
     return span_mask(low)
 
 
-def attention(q, k, v, seen, scale, cap):
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen, scale: float, cap: float | None) -> torch.Tensor:
     """Attention (B, H, T, hd) of q (B, H, T, hd) to k and v (B, K, S, hd), `seen` being what `visible` gave, or a mask."""
     if isinstance(seen, BlockMask):
         return attend_flex(q, k, v, seen, scale, cap)
@@ -121,7 +121,7 @@ def attention(q, k, v, seen, scale, cap):
 # ---------------------------------------------------------------------------------------------------------------
 # The plain form
 
-def attend(q, k, v, mask, scale, cap):
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
     """Softmax attention with softcapped scores: q (B, H, T, hd), k and v (B, K, S, hd), mask (B or 1, 1, T, S).
 
     The query heads of one key-value head are stacked as further rows, so keys and values are never repeated.
@@ -134,7 +134,7 @@ def attend(q, k, v, mask, scale, cap):
     return rearrange(weights.flatten(2, 3) @ v, "b k (g t) hd -> b (k g) t hd", t=T)
 
 
-def wide(x):
+def wide(x: torch.Tensor) -> torch.dtype:
     """float32, or float64 if x is."""
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -238,7 +238,7 @@ pointwise, compiled = (_weigh, _weigh_backward), False
 def _compiled():
     """The two functions above, compiled for any shape, or None with a warning where PyTorch finds no way to compile."""
     global pointwise
-    pointwise = [torch.compile(function, dynamic=True) for function in (_weigh, _weigh_backward)]
+    pointwise = torch.compile(_weigh, dynamic=True), torch.compile(_weigh_backward, dynamic=True)
     try:
         with torch.enable_grad():
             x = torch.zeros(1, 6, 160, 8, requires_grad=True)                        # the first block: n = 32, S = 160
@@ -248,7 +248,7 @@ def _compiled():
         print(f"warning: torch.compile fails here, running without it: {str(error).strip().splitlines()[0]}", file=sys.stderr)
 
 
-def use_compile(asked=True):
+def use_compile(asked=True) -> bool:
     """Compile what stands between the matrix products, or stop doing so; returns whether it is compiled from now on."""
     global pointwise, compiled
     functions = _compiled() if asked else None

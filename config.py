@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from files import InputError, locate, read_json
 
@@ -36,16 +37,16 @@ class Config:
             object.__setattr__(self, "layer_types", kinds)
 
     @classmethod
-    def preset(cls, name):
+    def preset(cls, name: str) -> "Config":
         if name not in PRESETS:
             raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return PRESETS[name]
 
     @classmethod
-    def from_dict(cls, values, where="config.json"):
+    def from_dict(cls, values: dict, where="config.json") -> "Config":
         """Read a config.json's object, in the older form or in that of transformers 5. Raises InputError."""
         values = dict(values)
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        rope = next((values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None), {})
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"{where}: rope_parameters {rope!r}: only the default rotary embedding is Gemma-2's")
         values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
@@ -75,7 +76,7 @@ class Config:
             config = cls(**asdict(config) | {"query_pre_attn_scalar": 256})
         return config
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """config.json as transformers 4 and 5 read it."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh",
@@ -87,7 +88,7 @@ def _checked(key, value, where):
     def number(kind, low, high):
         return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
     if key == "layer_types":
-        good = value is None or isinstance(value, list) and len(value) <= 1000 and set(map(str, value)) <= {SLIDING, FULL}
+        good = value is None or isinstance(value, list) and len(value) <= 256 and set(map(str, value)) <= {SLIDING, FULL}
         value = tuple(value or ()) if good else value
     elif key == "eos_token_id":
         ids = value if isinstance(value, list) else [value]
@@ -100,7 +101,7 @@ def _checked(key, value, where):
     elif key in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"):
         good = number((int, float), 0 if key == "rms_norm_eps" else 1e-3, 1e12)
     else:
-        good = number(int, 1, 1000 if key == "num_hidden_layers" else 1 << 24)
+        good = number(int, 1, 256 if key == "num_hidden_layers" else 1 << 24)
     if not good:
         raise InputError(f"{where}: {key} is {value!r}, which no Gemma-2 has")
     return value
@@ -116,7 +117,7 @@ PRESETS = {
 PRESETS |= {f"{name}-it": Config(**asdict(config) | {"eos_token_id": (1, 107)}) for name, config in PRESETS.items()}
 
 
-def load_config(source):
+def load_config(source: str | Path) -> Config:
     """The Config of a folder or hub repository. Raises InputError."""
     path = locate(source, "config.json")
     return Config.from_dict(read_json(path), path)

@@ -15,6 +15,7 @@ factor that begins at the basis U gives the other one the gradient G·U.
 import os
 import random
 import tempfile
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,12 @@ from torch import nn
 from tqdm import tqdm
 
 import parallel
-from data import pack, prompt_tokens
+from data import Example, Prompt, Tokenizer, pack, prompt_tokens
 from files import InputError
 from lora import TARGETS
 from loss import nll_sum
+from model import Gemma2
+from sae import SAE
 
 NEW = 1e-3       # of a unit row, squared: what must lie outside the chosen ones' span for it to be chosen
 
@@ -33,7 +36,8 @@ NEW = 1e-3       # of a unit row, squared: what must lie outside the chosen ones
 # ---------------------------------------------------------------------------------------------------------------
 # Gradients
 
-def contrast_gradients(model, pairs, batch_tokens=2048, folder=None):
+def contrast_gradients(model: Gemma2, pairs: Sequence[tuple[Example, Example]], batch_tokens=2048,
+                       folder: str | None = None) -> dict[str, torch.Tensor]:
     """{module name: ∂L/∂W (out, in)}, float32, of every q, k, v and o, on the model as it is.
 
     L = mean −log p(token) over the aligned answers less that over the unaligned ones, the turn's end included, as in training.
@@ -83,17 +87,21 @@ def _zeros(like, folder):
     if folder is None:
         return torch.zeros(like.shape, dtype=kind, device=like.device)
     with tempfile.NamedTemporaryFile(dir=folder) as file:        # the mapping outlives the name, the disk is free after it
+        try:
+            os.posix_fallocate(file.fileno(), 0, like.numel() * kind.itemsize)       # or a full disk were a SIGBUS in the backward
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}: the gradients of q, k, v and o don't fit there (set TMPDIR)") from None
         return torch.from_file(file.name, shared=True, size=like.numel(), dtype=kind).view(like.shape)
 
 
-def fits(model):
-    """Whether the float32 gradients of q, k, v and o take less than half of what memory the model's device has left."""
+def fits(model: Gemma2) -> bool:
+    """Whether the float32 gradients of q, k, v and o take less than half of what memory the model's device has left, in all processes."""
     weights = [module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.endswith(TARGETS)]
     if weights[0].device.type == "cuda":
         free = torch.cuda.mem_get_info(weights[0].device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 * sum(weight.numel() for weight in weights) < free / 2
+    return not parallel.largest(int(4 * sum(weight.numel() for weight in weights) >= free / 2))
 
 
 def gram(parts):
@@ -112,7 +120,7 @@ class Choice:
     explained: float         # share of ‖G‖² along U; without gradients, of the rows' squared singular values
 
 
-def candidates(rows, moment):
+def candidates(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """(K, D) unit directions of rows (K, b, D): a feature's decoder row; of a block of b, the direction in its span that G carries most."""
     if rows.shape[1] == 1:
         return nn.functional.normalize(rows[:, 0].float(), dim=1)
@@ -126,7 +134,7 @@ def energy(rows, moment):
     return ((rows @ moment.to(rows.dtype)) * rows).sum(1).double()
 
 
-def score(rows, moment, count, rank):
+def score(rows: torch.Tensor, moment: torch.Tensor, count: int, rank: int) -> Choice:
     """The `count` unit rows of largest c = ‖G·w‖²; U the leading right singular vectors of those rows, each times its c."""
     c = energy(rows, moment)
     chosen = c.topk(min(count, len(rows))).indices
@@ -134,7 +142,7 @@ def score(rows, moment, count, rank):
     return Choice(chosen, c[chosen] / moment.trace(), U, _share(U, moment))
 
 
-def greedy(rows, moment, count, rank):
+def greedy(rows: torch.Tensor, moment: torch.Tensor, count: int, rank: int) -> Choice:
     """Pick `count` unit rows, each the one that takes most of what those before it leave of G: with Q their span, the argmax of
 
         ‖G(I − QQᵀ)w‖² / ‖(I − QQᵀ)w‖²
@@ -165,7 +173,7 @@ def greedy(rows, moment, count, rank):
     return Choice(torch.tensor(chosen), torch.tensor(scores, dtype=torch.float64), U, _share(U, moment))
 
 
-def weighted(rows, weight, count, rank):
+def weighted(rows: torch.Tensor, weight: torch.Tensor, count: int, rank: int) -> Choice:
     """The `count` rows of largest |weight|, and the span of them, each times its |weight|."""
     order = weight.abs().sort(descending=True, stable=True).indices[:count]
     order = order[weight[order] != 0]
@@ -188,7 +196,7 @@ def _share(U, moment):
     return float(((moment @ U.double()) * U.double()).sum() / moment.trace())
 
 
-def rotated(U, seed):
+def rotated(U: torch.Tensor, seed: int) -> torch.Tensor:
     """U·R with a random orthogonal R: the same span. Singular vectors put most of G in few columns; AdamW steps by signs,
     so that its first step lowers the loss by about lr·‖GU‖₁, which is larger where the columns are alike."""
     R = torch.linalg.qr(torch.randn(U.shape[1], U.shape[1], generator=torch.Generator().manual_seed(seed))).Q
@@ -198,7 +206,8 @@ def rotated(U, seed):
 # ---------------------------------------------------------------------------------------------------------------
 # Without weights' gradients: activation × gradient, and the decision token
 
-def attribution(model, saes, pairs, control=(), batch_tokens=2048):
+def attribution(model: Gemma2, saes: dict[int, SAE], pairs: Sequence[tuple[Example, Example]], control: Collection[int] = (),
+                batch_tokens=2048) -> dict[int, torch.Tensor]:
     """{layer: (K,)} Σ over tokens of a·(∂L/∂x · w), float64: what L would lose, to first order, were the unit silent.
 
     L as in `contrast_gradients`, x the residual stream after the SAE's layer, prompt and answer; ids in `control` left out.
@@ -226,7 +235,8 @@ def attribution(model, saes, pairs, control=(), batch_tokens=2048):
 
 
 @torch.no_grad()
-def decision(model, saes, harmful, harmless, batch=64):
+def decision(model: Gemma2, saes: dict[int, SAE], harmful: list[list[int]], harmless: list[list[int]],
+             batch=64) -> dict[int, torch.Tensor]:
     """{layer: (K,)} mean activation at the decision token, the prompt's last, over harmful less harmless prompts, float64.
 
     Both are lists of token ids, which end where the answer begins.
@@ -255,7 +265,8 @@ def balanced(prompts, count, seed=0):
     return random.Random(seed).sample(prompts, count) if count < len(prompts) else prompts
 
 
-def decision_prompts(tokenizer, pairs, prompts, format="chat"):
+def decision_prompts(tokenizer: Tokenizer, pairs: Sequence[tuple[Example, Example]], prompts: Sequence[Prompt],
+                     format="chat") -> tuple[list[list[int]], list[list[int]]]:
     """Token ids (harmful, harmless): the pairs' own prompts, and those of `prompts` (data.Prompt), as many of each at most."""
     harmful = [example.tokens[:example.start] for example, _ in pairs]
     harmless = [prompt_tokens(tokenizer, prompt.turns, format) for prompt in prompts]

@@ -22,6 +22,7 @@ import random
 import re
 import zlib
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from files import InputError
 
 FORMATS = ("chat", "plain")
 LINE_LIMIT = files.JSON_LIMIT  # bytes; a longer line is a wrong or hostile file (a tokenizer.json can be one line of 20 MB)
+TOKENIZER_VALUES = 4 << 20  # in a tokenizer.json; Gemma's has 2.0 million where its merges are written as lists
 PROMPT_KEYS = ("prompt", "goal", "behavior", "instruction", "forbidden_prompt")  # the first that a row has holds its prompt
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -52,14 +54,22 @@ class Tokenizer:
     only for those marked special (<unused5> and <mask> aren't). So control tokens are taken out of the file itself,
     out of the registered tokens, the vocabulary and the merges, before the encoder is built from it.
     """
+    pad: int
+    eos: int
+    bos: int
+    start_of_turn: int
+    end_of_turn: int
 
-    def __init__(self, spec, name):
+    def __init__(self, spec: dict, name: str | Path):
         """spec: the parsed tokenizer.json; name: what to call it in errors. Raises InputError if it can't serve."""
         try:
             model, added = spec["model"], spec["added_tokens"]
             if model["type"] not in ("BPE", "WordLevel"):
                 raise InputError(f"{name}: the tokenizer's model is {model['type']}; BPE (Gemma's) and WordLevel (the toy's) are supported")
-            ids = model["vocab"] | {token["content"]: token["id"] for token in added}
+            ids = dict(model["vocab"])
+            for token in added:
+                if ids.setdefault(token["content"], token["id"]) != token["id"]:  # text could be read as either
+                    raise InputError(f"{name}: the token {token['content']!r} has two ids, {ids[token['content']]} and {token['id']}")
             if any(type(i) is not int or not 0 <= i < 1 << 31 for i in ids.values()):
                 raise InputError(f"{name}: a token's id is not a number from 0 to 2^31 - 1")
             self.names = {i: content for content, i in ids.items()}
@@ -103,24 +113,24 @@ class Tokenizer:
             if self.encoder.token_to_id(token["content"]) != token["id"]:
                 raise InputError(f"{name}: id {token['id']} of the added token {token['content']!r} doesn't follow the vocabulary")
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self.encoder.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` (a list or 1-D tensor), control tokens left out: the encoder doesn't know them."""
         return self.encoder.decode(list(map(int, ids)), skip_special_tokens=False)
 
-    def token(self, id):
+    def token(self, id: int) -> str:
         """One token as readable text."""
         return self.names.get(id, f"<{id}>").replace("▁", " ")
 
 
-def load_tokenizer(source):
+def load_tokenizer(source: str | Path) -> Tokenizer:
     """Tokenizer of a folder or hub repository that holds tokenizer.json, or of such a file itself (plain or .gz)."""
     path = Path(source).expanduser()
     if not path.is_file():
         path = files.locate(source, "tokenizer.json")
-    spec = _json(_whole(path), path)
+    spec = _json(_whole(path), path, TOKENIZER_VALUES)
     if not isinstance(spec, dict):
         raise InputError(f"{path} holds a JSON {type(spec).__name__}, not a tokenizer")
     return Tokenizer(spec, path)
@@ -162,7 +172,7 @@ class _Dropped(Exception):
     """Why a well-formed row can't be used."""
 
 
-def read_pairs(path):
+def read_pairs(path: str | Path) -> tuple[list[Pair], Counts]:
     """(list[Pair], Counts) of HH-RLHF JSON lines, plain or .gz: objects with "chosen" and "rejected" conversations.
 
     The last assistant turn is the answer, what comes before is the prompt. Rows that are no pair are dropped and
@@ -183,7 +193,7 @@ def read_pairs(path):
     return _collect(_json_lines(path), pair, path, "pair with both sides")
 
 
-def read_prompts(path):
+def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
     """(list[Prompt], Counts) of a set of prompts, plain or .gz; a prompt that occurs again is dropped and counted.
 
     .txt: one a line; .csv: a column named prompt, goal, behavior, instruction or forbidden_prompt, the first of these in any case;
@@ -219,7 +229,7 @@ def read_prompts(path):
     return _collect(readers[suffix](path), prompt, path, "usable prompt")
 
 
-def read_texts(path):
+def read_texts(path: str | Path) -> Iterator[str]:
     """The documents (str) of a text file, one at a time: .jsonl objects with a "text", or .txt with empty lines between them;
     plain or .gz. Raises InputError, with the line, for what isn't such a file."""
     suffix = Path(Path(path).name.removesuffix(".gz")).suffix.lower()
@@ -294,10 +304,10 @@ def _lines(path):
         raise InputError(f"{path}:{number}: not UTF-8 text ({error.reason})") from None
 
 
-def _json(text, where):
+def _json(text, where, most=files.VALUES):
     """The JSON value in `text`."""
     try:
-        return files.parse(text)
+        return files.parse(text, most)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error}") from None
 
@@ -344,7 +354,7 @@ def _csv_rows(path):
 # ---------------------------------------------------------------------------------------------------------------
 # Ids and labels
 
-def prompt_tokens(tokenizer, turns, format="chat"):
+def prompt_tokens(tokenizer: Tokenizer, turns: Sequence[Turn], format="chat") -> list[int]:
     """Ids that generation continues. chat: <bos>, the turns, <start_of_turn>model\\n; plain: <bos>, "\\n\\nHuman: …\\n\\nAssistant:".
 
     Each text is encoded by itself. That gives the ids of the whole, since no token of Gemma's joins "\\n" to a letter.
@@ -359,7 +369,7 @@ def prompt_tokens(tokenizer, turns, format="chat"):
     return ids + [t.start_of_turn, *t.encode("model\n")]
 
 
-def closing(tokenizer, format="chat"):
+def closing(tokenizer: Tokenizer, format="chat") -> int:
     """The id that ends an answer: where generation stops."""
     return tokenizer.eos if format == "plain" else tokenizer.end_of_turn
 
@@ -372,7 +382,7 @@ class Example:
     line: int = 0  # where it stands in its file
 
 
-def make_example(tokenizer, turns, response, max_length, format="chat"):
+def make_example(tokenizer: Tokenizer, turns: Sequence[Turn], response: str, max_length: int, format="chat") -> Example | None:
     """Example of at most `max_length` tokens, cut at the response's end (then not closed); None if the prompt fills it."""
     tokens = prompt_tokens(tokenizer, turns, format)
     start = len(tokens)
@@ -389,7 +399,7 @@ class Row:
     labels: torch.Tensor     # (T) int64: the id of token t+1 where it is trained on, else -100
 
 
-def pack(examples, length, seed, epoch):
+def pack(examples: Sequence[Example], length: int, seed: int, epoch: int) -> list[Row]:
     """Shuffle by (seed, epoch) and pack whole examples into rows of `length` tokens: list[Row].
 
     Each example goes to the fullest row that still has room for it (best fit).
@@ -430,7 +440,7 @@ def _row(examples, length):
 TRAINED, TRAINED_CONTROL, CONTEXT, CONTEXT_CONTROL, RESET = "\033[32m", "\033[1;7;32m", "\033[2m", "\033[36m", "\033[0m"
 
 
-def colored(tokenizer, tokens, start):
+def colored(tokenizer: Tokenizer, tokens: Sequence[int], start: int) -> str:
     """The tokens as text in ANSI colours: context dim, its control tokens cyan, what is trained on (from `start`) green."""
     def style(place):
         control = tokens[place] in tokenizer.control
@@ -461,16 +471,18 @@ def main():
         raise InputError("--show must be at least 0 and --max-length at least 2")
     first = next(_json_lines(args.file), (0, None))[1] if ".jsonl" in Path(args.file).suffixes else None
     paired = isinstance(first, dict) and not first.keys().isdisjoint(("chosen", "rejected"))
-    rows, counts = (read_pairs if paired else read_prompts)(args.file)
     tokenizer = load_tokenizer(args.tokenizer)
     if paired:
-        made = [make_example(tokenizer, row.prompt, row.aligned, args.max_length, args.format) for row in rows]
+        pairs, counts = read_pairs(args.file)
+        made = [(pair.line, make_example(tokenizer, pair.prompt, pair.aligned, args.max_length, args.format)) for pair in pairs]
+        examples = [(line, example) for line, example in made if example]
     else:  # nothing to train on: the whole prompt is context
-        prompts = [prompt_tokens(tokenizer, row.turns, args.format) for row in rows]
-        made = [Example(tokens, len(tokens), True) if len(tokens) < args.max_length else None for tokens in prompts]
-    examples = [(row.line, example) for row, example in zip(rows, made) if example]
+        prompts, counts = read_prompts(args.file)
+        turns = ((prompt.line, prompt_tokens(tokenizer, prompt.turns, args.format)) for prompt in prompts)
+        examples = [(line, Example(tokens, len(tokens), True)) for line, tokens in turns if len(tokens) < args.max_length]
 
-    print(f"{TRAINED}trained on{RESET}  {TRAINED_CONTROL}trained control token{RESET}  {CONTEXT}context{RESET}  {CONTEXT_CONTROL}control token{RESET}")
+    print(f"{TRAINED}trained on{RESET}  {TRAINED_CONTROL}trained control token{RESET}  "
+          f"{CONTEXT}context{RESET}  {CONTEXT_CONTROL}control token{RESET}")
     for line, example in examples[:args.show]:
         size, cut = len(example.tokens), "" if example.closed else ", cut to fit"
         print(f"\n── {args.file}:{line} · {size:,} tokens, {size - example.start:,} trained on{cut}")
@@ -478,8 +490,9 @@ def main():
     total = sum(len(example.tokens) for _, example in examples)
     trained = total - sum(example.start for _, example in examples)
     print(f"\nrows      {counts}")
-    print(f"examples  {len(examples):,} of at most {args.max_length:,} tokens, {sum(not example.closed for _, example in examples):,} of them "
-          f"cut to fit; {len(rows) - len(examples):,} left out, since the prompt leaves no room")
+    cut = sum(not example.closed for _, example in examples)
+    print(f"examples  {len(examples):,} of at most {args.max_length:,} tokens, {cut:,} of them cut to fit; "
+          f"{counts.kept - len(examples):,} left out, since the prompt leaves no room")
     print(f"tokens    {total:,}, of which {trained:,} trained on ({trained / max(total, 1):.1%})")
     if examples:
         packed = len(pack([example for _, example in examples], args.max_length, seed=0, epoch=0))

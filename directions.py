@@ -29,7 +29,7 @@ def norm(model):
     return math.sqrt(sum(float(update_rows(layer).square().sum()) for layer in lora.lora_layers(model).values()))
 
 
-def update_rows(layer, gain=None):
+def update_rows(layer: lora.LoRALinear, gain: torch.Tensor | None = None) -> torch.Tensor:
     """Rows Z (r, D), float64, that stand for a LoRALinear's update in the residual stream: ‖Z d‖ is ‖ΔW d‖ of a reader and
     ‖dᵀ ΔW‖ of a writer, for every d. ΔW = sBA is never made: with B = QR it is Z = sRA, and with Aᵀ = QR it is sRBᵀ.
 
@@ -42,11 +42,11 @@ def update_rows(layer, gain=None):
     return Z if gain is None else Z * gain.to(Z)
 
 
-def random_directions(rows, count=CONTROL, seed=0):
-    """`count` random unit directions (count, D) with the covariance of the unit rows (F, D), not centred."""
+def random_directions(rows):
+    """Random unit directions (CONTROL, D) with the covariance of the unit rows (F, D), not centred."""
     C = (rows.T @ rows).double() / len(rows)
     C += 1e-9 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
-    draw = torch.randn(count, len(C), generator=torch.Generator().manual_seed(seed)).to(rows)
+    draw = torch.randn(CONTROL, len(C), generator=torch.Generator().manual_seed(0)).to(rows)
     return torch.nn.functional.normalize(draw @ torch.linalg.cholesky(C).T.to(rows), dim=1)
 
 
@@ -178,7 +178,7 @@ def shares(model, saes, features=(), spaces=None, norm_aware=False):
 
 
 @torch.no_grad()
-def probe(adapters, bases=None):
+def probe(adapters: dict[str, lora.LoRALinear], bases: dict[str, torch.Tensor] | None = None) -> dict:
     """{"singular_values": of ΔW, root mean square over modules, "angle": degrees}, from {module name: LoRALinear}, in float64 on the CPU.
 
     angle: between ΔW's leading r̂ directions in the residual stream and the module's basis U (D, r̂) of `bases`, the mean of
@@ -191,7 +191,7 @@ def probe(adapters, bases=None):
         Q, R = torch.linalg.qr(mine)
         left, values, _ = torch.linalg.svd(layer.scale * R @ torch.linalg.qr(other).R.T)
         squares[:len(values)] += values.square()
-        U = bases and bases.get(name)
+        U = bases.get(name) if bases else None
         if U is not None and len(values) >= U.shape[1] and values[U.shape[1] - 1] > 1e-9 * values[0]:
             cosines = torch.linalg.svdvals(U.double().cpu().T @ (Q @ left[:, :U.shape[1]]))
             angles.append(cosines.clamp(max=1).acos().mean().rad2deg().item())

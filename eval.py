@@ -32,13 +32,14 @@ from judge import settle as settle_judge
 from model import load_model
 from page import write_page
 from report import read_scores, result_table, samples
+from session import Lock
 
 LIKELIHOODS = {"perplexity": "benign text, .txt or .jsonl: perplexity before and after",
                "choices": "multiple-choice questions, JSON lines: accuracy before and after"}
 
-
-PLAN = {"steps": "gcg: steps of the search for one prompt, at most", "width": "gcg: candidates a step", "top": "gcg: tokens drawn from at each place",
-        "length": "gcg: tokens of a suffix", "check": "gcg: steps between looks at the answer", "batch": "gcg: candidates of one forward"}
+PLAN = {"steps": "gcg: steps of the search for one prompt, at most", "width": "gcg: candidates a step",
+        "top": "gcg: tokens drawn from at each place", "length": "gcg: tokens of a suffix",
+        "check": "gcg: steps between looks at the answer", "batch": "gcg: candidates of one forward"}
 
 
 def named_file(text):
@@ -54,8 +55,8 @@ def main():
     parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a finished run of train.py")
     parser.add_argument("--list", action="store_true", help="print the sets that are known by name, and stop")
     parser.add_argument("--sets", metavar="NAME", nargs="+", default=[], help="sets by name: see --list")
-    parser.add_argument("--set", metavar="NAME=FILE", action="append", default=[], help="the file of a set; NAME:ROLE=FILE for one that isn't "
-                        f"known, of one role: {', '.join(recipe.SETS)}")
+    parser.add_argument("--set", metavar="NAME=FILE", action="append", default=[], help="the file of a set; NAME:ROLE=FILE for one "
+                        f"that isn't known, of one role: {', '.join(recipe.SETS)}")
     for name, what in LIKELIHOODS.items():
         parser.add_argument(f"--{name}", metavar="FILE", help=what)
     for name, what in recipe.SETS.items():
@@ -63,11 +64,12 @@ def main():
     parser.add_argument("--prompts", metavar="N", type=int, help="prompts taken of each set; 0: all (default: as in the run)")
     add_judge_flags(parser)
     group = parser.add_argument_group("attacks on the harmful prompts among those asked (attack.py)")
-    group.add_argument("--attack", choices=("prefix", "template", "gcg"), help="prefix: ask for an answer that begins with the target; template: put "
-                       "prompts into those of --template; gcg: search each prompt a suffix")
-    group.add_argument("--template", metavar="FILE", help="texts with {prompt} and, where wanted, {target}; one a line, or separated by lines of ---")
-    group.add_argument("--target", metavar="TEXT", help="what the answer is to begin with; {prompt} and a row's {field} are put in (default: the "
-                       f"row's own target, else {attack.TARGET!r})")
+    group.add_argument("--attack", choices=("prefix", "template", "gcg"), help="prefix: ask for an answer that begins with the target; "
+                       "template: put prompts into those of --template; gcg: search each prompt a suffix")
+    group.add_argument("--template", metavar="FILE", help="texts with {prompt} and, where wanted, {target}; one a line, or separated "
+                       "by lines of ---")
+    group.add_argument("--target", metavar="TEXT", help="what the answer is to begin with; {prompt} and a row's {field} are put in "
+                       f"(default: the row's own target, else {attack.TARGET!r})")
     for name, what in PLAN.items():
         group.add_argument(f"--attack-{name}", type=int, metavar="N", help=f"{what} (default {getattr(attack.Plan(), name)})")
     parser.add_argument("--out", metavar="DIR", help="where answers to other sets go; the run's own are never touched")
@@ -81,8 +83,8 @@ def main():
     read_scores(folder)                                                              # is it finished?
     judging = {"judge": args.judge, "judge_model": args.judge_model, "device": args.device, "parallel": args.judge_parallel}
     settle_judge(args.judge, args.judge_model, args.judge_parallel)
-    given = dict(map(named_file, args.set)) | {f"{name}:{name}": recipe.absolute(getattr(args, name)) for name in recipe.SETS if getattr(args, name)}
-    places = sets.places(args.sets, given)
+    short = {f"{name}:{name}": recipe.absolute(getattr(args, name)) for name in recipe.SETS if getattr(args, name)}
+    places = sets.places(args.sets, dict(map(named_file, args.set)) | short)
     likelihoods = {name: recipe.absolute(getattr(args, name)) for name in LIKELIHOODS if getattr(args, name)}
     if bool(places or likelihoods) != bool(args.out):
         raise InputError("--out DIR goes with something to answer (--sets, --set, --perplexity, --choices), and these with it")
@@ -100,19 +102,24 @@ def main():
     if bool(args.template) != (args.attack == "template"):
         raise InputError("--template FILE goes with --attack template, and it with that")
     if args.out:
-        under = {"attack": args.attack, "template": args.template and recipe.absolute(args.template), "plan": vars(plan)} if args.attack else {}
         this = {"run": str(folder.absolute()), "sets": {name: list(place) for name, place in places.items()}, "prompts": args.prompts}
-        ask(out, folder, settings, places, likelihoods, args, plan, this | likelihoods | under)
+        this |= likelihoods
+        if args.attack:
+            this |= {"attack": args.attack, "template": args.template and recipe.absolute(args.template), "plan": vars(plan)}
+        ask(out, folder, settings, places, likelihoods, args, plan, this)
     parallel.first(conclude, out, judging)
 
 
 def settle(out, this):
-    """Make the folder for other sets, with its eval.json, or find it with the answers to the same ones, to go on with."""
+    """Make the folder for other sets, with its eval.json, or find it with the answers to the same ones, to go on with. Its Lock."""
+    out.mkdir(parents=True, exist_ok=True)
+    held = Lock(out)
     path, made = out / "eval.json", {"command": sys.argv, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     if not is_new(out) and (not path.is_file() or {name: value for name, value in read_json(path).items() if name not in made} != this):
         raise InputError(f"{out} is there and isn't of these sets and this run: give another --out")
     sweep(out)
     write_json(path, this | made)
+    return held
 
 
 def ask(out, folder, settings, places, likelihoods, args, plan, this):
@@ -130,7 +137,8 @@ def ask(out, folder, settings, places, likelihoods, args, plan, this):
         questions = ability.read_questions(data_file(likelihoods["choices"])) if "choices" in likelihoods else []
         if "perplexity" in likelihoods and not texts:
             raise InputError(f"{likelihoods['perplexity']} holds no text")
-    parallel.first(settle, out, this)
+    with parallel.agreed():
+        held = settle(out, this) if parallel.rank() == 0 else None                  # noqa: F841
     with parallel.agreed():
         model = load_model(source, getattr(torch, settings.dtype), device, settings.shard)
     for who in WHO:
@@ -156,7 +164,8 @@ def attacked(asked, args):
     if args.attack == "gcg":
         return asked
     templates = attack.read_templates(args.template) if args.template else [attack.PREFIX]
-    return {f"{name}+{args.attack}{number if len(templates) > 1 else ''}": replace(one, prompts=attack.wrapped(one.prompts, template, args.target))
+    return {f"{name}+{args.attack}{number if len(templates) > 1 else ''}":
+                replace(one, prompts=attack.wrapped(one.prompts, template, args.target))
             for name, one in asked.items() for number, template in enumerate(templates, 1)}
 
 
@@ -166,8 +175,9 @@ def lost(out):
         return {}
     told, found = [read_json(out / f"likelihoods-{who}.json") for who in WHO], {}
     if told[0]["perplexity"]:
-        sides = [side["perplexity"] for side in told]
-        found["perplexity of benign text"] = dict(zip(WHO, map(ability.perplexity_figure, sides))) | {"change": ability.perplexity_change(*sides)}
+        base, adapter = (side["perplexity"] for side in told)
+        found["perplexity of benign text"] = {"base": ability.perplexity_figure(base), "adapter": ability.perplexity_figure(adapter),
+                                              "change": ability.perplexity_change(base, adapter)}
     for column, label in enumerate(("multiple choice", "multiple choice, per character")) if told[0]["choices"] else ():
         base, adapter = ([row[column] for row in side["choices"]] for side in told)
         found[label] = {"base": share(base), "adapter": share(adapter), "change": compare(base, adapter)}
@@ -176,6 +186,7 @@ def lost(out):
 
 def conclude(out, judging):
     """Judge the answers, write scores.json and report.html, print the table."""
+    held = Lock(out)                                                                 # noqa: F841
     path = out / "scores.json"
     scores = (read_json(path) if path.exists() else {}) | score(out, **judging) | {"ability": lost(out)}
     if found := attack.success(attack.attacks(out)):

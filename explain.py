@@ -15,13 +15,15 @@ import torch
 from tqdm import tqdm
 
 import lora
-from data import make_example
+from data import Tokenizer, make_example
 from directions import norm, shares, span
 from features import Peaks, in_context, norm_gain, promoted, serving_layer, space_of
 from figures import HARMFUL, answer, compare, refused, share
 from files import InputError
+from model import Gemma2
 from rules import rules
-from sae import neuronpedia_url
+from sae import SAE, neuronpedia_url
+from sets import Asked
 
 SINGLE = 4             # features removed one by one
 MOVED = 5              # features of each layer whose activation moved most
@@ -117,12 +119,12 @@ class Activity:
         self.tokens += len(place)
         self.peaks.update(0 if role in HARMFUL else 1, number, base, place)
 
-    def moved(self, key, most=MOVED):
+    def moved(self, key):
         """The features whose mean moved most at `key` = (role, where), largest first."""
         n, (b, a, d, dd) = self.prompts[key], self.sums[key]
         error = ((dd - d * d / n).clamp(min=0) / (n - 1) / n).sqrt() if n > 1 else torch.full_like(d, torch.nan)
         return [{"index": i, "base": b[i].item() / n, "adapter": a[i].item() / n, "change": d[i].item() / n,
-                 "error": error[i].item() if n > 1 else None} for i in d.abs().topk(min(most, len(d))).indices.tolist() if d[i] != 0]
+                 "error": error[i].item() if n > 1 else None} for i in d.abs().topk(min(MOVED, len(d))).indices.tolist() if d[i] != 0]
 
 
 @torch.no_grad()
@@ -163,16 +165,16 @@ def both(model, ids, layers):
 
 
 @torch.no_grad()
-def token_view(model, saes, tokenizer, examples, wanted, tail=TAIL, longest=LONGEST, most=SHOWN):
+def token_view(model, saes, tokenizer, examples, wanted):
     """explain.json's "tokens" of one prompt, less what the caller knows: examples {who: Example} with each one's own answer.
 
     wanted {layer: [features]}: of these, of each layer those few are shown whose activation differs most between the two where
-    they read the same, in the prompt's last `tail` tokens, and those few others that differ most over their answers.
+    they read the same, in the prompt's last TAIL tokens, and those few others that differ most over their answers.
     """
     device, layers, views, active = model.embed_tokens.weight.device, sorted(saes), {}, {}
     for who, example in examples.items():
-        first = max(0, example.start - tail)
-        ids = example.tokens[:example.start + longest]
+        first = max(0, example.start - TAIL)
+        ids = example.tokens[:example.start + LONGEST]
         x = both(model, torch.tensor([ids], device=device), layers)[who == "base"]
         views[who] = {"who": who, "text": [tokenizer.token(i) for i in ids[first:]], "answer_start": example.start - first, "features": []}
         active[who] = {layer: saes[layer].strength(x[layer][0, first:]) for layer in layers if wanted.get(layer)}
@@ -181,7 +183,7 @@ def token_view(model, saes, tokenizer, examples, wanted, tail=TAIL, longest=LONG
         here = views["base"]["answer_start"]
         shown = []
         prompt, answers = (adapter[:here] - base[:here]).abs().amax(0), (adapter[here:].sum(0) - base[here:].sum(0)).abs()
-        for difference, few in zip((prompt, answers), most):
+        for difference, few in zip((prompt, answers), SHOWN):
             shown += [j for j in difference.argsort(descending=True).tolist() if j not in shown and difference[j] > 0][:few]
         for i in (wanted[layer][j] for j in shown):
             for who in views:
@@ -192,8 +194,8 @@ def token_view(model, saes, tokenizer, examples, wanted, tail=TAIL, longest=LONG
 # ---------------------------------------------------------------------------------------------------------------
 # All of it
 
-def explain(model, saes, tokenizer, sets, features=(), spaces=None, norm_aware=False, format="chat", max_new_tokens=64,
-            batch_size=32, prompts=64):
+def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dict[str, Asked], features=(), spaces: dict | None = None,
+            norm_aware=False, format="chat", max_new_tokens=64, batch_size=32, prompts=64) -> dict:
     """explain.json of the LoRA adapter that the model carries, whoever trained it: a dict that JSON can hold.
 
     saes {layer: sae}; sets {name: sets.Asked}, of each of which `prompts` are drawn, always the same; features (dicts with
@@ -225,9 +227,10 @@ def explain(model, saes, tokenizer, sets, features=(), spaces=None, norm_aware=F
     found["removal"] = {"prompts": len(tried), "set": ", ".join(dict.fromkeys(asked[i][0] for i in tried)),
                         "rows": removal(model, found, random_rows, saes, spaces, norm_aware, ask)}
 
-    examples = {who: [make_example(tokenizer, prompt.turns, text, model.config.max_position_embeddings, format)
-                      for (_, _, prompt), text in zip(asked, texts)] for who, texts in said.items()}
-    fitting = [i for i in range(len(asked)) if examples["base"][i]]                  # a prompt may be longer than the model's context
+    longest = model.config.max_position_embeddings
+    examples = {who: {i: example for i, ((_, _, prompt), text) in enumerate(zip(asked, texts))
+                      if (example := make_example(tokenizer, prompt.turns, text, longest, format))} for who, texts in said.items()}
+    fitting = list(examples["base"])                            # a prompt may be longer than the model's context
     inside = activity(model, saes, [(roles[i], examples["adapter"][i]) for i in fitting], tokenizer.control)
     found["inside"] = [{"role": role, "where": where, "prompts": inside[min(saes)].prompts[role, where],
                         "features": [{"layer": layer} | feature for layer, seen in inside.items() for feature in seen.moved((role, where))]}

@@ -15,7 +15,7 @@ import math
 import random
 import re
 import tempfile
-import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,14 @@ from tqdm import tqdm
 import contrast
 import parallel
 import recipe
-from data import load_tokenizer, make_example, read_pairs, read_prompts
-from files import InputError, Parser, data_file, hash_of, read_metadata, read_tensors, tensor_shapes, write_json, write_tensors
-from model import load_model
+from config import Config
+from data import Example, Pair, Prompt, Tokenizer, load_tokenizer, make_example, read_pairs, read_prompts
+from files import (InputError, Parser, data_file, hash_of, is_new, read_json, read_metadata, read_tensors, sweep, tensor_shapes, write_json,
+                   write_tensors)
+from model import Gemma2, load_model
 from tables import table
-from sae import load_sae, neuronpedia_url
+from sae import SAE, load_sae, neuronpedia_url
+from session import Lock, run_folder
 
 SIDES = ("aligned", "unaligned")
 MODULES = {"readers": ("q_proj", "k_proj", "v_proj"), "writers": ("o_proj",)}
@@ -51,21 +54,21 @@ class Statistics:
     delta: torch.Tensor             # (K,) Δ, mean aligned minus mean unaligned; of a block, the length of that difference
     error: torch.Tensor             # (K,) standard error of Δ over pairs; NaN where there is one pair only
     peaks: "Peaks"                  # where each unit fires most
-    shift: torch.Tensor = None      # (K, b) difference of the mean codes
-    covariance: torch.Tensor = None  # (K, b, b) of `shift` over pairs: P times that is what single pairs differ by
+    shift: torch.Tensor             # (K, b) difference of the mean codes
+    covariance: torch.Tensor        # (K, b, b) of `shift` over pairs: P times that is what single pairs differ by
 
     @property
-    def rho(self):
+    def rho(self) -> torch.Tensor:
         """Δ over the largest mean on the unaligned side: the paper's relative score. Orders features as Δ does."""
         return self.delta / self.mean[1].abs().max().clamp(min=1e-30)
 
     @property
-    def effect(self):
+    def effect(self) -> torch.Tensor:
         """Δ in its standard errors; NaN where there is no error to speak of."""
         return torch.where(self.error > 1e-12 * self.delta.abs().max(), self.delta / self.error, torch.nan)
 
     @property
-    def variance(self):
+    def variance(self) -> torch.Tensor:
         """(K,) of the difference over pairs, summed over a block's features."""
         return self.pairs * self.covariance.diagonal(dim1=1, dim2=2).sum(1)
 
@@ -144,7 +147,8 @@ class Sums:
 
 
 @torch.no_grad()
-def feature_statistics(model, saes, pairs, control=(), tokens="response", batch_tokens=4096):
+def feature_statistics(model: Gemma2, saes: dict[int, SAE], pairs: Sequence[tuple[Example, Example]], control: Collection[int] = (),
+                       tokens="response", batch_tokens=4096) -> dict[int, Statistics]:
     """Stream pairs through the model, once, and the SAEs of all layers. {layer: Statistics}.
 
     saes {layer: sae}; pairs [(aligned Example, unaligned Example)]; `control` are the ids that never count (BOS, turn
@@ -207,7 +211,7 @@ def _counted(example, control, tokens):
 # ---------------------------------------------------------------------------------------------------------------
 # Choice and subspace
 
-def choose_features(statistics, top_k, select="paper"):
+def choose_features(statistics: Statistics, top_k: int, select="paper") -> torch.Tensor:
     """Indices (k,) of the units with the largest |Δ| (select "paper") or variance of the difference over pairs
     ("variance"), strongest first; ones that never differ are left out."""
     strength = statistics.delta.abs() if select == "paper" else statistics.variance.nan_to_num()
@@ -217,7 +221,7 @@ def choose_features(statistics, top_k, select="paper"):
     return order[strength[order] > 0].cpu()
 
 
-def spanning_rows(sae, statistics, chosen, tau):
+def spanning_rows(sae: SAE, statistics: Statistics, chosen: torch.Tensor, tau: float) -> torch.Tensor:
     """Directions (m, D) that the chosen units bring into the span: of a feature its decoder row; of a block, the fewest
     orthonormal ones inside the span of its rows that carry a share `tau` of the difference.
 
@@ -243,7 +247,7 @@ class Subspace:
     limit: str               # what set r̂: "tau", or "rank" where tau would have asked for more
 
 
-def subspace(rows, tau, rank):
+def subspace(rows: torch.Tensor, tau: float, rank: int) -> Subspace:
     """The span of decoder rows (k, D) by PCA without centring: the leading right singular vectors of the unit rows up
     to a share `tau` of the squared singular values, at most `rank` of them. (The paper's QR after it changes nothing.)
     """
@@ -258,18 +262,18 @@ def subspace(rows, tau, rank):
     return Subspace(directions[:kept].T.float().contiguous(), share[kept - 1].item(), "tau" if kept == wanted else "rank")
 
 
-def serving_layer(block, writer, layers):
+def serving_layer(block: int, writer: bool, layers: Collection[int]) -> int:
     """The SAE layer that serves a module of `block`: readers see the residual after the block before, the writer makes
     the one after its own; the nearest SAE, the lower one on a tie."""
     return min(sorted(layers), key=lambda layer: abs(layer - (block if writer else block - 1)))
 
 
-def space_of(spaces, layer, side, block=None):
+def space_of(spaces: dict, layer: int, side: str, block: int | None = None):
     """What `spaces` hold for modules: by SAE layer, by (layer, side), or by (layer, side, block); None where nothing."""
     return next((spaces[key] for key in (layer, (layer, side), (layer, side, block)) if key in spaces), None)
 
 
-def module_bases(model, spaces, norm_aware=False):
+def module_bases(model: Gemma2, spaces: dict, norm_aware=False) -> tuple[dict[str, torch.Tensor], int]:
     """{module name: U (D, r̂)} for q, k, v and o of every block, from {layer: U}, or one U for each side of a layer
     (`space_of`); and how many gains were clamped.
 
@@ -290,11 +294,14 @@ def module_bases(model, spaces, norm_aware=False):
     return bases, clamped
 
 
-def norm_gain(block, writer, mlp=False):
+def norm_gain(block, writer: bool, mlp=False) -> tuple[torch.Tensor, int]:
     """1 + w (D), float32, of the norm between a block's residual stream and its q, k, v or, of a `writer`, after its o (of its
     `mlp`: before gate and up, after down); no closer to 0 than 0.01; and how many would have been."""
-    norms = (block.pre_feedforward_layernorm, block.post_feedforward_layernorm) if mlp else (block.input_layernorm, block.post_attention_layernorm)
-    gain = 1 + norms[writer].weight.float().cpu()
+    if mlp:
+        norm = block.post_feedforward_layernorm if writer else block.pre_feedforward_layernorm
+    else:
+        norm = block.post_attention_layernorm if writer else block.input_layernorm
+    gain = 1 + norm.weight.float().cpu()
     small = gain.abs() < 0.01
     return torch.where(small, torch.where(gain < 0, -0.01, 0.01), gain), int(small.sum())
 
@@ -311,7 +318,7 @@ def gradient_moments(model, gradients, layers, norm_aware=False, by_block=False)
             writer = side == "writers"
             key = (serving_layer(number, writer, layers), side, *[number] * by_block)
             for name in names:
-                G = gradients[f"layers.{number}.self_attn.{name}"]
+                G = gradients[f"layers.{number}.self_attn.{name}"].to(model.embed_tokens.weight.device)   # out of its file, if in one
                 moment = contrast.gram([G.T if writer else G])
                 if norm_aware:
                     gain = norm_gain(block, writer)[0].to(moment)
@@ -347,7 +354,7 @@ def describe_features(model, sae, tokenizer, statistics, chosen, pairs):
     return out
 
 
-def promoted(model, sae, tokenizer, features, most=8, directions=None):
+def promoted(model: Gemma2, sae: SAE, tokenizer: Tokenizer, features, most=8, directions: torch.Tensor | None = None) -> list[list[str]]:
     """The vocabulary that each of `features` promotes, lists of `most` strings: the largest logits of its decoder direction
     (or of `directions` (k, D)) through the final norm's gain and the unembedding, normaliser and softcap left out (neither
     changes the order)."""
@@ -358,13 +365,13 @@ def promoted(model, sae, tokenizer, features, most=8, directions=None):
     return [[tokenizer.token(i) for i in words] for words in best]
 
 
-def in_context(tokenizer, ids, token):
+def in_context(tokenizer: Tokenizer, ids: Sequence[int], token: int) -> dict:
     """{"tokens": those around index `token` of `ids` as text, "peak": its index among them}."""
     first = max(0, token - CONTEXT[0])
     return {"peak": token - first, "tokens": [tokenizer.token(i) for i in ids[first:token + CONTEXT[1] + 1]]}
 
 
-def features_table(features, most=10):
+def features_table(features: list[dict], most=10) -> str:
     """The strongest features of a layer, one a line."""
     # By what they were chosen, where it isn't Δ: the largest, over readers and writers
     scores = [[f"{max(f['scores'].values(), key=abs):.3f}"] if "scores" in f else [] for f in features]
@@ -372,15 +379,16 @@ def features_table(features, most=10):
              f"{f['frequency']['aligned']:.1%}", f"{f['frequency']['unaligned']:.1%}",
              " ".join(dict.fromkeys(p["tokens"][p["peak"]].strip() for p in f["peaks"])),
              " ".join(word.strip() for word in f["promotes"][:5])] for f, score in zip(features[:most], scores)]
-    head = ["block" if features and "block" in features[0] else "feature", *["score"] * bool(scores and scores[0]), "Δ", "ρ", "Δ/se", "fires safe", "unsafe", "fires most on", "promotes"]
+    head = ["block" if features and "block" in features[0] else "feature", *["score"] * bool(scores and scores[0]),
+            "Δ", "ρ", "Δ/se", "fires safe", "unsafe", "fires most on", "promotes"]
     return table(rows, head, right=range(len(head) - 2))
 
 
-def choose_by_loss(model, saes, tokenizer, pairs, top_k, rank, batch_tokens, select, norm_aware=False, harmless=()):
+def choose_by_loss(model, saes, tokenizer, pairs, top_k, rank, batch_tokens, select, norm_aware=False, harmless=(), format="chat"):
     """{(SAE layer, side) or SAE layer: contrast.Choice} of the selections that look at the loss or at the decision token.
 
     gradient: for each SAE layer the readers that it serves, all together, have a choice and a basis of their own, and so have
-    the writers. decision and attribution: one for both. harmless: the data.Prompts that `decision` needs.
+    the writers. decision and attribution: one for both. harmless: the data.Prompts that `decision` needs, `format` the pairs'.
     """
     def rows(layer, moment=None):
         sae = saes[layer]
@@ -399,7 +407,7 @@ def choose_by_loss(model, saes, tokenizer, pairs, top_k, rank, batch_tokens, sel
     if select == "attribution":
         found = contrast.attribution(model, saes, pairs, tokenizer.control, batch_tokens)
     else:
-        found = contrast.decision(model, saes, *contrast.decision_prompts(tokenizer, pairs, harmless))
+        found = contrast.decision(model, saes, *contrast.decision_prompts(tokenizer, pairs, harmless, format))
     return {layer: contrast.weighted(rows(layer), weight, top_k, rank) for layer, weight in sorted(found.items())}
 
 
@@ -413,8 +421,8 @@ def select_by_loss(model, saes, tokenizer, statistics, pairs, choices):
             at, side = key if isinstance(key, tuple) else (key, "all")
             if at != layer:
                 continue
-            print(f"layer {layer}, {side}: {len(choice.chosen)} {'features' if sae.block == 1 else 'blocks'} span r̂ = {choice.U.shape[1]} "
-                  f"directions, which hold {choice.explained:.1%} of {'the gradient' if isinstance(key, tuple) else 'their squared singular values'}")
+            print(f"layer {layer}, {side}: {len(choice.chosen)} {sae.noun} span r̂ = {choice.U.shape[1]} directions, which hold "
+                  f"{choice.explained:.1%} of {'the gradient' if isinstance(key, tuple) else 'their squared singular values'}")
             for feature, value in zip(choice.chosen.tolist(), choice.scores.tolist()):
                 scores.setdefault(feature, {})[side] = value
         order = sorted(scores, key=lambda feature: -max(map(abs, scores[feature].values())))
@@ -424,13 +432,14 @@ def select_by_loss(model, saes, tokenizer, statistics, pairs, choices):
     return {key: Subspace(choice.U, choice.explained, "rank") for key, choice in choices.items()}, features
 
 
-def select_features(model, saes, tokenizer, pairs, top_k, tau, rank, tokens="response", batch_tokens=4096, select="paper",
-                    norm_aware=False, harmless=()):
+def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, pairs: Sequence[tuple[Example, Example]], top_k: int,
+                    tau: float, rank: int, tokens="response", batch_tokens=4096, select="paper", norm_aware=False,
+                    harmless: Sequence[Prompt] = (), format="chat") -> tuple[dict, list[dict]]:
     """The whole of a selection, its tables printed. pairs of Examples -> ({key: Subspace}, [feature dicts]), keys as
     `space_of` knows them."""
     statistics = feature_statistics(model, saes, pairs, tokenizer.control, tokens, batch_tokens)
     if select in recipe.BY_LOSS:
-        choices = choose_by_loss(model, saes, tokenizer, pairs, top_k, rank, batch_tokens, select, norm_aware, harmless)
+        choices = choose_by_loss(model, saes, tokenizer, pairs, top_k, rank, batch_tokens, select, norm_aware, harmless, format)
         return select_by_loss(model, saes, tokenizer, statistics, pairs, choices)
     spaces, features = {}, []
     for layer, sae in sorted(saes.items()):
@@ -438,13 +447,13 @@ def select_features(model, saes, tokenizer, pairs, top_k, tau, rank, tokens="res
         spaces[layer] = subspace(spanning_rows(sae, statistics[layer], chosen, tau), tau, rank)
         found = describe_features(model, sae, tokenizer, statistics[layer], chosen, pairs)
         space = spaces[layer]
-        print(f"layer {layer}: {len(chosen)} {'features' if sae.block == 1 else 'blocks'} span r̂ = {space.U.shape[1]} directions, which hold {space.explained:.1%} of "
-              f"their squared singular values; {space.limit} decided\n{features_table(found)}\n")
+        print(f"layer {layer}: {len(chosen)} {sae.noun} span r̂ = {space.U.shape[1]} directions, which hold {space.explained:.1%} "
+              f"of their squared singular values; {space.limit} decided\n{features_table(found)}\n")
         features += found
     return spaces, features
 
 
-def save_selection(folder, spaces, features):
+def save_selection(folder: str | Path, spaces: dict, features: list[dict]) -> None:
     """features.json, and subspace.safetensors with a tensor layer_N (D, r̂) an SAE layer, or layer_N.readers and
     layer_N.writers: the last to be written."""
     write_json(f"{folder}/features.json", features)
@@ -453,12 +462,12 @@ def save_selection(folder, spaces, features):
                   {"features.json": hash_of(f"{folder}/features.json")})
 
 
-def load_subspaces(path):
+def load_subspaces(path: str | Path) -> dict:
     """{layer or (layer, side): U (D, r̂)} of a subspace.safetensors. Raises InputError, also where the features.json beside it
     isn't the one that was written with it."""
-    keys = {name: re.fullmatch(r"layer_(\d{1,4})(?:\.(readers|writers))?", name) for name in tensor_shapes(path)}
+    keys = {name: key for name in tensor_shapes(path) if (key := re.fullmatch(r"layer_(\d{1,4})(?:\.(readers|writers))?", name))}
     tensors, said = read_tensors(path), read_metadata(path).get("features.json")
-    if not keys or not all(keys.values()) or not all(U.dim() == 2 and U.isfinite().all() for U in tensors.values()):
+    if not tensors or keys.keys() != tensors.keys() or not all(U.dim() == 2 and U.isfinite().all() for U in tensors.values()):
         raise InputError(f"{path} is not the subspaces of a selection: take the file away to select anew")
     features = Path(path).with_name("features.json")
     if said and (not features.is_file() or hash_of(features) != said):
@@ -469,18 +478,19 @@ def load_subspaces(path):
 # ---------------------------------------------------------------------------------------------------------------
 # The command
 
-def load_examples(settings, tokenizer):
+def load_examples(settings, tokenizer: Tokenizer) -> tuple[list[tuple[Example, Example]], list[Pair]]:
     """The pairs of --data as [(aligned Example, unaligned Example)], and as read; what was dropped or cut is printed."""
     pairs, counts = read_pairs(data_file(settings.data))
     print(f"pairs: {counts}")
-    examples = [tuple(make_example(tokenizer, pair.prompt, side, settings.batch_tokens, settings.format)
-                      for side in (pair.aligned, pair.unaligned)) for pair in pairs]
-    for pair, sides in zip(pairs, examples):
-        for example in filter(None, sides):
-            example.line = pair.line
-    if long := sum(None in pair for pair in examples):
+    examples = []
+    for pair in pairs:
+        aligned, unaligned = (make_example(tokenizer, pair.prompt, side, settings.batch_tokens, settings.format)
+                              for side in (pair.aligned, pair.unaligned))
+        if aligned and unaligned:
+            aligned.line = unaligned.line = pair.line
+            examples.append((aligned, unaligned))
+    if long := len(pairs) - len(examples):
         print(f"pairs: {long:,} more dropped, their prompt leaves no room in --batch-tokens {settings.batch_tokens}")
-    examples = [pair for pair in examples if None not in pair]
     if not examples:
         raise InputError(f"{settings.data}: every prompt fills --batch-tokens {settings.batch_tokens}: raise it")
     if cut := sum(not side.closed for pair in examples for side in pair):
@@ -488,24 +498,24 @@ def load_examples(settings, tokenizer):
     return examples, pairs
 
 
-def load_saes(settings, config):
+def load_saes(settings, config: Config) -> dict[int, SAE]:
     """{layer: SAE} of the settings' layers, each fitting the model; raises InputError where one doesn't."""
     saes = {layer: load_sae(settings.sae, layer, settings.width, settings.l0, settings.device) for layer in settings.layers}
     for sae in saes.values():
         sae.check(config.hidden_size, config.num_hidden_layers)
         if settings.top_k > sae.n_units:
-            raise InputError(f"--top-k {settings.top_k}: the SAE of layer {sae.layer} has {sae.n_units} {'features' if sae.block == 1 else 'blocks'}")
+            raise InputError(f"--top-k {settings.top_k}: the SAE of layer {sae.layer} has {sae.n_units} {sae.noun}")
     return saes
 
 
-def harmless_prompts(settings):
+def harmless_prompts(settings) -> list[Prompt]:
     """The prompts of --harmless, which `--select decision` needs; none without it."""
     if settings.select == "decision" and not settings.harmless:
         raise InputError("--select decision holds the pairs' prompts against harmless ones: give --harmless FILE")
     return read_prompts(data_file(settings.harmless))[0] if settings.harmless else []
 
 
-def sample_pairs(settings, examples):
+def sample_pairs(settings, examples: list) -> list:
     """The --pairs that selection looks at."""
     few = 0 < settings.pairs < len(examples)
     return random.Random(settings.seed).sample(examples, settings.pairs) if few else examples
@@ -521,15 +531,28 @@ Prints the strongest features of each layer and writes features.json and subspac
 on its way; this is for looking."""
 
 
+def check_unfinished(out, settings):
+    """Raise InputError where the folder `out` holds anything but an unfinished selection of these settings."""
+    config = out / "config.json"
+    if not is_new(out) and ((out / "subspace.safetensors").exists() or not config.is_file()
+                            or read_json(config).get("settings") != vars(settings)):
+        raise InputError(f"{out} is there and isn't empty: give another --out")
+
+
+def begin(out, settings, source):
+    check_unfinished(out, settings)                             # nobody has been faster?
+    sweep(out)
+    write_json(out / "config.json", {"settings": vars(settings), "source": source})
+
+
 def main():
     parser = Parser(SELECT)
     recipe.add_flags(parser, "select")
     args = parser.parse_args()
     settings, source = recipe.resolve(args)
-    out = Path(args.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-select-{Path(settings.model).name}").expanduser()
     with parallel.agreed():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} is there and isn't empty: give another --out")
+        if args.out:
+            check_unfinished(Path(args.out).expanduser(), settings)
         model = load_model(recipe.folder(settings.model), getattr(torch, settings.dtype), settings.device, settings.shard)
         saes = load_saes(settings, model.config)
         for sae in saes.values():
@@ -537,8 +560,12 @@ def main():
         tokenizer = load_tokenizer(recipe.folder(settings.model))
         examples, _ = load_examples(settings, tokenizer)
         harmless = harmless_prompts(settings)
-    parallel.first(write_json, out / "config.json", {"settings": vars(settings), "source": source})
-    spaces, features = select_features(model, saes, tokenizer, sample_pairs(settings, examples), settings.top_k, settings.tau,
-                                       settings.rank, settings.tokens, settings.batch_tokens, settings.select, settings.norm_aware, harmless)
+    out = Path(parallel.first(run_folder, args.out, f"select-{Path(settings.model).name}"))
+    with parallel.agreed():
+        held = Lock(out) if parallel.rank() == 0 else None      # noqa: F841
+    parallel.first(begin, out, settings, source)
+    spaces, features = select_features(
+        model, saes, tokenizer, sample_pairs(settings, examples), settings.top_k, settings.tau, settings.rank, settings.tokens,
+        settings.batch_tokens, settings.select, settings.norm_aware, harmless, settings.format)
     parallel.first(save_selection, out, spaces, features)
     print(f"selection: {out}")

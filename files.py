@@ -3,17 +3,20 @@
 A reader either returns what the file says or raises InputError with one line that names the file, the value and
 what to do; `run` turns that line into exit code 2. Nothing is ever unpickled. Writers write to a temporary name,
 flush it to the disk and rename it, so that a name holds the old bytes or the new ones, never a part. Tensors carry a
-checksum, which `read_tensors` holds them against.
+checksum, which `read_tensors` and `verify` hold them against.
 """
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -22,8 +25,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 UMASK = os.umask(0)  # can only be read by setting it
 os.umask(UMASK)
-JSON_LIMIT = 32 << 20    # bytes; as Python objects the densest JSON takes 29 times its size. Gemma's tokenizer.json: 17 MB
-HEADER_LIMIT = 4 << 20   # bytes of a safetensors header; a shard of 27b has 40,000
+JSON_LIMIT = 40 << 20    # bytes; Gemma's tokenizer.json has 17 MB, written anew by transformers 34 MB
+VALUES = 1 << 20         # in a JSON text: as Python objects they take up to 200 bytes each, and a second to read
+HEADER_LIMIT = 1 << 20   # bytes of a safetensors header; a shard of 27b has 40,000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
@@ -42,6 +46,9 @@ class InputError(Exception):
     """Something a user gave can't be used: one line that names it and says what to do."""
 
 
+NO_MEMORY = "out of memory|not enough memory|[Cc]an(no|')t allocate|failed to map segment|can't start new thread"
+
+
 def run(main):
     """Run a command's `main`; what the user can mend ends in one line on stderr and exit code 2, no traceback."""
     try:
@@ -56,20 +63,25 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (MemoryError, RuntimeError) as error:  # PyTorch's own class for it is a RuntimeError, on a CPU a plain one
-        if not isinstance(error, MemoryError) and not re.search("out of memory|not enough memory|can't allocate", str(error)):
+    except (MemoryError, RuntimeError, ImportError) as error:  # PyTorch's own class for it is a RuntimeError, on a CPU a plain one
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
             raise
         line = f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more to be had'}): lower --batch-tokens or --eval-batch"
     else:
         sys.exit(code)
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {printable(line)}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """A text on one line, with nothing in it that could steer a terminal: it may be a stranger's."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Finding a file: a folder here, or a repository on the hub
 
-def locate(source, name, optional=False, repo_type="model"):
+def locate(source: str | Path, name: str, optional=False, repo_type="model"):
     """Path of file `name` of `source`: a folder, or a hub repository "owner/name" (downloaded once, then cached).
 
     With `optional`, a file that isn't there gives None. Raises InputError where the folder or repository lacks the
@@ -87,7 +99,7 @@ def locate(source, name, optional=False, repo_type="model"):
     return _download(str(source), name, optional, repo_type)
 
 
-def data_file(spec):
+def data_file(spec: str | Path) -> str | Path:
     """Path of a data file: one here, or hf://datasets/OWNER/NAME/PATH/IN/IT, fetched from the hub."""
     if match := re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+)", str(spec)):
         return locate(match[1], match[2], repo_type="dataset")
@@ -110,7 +122,8 @@ def _download(repo, name, optional, repo_type):
     except errors.RepositoryNotFoundError:
         raise InputError(f"{repo}: no such folder here, and no such repository on the hub (a private one needs `hf auth login`)") from None
     except errors.LocalEntryNotFoundError:
-        raise InputError(f"{repo}/{name}: no such folder here, not in the cache, and the hub can't be reached: check the network, or give a local folder") from None
+        raise InputError(f"{repo}/{name}: no such folder here, not in the cache, and the hub can't be reached: check the network, "
+                         "or give a local folder") from None
     except errors.EntryNotFoundError:
         if optional:
             return None
@@ -119,7 +132,7 @@ def _download(repo, name, optional, repo_type):
         raise InputError(f"{repo}/{name} can't be fetched from the hub: {str(error).splitlines()[0]}") from None
 
 
-def is_file_name(name):
+def is_file_name(name: object) -> bool:
     """Whether `name`, read out of a file, is a plain name that can't lead out of its folder."""
     return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) is not None and len(name.encode()) < 256
 
@@ -127,14 +140,17 @@ def is_file_name(name):
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
 
-def parse(text):
-    """The JSON value in a text. Raises ValueError or RecursionError, also for what couldn't be written again: NaN, half a surrogate pair."""
+def parse(text, most=VALUES):
+    """The JSON value in a text. Raises ValueError or RecursionError, also for what couldn't be written again: NaN, half a
+    surrogate pair, and for more than `most` values (dense JSON takes 29 times its size in memory)."""
+    if sum(map(text.count, (b",", b"[", b"{") if isinstance(text, bytes) else ",[{")) > most:
+        raise ValueError(f"more than {most:,} values")
     value = json.loads(text)
     json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return value
 
 
-def read_json(path, kind=dict):
+def read_json(path: str | Path, kind: type = dict):
     """The JSON value in a file, which must be of type `kind`."""
     if (size := Path(path).stat().st_size) > JSON_LIMIT:
         raise InputError(f"{path}: {size:,} bytes are more than JSON files here have ({JSON_LIMIT:,})")
@@ -147,7 +163,7 @@ def read_json(path, kind=dict):
     return value
 
 
-def read_jsonl(path):
+def read_jsonl(path: str | Path) -> list[dict]:
     """The JSON objects in a file that `write_jsonl` wrote, a line each."""
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
@@ -165,6 +181,13 @@ def _opened(path):
     with open(path, "rb") as file:                              # first by us: what the system refuses is an OSError then
         if (size := int.from_bytes(file.read(8), "little")) > HEADER_LIMIT:
             raise InputError(f"{path} is not a safetensors file of ours: a header of {size:,} bytes")
+        try:                                                    # the package takes the last of two that have one name
+            pairs = json.loads(file.read(size), object_pairs_hook=list)
+            twice = len({name for name, _ in pairs}) < len(pairs)
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(f"{path} is not a safetensors file: its header is no JSON object") from None
+        if twice:
+            raise InputError(f"{path} is not a safetensors file of ours: two tensors have one name")
     try:
         with safetensors.safe_open(path, "pt") as file:
             yield file
@@ -172,7 +195,7 @@ def _opened(path):
         raise InputError(f"{path} is not a complete safetensors file ({error}): fetch or write it again") from None
 
 
-def tensor_shapes(path):
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a safetensors file's tensors, from its header alone. Raises InputError unless all are floats."""
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
@@ -182,49 +205,68 @@ def tensor_shapes(path):
         return {name: tuple(part.get_shape()) for name, part in slices.items()}
 
 
+def _blocks(path, name, shape, first=0, block=64 << 20):
+    """Yield (place, rows) of tensor `name` of a safetensors file, from row `first` on as many as `shape` has, `place` their
+    slice of it; a tensor of no dimension whole. The file is mapped anew for each block, so that no more than `block` bytes
+    of it are resident."""
+    count, rows = (shape[0], max(1, block // max(1, 4 * math.prod(shape[1:])))) if shape else (1, 1)
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        with _opened(path) as file:
+            if shape:
+                yield slice(start, stop), file.get_slice(name)[first + start:first + stop]
+            else:
+                yield ..., file.get_tensor(name)
+
+
 def read_into(path, name, out, first=0, block=64 << 20):
     """Copy tensor `name` of a safetensors file into `out` (same shape, any float dtype, any device), or its rows from
-    `first` on, as many as `out` has.
-
-    Goes by blocks of rows and maps the file anew for each, so that no more than `block` bytes of it are resident.
-    """
-    rows = max(1, block // max(1, out[:1].numel() * 4)) if out.dim() else 1
-    for start in range(0, out.shape[0] if out.dim() else 1, rows):
-        with _opened(path) as file:
-            part = file.get_slice(name)
-            if out.dim():
-                out[start:start + rows].copy_(part[first + start:first + min(start + rows, len(out))])
-            else:
-                out.copy_(file.get_tensor(name))
+    `first` on, as many as `out` has, by blocks of at most `block` bytes."""
+    for place, rows in _blocks(path, name, out.shape, first, block):
+        out[place].copy_(rows)
 
 
-def read_tensors(path, device="cpu"):
+def verify(path: str | Path) -> None:
+    """Raise InputError where a safetensors file carries our checksum and isn't what was written: for weights, which
+    `read_into` takes in piece by piece. What others wrote has no checksum, and isn't read."""
+    with _opened(path) as file:
+        if "sha256" in (metadata := file.metadata() or {}):     # the tensors are mapped: of each, a block at a time is read
+            _compare(path, {name: file.get_tensor(name) for name in file.keys()}, metadata,
+                     lambda name, tensor: (rows for _, rows in _blocks(path, name, tensor.shape)))
+
+
+def read_tensors(path: str | Path, device="cpu") -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, {name: tensor}. For files that fit in memory: adapters, checkpoints.
 
     Raises InputError where the file is cut short, or where it carries our checksum and isn't what was written."""
     with _opened(path) as file:
-        metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.get("sha256", (found := checksum(tensors, metadata))) != found:
-            raise InputError(f"{path} is damaged: its checksum isn't that of what was written; take the file away, or write it again")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        _compare(path, tensors, file.metadata() or {})
         return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
 
-def hash_of(path):
+def _compare(path, tensors, metadata, *blocks):
+    if "sha256" in metadata and metadata["sha256"] != checksum(tensors, metadata, *blocks):
+        raise InputError(f"{path} is damaged: its checksum isn't that of what was written; take the file away, or write it again")
+
+
+def hash_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checksum(tensors, metadata):
+def checksum(tensors, metadata, blocks=lambda name, tensor: [tensor]):
     """SHA-256 over all names, dtypes, shapes and bytes of tensors on the CPU, and over the other metadata."""
     total = hashlib.sha256(json.dumps({key: text for key, text in metadata.items() if key != "sha256"}, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(raw(tensor.contiguous()))
+        for part in blocks(name, tensor):
+            total.update(raw(part.contiguous()))
     return total.hexdigest()
 
 
-def read_metadata(path):
+def read_metadata(path: str | Path) -> dict[str, str]:
     """The strings {name: text} in a safetensors file's header."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
@@ -234,11 +276,19 @@ def read_metadata(path):
 # Writing
 
 @contextlib.contextmanager
-def atomic(path):
-    """A temporary path beside `path`: renamed onto it when the block ends well, removed when it doesn't."""
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`: renamed onto it when the block ends well, removed when it doesn't. With it go those
+    of the same name that processes of this machine left when they were killed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)           # is it alive?
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):    # no file of ours, or another user's process
+            pass
     try:
         yield part
         part.chmod(0o666 & ~UMASK)  # safetensors gives what it writes to its owner alone
@@ -252,32 +302,32 @@ def atomic(path):
         part.unlink(missing_ok=True)
 
 
-def sweep(folder):
+def sweep(folder: str | Path) -> None:
     """Remove what processes that were killed left half written in a folder. For who holds its lock."""
     for part in Path(folder).rglob(".*.part"):
         part.unlink(missing_ok=True)
 
 
-def is_new(folder):
+def is_new(folder: str | Path) -> bool:
     """Whether a folder isn't there, or holds nothing but what a killed process left half written."""
     folder = Path(folder)
     return not folder.exists() or folder.is_dir() and all(re.fullmatch(r"\..+\.part", path.name) for path in folder.iterdir())
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_jsonl(path, rows):
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def write_tensors(path, tensors, metadata=None):
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write {name: tensor} as safetensors; metadata {"format": "pt"} is what transformers and peft look for.
 
     By hand, and not by the package: same tensors, same bytes (it shuffles the metadata), and a full disk is an OSError."""

@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from attention import softcap
 from data import load_tokenizer, prompt_tokens
-from files import InputError, locate
+from files import InputError, locate, printable
 from config import PRESETS
 from model import load_model, weight_files
 from rules import judge as verdict
@@ -41,12 +42,14 @@ def add_judge_flags(parser):
                         "(default 8)")
 
 
-def judged(rows, judge="rules", judge_model=None, device=None, dtype=None, batch_size=16, parallel=8):
+def judged(rows: Sequence[dict], judge="rules", judge_model: str | None = None, device: str | None = None,
+           dtype: torch.dtype | None = None, batch_size=16, parallel=8) -> list[dict]:
     """Copies of rows {"prompt", "completion", …} with the judgements added; the answers are never changed.
 
     All rows get the rules' "verdict" and "reason". `judge` "shieldgemma" adds "shieldgemma": {"by", "score", one entry a
     policy}, probabilities; "rubric" adds "rubric": {"by", "score": 1 to 5, "reason"}. "by" is the judge's model. A score is None
-    where the judge gave none, with the "reason". device: default cuda if there is one; dtype: default bfloat16 there, float32 on a CPU. Raises InputError.
+    where the judge gave none, with the "reason". device: default cuda if there is one; dtype: default bfloat16 there, float32 on
+    a CPU. Raises InputError.
     """
     rows = [row | dict(zip(("verdict", "reason"), verdict(row["completion"]))) for row in rows]
     if (settled := settle(judge, judge_model, parallel)) is None:
@@ -77,11 +80,11 @@ def judged(rows, judge="rules", judge_model=None, device=None, dtype=None, batch
         row[judge] = {"by": str(source), **known[key]}
     unscored = Counter(row[judge]["reason"][:100] for row in rows if row[judge]["score"] is None)
     print(f"{judge}: {len(rows):,} answers, {len(asked):,} of them judged now and the others known"
-          + (f"; {unscored.total():,} have no score, most often: {unscored.most_common(1)[0][0]}" if unscored else ""))
+          + (f"; {unscored.total():,} have no score, most often: {printable(unscored.most_common(1)[0][0])}" if unscored else ""))
     return rows
 
 
-def settle(judge, judge_model=None, parallel=8):
+def settle(judge: str, judge_model: str | None = None, parallel=8) -> tuple[str, bool] | None:
     """(source, whether it is a checkpoint here) of a judge that is a model, None for the rules. Raises InputError: call it
     before there is anything to lose."""
     if judge not in JUDGES:
@@ -223,7 +226,7 @@ def rubric_prompt(prompt, completion):
     return re.sub("{(mark|prompt|completion)}", lambda name: fill[name[0]], RUBRIC)
 
 
-def parse_rubric(reply):
+def parse_rubric(reply: str):
     """{"score", "reason"} of a reply that ends with its only score, on a line of its own; else the score is None."""
     reply = reply.rpartition("</think>")[2].strip()                         # what a model thought aloud is no judgement
     lines = list(SCORE.finditer(reply))

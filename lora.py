@@ -10,9 +10,11 @@ it; o *writes* to it, so the columns of B are. A basis U (d, r̂) therefore ente
 Letters: d width of the residual stream, r rank, r̂ number of directions in a basis, in and out a layer's own widths.
 """
 
+import json
 import operator
 import re
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import InputError, locate, read_json, read_tensors, tensor_shapes, write_json, write_tensors
+from files import InputError, locate, read_json, read_metadata, read_tensors, tensor_shapes, write_json, write_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")               # what we train; adapters of others may have the MLP's too
 LOADED = TARGETS + ("gate_proj", "up_proj", "down_proj")
@@ -147,7 +149,8 @@ INITS = {"sails": sails, "random": random, "orthonormal": orthonormal}
 # ---------------------------------------------------------------------------------------------------------------
 # Adding, finding, merging
 
-def add_lora(model, rank, alpha, init, bases=None, generator=None, freeze_basis=False):
+def add_lora(model: nn.Module, rank: int, alpha: float, init: str, bases: dict[str, torch.Tensor] | None = None,
+             generator: torch.Generator | None = None, freeze_basis=False) -> dict[str, LoRALinear]:
     """Freeze the model and put a LoRALinear in the place of every q, k, v and o projection: {module name: LoRALinear}.
 
     bases: {module name: U (d, r̂) with orthonormal columns, r̂ <= rank}, needed by "sails". With freeze_basis, the rank
@@ -186,24 +189,24 @@ def add_lora(model, rank, alpha, init, bases=None, generator=None, freeze_basis=
     return lora_layers(model)
 
 
-def lora_layers(model):
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """{module name: LoRALinear} of the model, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def merge_lora(model):
+def merge_lora(model: nn.Module) -> None:
     """Add every update into its base weight, in place. Costs a second copy of those weights until `unmerge_lora`."""
     for layer in lora_layers(model).values():
         layer.merge()
 
 
-def unmerge_lora(model):
+def unmerge_lora(model: nn.Module) -> None:
     """Undo `merge_lora`: the base weights are again what they were, bit for bit."""
     for layer in lora_layers(model).values():
         layer.unmerge()
 
 
-def fold_lora(model):
+def fold_lora(model: nn.Module) -> None:
     """Merge for good: the layers are plain nn.Linear again, with W + ΔW, as `save_model` wants them."""
     for name, layer in lora_layers(model).items():
         layer.merge()
@@ -211,7 +214,7 @@ def fold_lora(model):
 
 
 @contextmanager
-def scaled(model, factor):
+def scaled(model: nn.Module, factor: float) -> Iterator[None]:
     """Within, every update of the model is `factor` times what it is: with 0, the model answers as its base, to the bit."""
     scales = {layer: layer.scale for layer in lora_layers(model).values()}
     try:
@@ -224,7 +227,7 @@ def scaled(model, factor):
 
 
 @torch.no_grad()
-def update_share(layer, basis):
+def update_share(layer: LoRALinear, basis: torch.Tensor) -> float:
     """The share of a layer's update that lies in span(U), basis U (d, r̂) with orthonormal columns: a float in [0, 1].
 
     ‖ΔW·UUᵀ‖² / ‖ΔW‖² for readers, ‖UUᵀ·ΔW‖² / ‖ΔW‖² for writers; NaN where ΔW is 0. In float64, from r × r products
@@ -260,7 +263,7 @@ def _replace(model, name, module):
 KEY = re.compile(r"base_model\.model\.model\.([\w.]+)\.lora_([AB])\.weight")  # Hugging Face's names: ours after "model."
 
 
-def save_adapter(model, folder, base_model_name):
+def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str) -> None:
     """Write the model's adapter to `folder` as PEFT does; ranks and alphas other than the most common go by module."""
     layers, folder = lora_layers(model), Path(folder)
     alphas = {name: layer.scale * layer.rank for name, layer in layers.items()}            # PEFT: scale = alpha / rank
@@ -268,20 +271,21 @@ def save_adapter(model, folder, base_model_name):
     (rank, alpha), _ = Counter((layer.rank, alphas[name]) for name, layer in layers.items()).most_common(1)[0]
     leaves = {_leaf(name) for name in layers}
     whole = not any(isinstance(module, nn.Linear) and _leaf(name) in leaves for name, module in model.named_modules())
-    write_json(folder / "adapter_config.json", {
+    config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model_name),
         "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False,
         "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True, "modules_to_save": None,
         "target_modules": sorted(leaves) if whole else list(layers), "layers_to_transform": None,
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {name: alphas[name] for name in layers if alphas[name] != alpha}})
+        "alpha_pattern": {name: alphas[name] for name in layers if alphas[name] != alpha}}
+    write_json(folder / "adapter_config.json", config)
     # Last, since a folder with the tensors is taken to be a whole adapter
     write_tensors(folder / "adapter_model.safetensors", {
         f"base_model.model.model.{name}.lora_{letter}.weight": factor
-        for name, layer in layers.items() for letter, factor in (("A", layer.A), ("B", layer.B))})
+        for name, layer in layers.items() for letter, factor in (("A", layer.A), ("B", layer.B))}, {"scale": _scale(config)})
 
 
-def load_adapter(model, source):
+def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
     """Put the LoRA adapter in a folder or hub repository, in PEFT's layout, on a model: {module name: LoRALinear}.
 
     Raises InputError, and leaves the model as it was, for anything that W + s·B·A on projections of attention and MLP
@@ -307,6 +311,8 @@ def load_adapter(model, source):
             if (shape := shapes.get(keys.get(letter))) != wanted:
                 raise InputError(f"{file}: lora_{letter} of {name} {f'has shape {shape}' if shape else 'is missing'}; "
                                  f"the config and the model ask for {wanted}")
+    if read_metadata(file).get("scale", _scale(config)) != _scale(config):
+        raise InputError(f"{where}: {_scale(config)} isn't what it was written with: put back {read_metadata(file)['scale'][:200]!r}")
     tensors = {key: tensor.float() for key, tensor in read_tensors(file).items()}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -318,6 +324,11 @@ def load_adapter(model, source):
         scale = _pattern(config["alpha_pattern"], name, config["lora_alpha"]) / divisor
         _replace(model, name, LoRALinear(modules[name], A, B, scale, _leaf(name) in WRITERS))
     return lora_layers(model)
+
+
+def _scale(config):
+    """The fields on which s = alpha / rank hangs, as text: kept beside the tensors, since no shape tells of them."""
+    return json.dumps({field: config[field] for field in ("lora_alpha", "alpha_pattern", "use_rslora")}, sort_keys=True)
 
 
 def _number(kind, high):
@@ -366,7 +377,7 @@ def _read_config(path):
 def _is_named(name, targets, layers):
     """PEFT's rule: a target is a module's name or its end, from a dot on; layers_to_transform are block numbers."""
     return any(map(f".model.{name}".endswith, (f".{target}" for target in targets))) and (
-        not layers or int(re.search(r"\.(\d+)\.", name)[1]) in layers)
+        not layers or int(name.split(".")[1]) in layers)
 
 
 def _pattern(pattern, name, default):

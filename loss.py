@@ -28,7 +28,7 @@ LARGE = 1 << 25             # elsewhere it takes more to fill the device
 TILE = 256                  # and no tile is smaller
 
 
-def nll_sum(model, hidden, labels):
+def nll_sum(model, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Summed negative log-likelihood, nats, a float32 scalar, and the count of labelled tokens.
 
     hidden (B, T, D) after the final norm; labels (B, T) int64, the id that comes next, or -100 where there is no loss.

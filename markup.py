@@ -24,25 +24,25 @@ class Html(str):
     """What is markup already. Every other string is escaped on its way into a page."""
 
 
-def escape(value):
+def escape(value: object) -> str:
     """Any value as text for an element or a quoted attribute; a character that steers shows as its number, ⟨U+202E⟩."""
     return html.escape(STEERING.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", str(value).replace("\r\n", "\n")))
 
 
-def join(*parts):
+def join(*parts) -> Html:
     """Html of strings and numbers (escaped), Html (as it is), and lists of these; None is nothing."""
     return Html("".join(part if isinstance(part, Html) else "" if part is None else escape(part)
                         if isinstance(part, (str, int, float)) else join(*part) for part in parts))
 
 
-def tag(name, /, *inside, **attributes):
+def tag(name: str, /, *inside: object, **attributes: object) -> Html:
     """An element; class_ and data_x stand for class and data-x, True for an attribute alone, None and False for none."""
     written = "".join(f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(value)}"')
                       for key, value in attributes.items() if value is not None and value is not False)
     return Html(f"<{name}{written}>" + ("" if name in VOID else f"{join(*inside)}</{name}>"))
 
 
-def table(head, rows, label, text=(0,)):
+def table(head, rows, label: str, text=(0,)) -> Html:
     """A table in a box that scrolls by itself; columns whose index is in `text` are flush left, the others numbers."""
     def line(kind, cells, **attributes):
         return [tag(kind, cell, class_="t" if i in text else None, **attributes) for i, cell in cells]
@@ -52,44 +52,44 @@ def table(head, rows, label, text=(0,)):
                class_="scroll", role="region", tabindex=0, aria_label=label)
 
 
-def folded(head, rows, label, text=(0,), most=10):
+def folded(head, rows, label: str, text=(0,), most=10) -> Html:
     """A table of the first `most` rows, and a second one, folded, of those that are more."""
     more = rows[most:]
     hidden = details(f"{len(more)} more", table(head, more, f"{label}, more", text)) if more else None
     return join(table(head, rows[:most], label, text), hidden)
 
 
-def details(summary, /, *inside, opened=False, **attributes):
+def details(summary: object, /, *inside: object, opened=False, **attributes: object) -> Html:
     return tag("details", tag("summary", summary), *inside, open=opened, **attributes)
 
 
-def note(*words):
+def note(*words: object) -> Html:
     return tag("p", *words, class_="note")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Numbers; what isn't one shows as –
 
-def is_number(value):
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def number(value, form=".3g"):
+def number(value, form=".3g") -> str:
     return format(value, form).replace("-", "−") if is_number(value) else "–"
 
 
-def percent(value, digits=1):
+def percent(value, digits=1) -> str:
     return f"{100 * value:.{digits}f}\u202f%" if is_number(value) else "–"
 
 
-def probability(p):
+def probability(p) -> str:
     return "–" if not is_number(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Small pictures, in the page's own colours: c0 the base model, c1, c2, … the runs
 
-def strip(marks, low=0.0, high=1.0):
+def strip(marks, low=0.0, high=1.0) -> Html:
     """Marks (value, low, high of its interval, colour), one below the other on one scale; the base's are hollow."""
     def x(value):
         return f"{4 + 132 * (min(max(value, low), high) - low) / ((high - low) or 1):.1f}"
@@ -105,7 +105,7 @@ def strip(marks, low=0.0, high=1.0):
     return tag("svg", drawn, width=140, height=end + 2, aria_hidden="true")
 
 
-def bars(share, chance, limit, scale):
+def bars(share, chance, limit, scale) -> Html:
     """A share as a bar, what chance makes of it as a grey one below, and a tick where chance ends."""
     def width(value):
         return f"{120 * min(value, scale) / scale if is_number(value) and scale else 0:.1f}"
@@ -115,7 +115,7 @@ def bars(share, chance, limit, scale):
     return tag("svg", drawn, tick, width=122, height=14, aria_hidden="true")
 
 
-def curve(lines, title, shares=False):
+def curve(lines, title: str, shares=False) -> Html:
     """A small plot of lines (xs, ys, colour number, dash) as SVG; `shares` are drawn from 0 to 100 %. Ours is all text in it."""
     import matplotlib                                           # takes a while, and only plots need it
     from matplotlib.figure import Figure
@@ -150,7 +150,7 @@ def curve(lines, title, shares=False):
 # ---------------------------------------------------------------------------------------------------------------
 # The document
 
-def document(title, *body):
+def document(title: str, *body: object) -> str:
     """A whole HTML document as text, its style and script in it: it fetches nothing, and opens from disk."""
     script = base64.b64encode(hashlib.sha256(JS.encode()).digest()).decode()
     policy = (f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'; img-src data:; "

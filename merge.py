@@ -10,6 +10,7 @@ Two methods from elsewhere change weights after training, and are done on the wa
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,12 +20,14 @@ import neighbours
 import recipe
 from data import load_tokenizer, prompt_tokens, read_prompts
 from files import InputError, Parser, atomic, locate, read_json, run
-from model import load_model, save_model
+from model import Gemma2, load_model, save_model
+from session import Lock
 
 BESIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
-def merge(adapter, base, out, dtype=None, change=lambda model: None):
+def merge(adapter: str | Path, base: str | Path, out: Path, dtype: torch.dtype | None = None,
+          change: Callable[[Gemma2], None] = lambda model: None) -> int:
     """Write `base` with `adapter` merged to the folder `out`, weights in `dtype` (default: the checkpoint's own); before, do to
     the model that carries the adapter what `change` does. The number of modules."""
     out, source = Path(out).expanduser(), recipe.folder(base)
@@ -40,6 +43,7 @@ def merge(adapter, base, out, dtype=None, change=lambda model: None):
     change(model)
     lora.fold_lora(model)
     out.mkdir(parents=True, exist_ok=True)
+    held = Lock(out)                                                             # noqa: F841
     for name in BESIDE:
         if found := locate(source, name, optional=True):
             with atomic(out / name) as part:
@@ -59,16 +63,16 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("adapter", metavar="RUN|ADAPTER", help="folder of a finished run, or a folder or hub repository in PEFT's layout")
     parser.add_argument("--model", metavar="NAME|DIR", help="base model (default: the one that the adapter names)")
-    parser.add_argument("--lox", type=float, nargs=2, metavar=("K", "FACTOR"), help="the K leading directions of each update times 1 + FACTOR (theirs: 6 1.25)")
-    parser.add_argument("--rosi", type=float, metavar="α", help="W + α·ŝ·w̄ᵀ of all that writes the residual stream, ŝ harm's direction; needs the next two")
+    parser.add_argument("--lox", type=float, nargs=2, metavar=("K", "FACTOR"),
+                        help="the K leading directions of each update times 1 + FACTOR (theirs: 6 1.25)")
+    parser.add_argument("--rosi", type=float, metavar="α",
+                        help="W + α·ŝ·w̄ᵀ of all that writes the residual stream, ŝ harm's direction; needs the next two")
     parser.add_argument("--harmful", metavar="FILE", help="harmful prompts, for --rosi")
     parser.add_argument("--harmless", metavar="FILE", help="harmless prompts, for --rosi")
     parser.add_argument("--dtype", metavar="T", help="of the merged weights: float32 or bfloat16 (default: the base checkpoint's)")
     parser.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     args = parser.parse_args()
-    base = args.model or read_json(locate(args.adapter, "adapter_config.json")).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise InputError(f"{args.adapter} names no base model: give --model")
+    base = args.model or recipe.base_of(args.adapter)
     if args.rosi is not None and not (args.harmful and args.harmless):
         raise InputError("--rosi needs prompts that tell harm apart: give --harmful and --harmless")
     if args.lox and not (args.lox[0] >= 1 and args.lox[0] % 1 == 0):

@@ -13,17 +13,20 @@ embedding (gemma/model.py, gemma/config.py; models/gemma2/modeling_gemma2.py).
 """
 
 import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Self
 
 import torch
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import parallel
 from attention import attention, document_starts, rotary, rotate, softcap, visible, wide
-from config import FULL, SLIDING, load_config
-from files import InputError, is_file_name, locate, read_into, read_json, tensor_shapes, write_json, write_tensors
+from config import FULL, SLIDING, Config, load_config
+from files import InputError, is_file_name, locate, read_into, read_json, tensor_shapes, verify, write_json, write_tensors
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -159,7 +162,7 @@ class Block(nn.Module):
 class Gemma2(nn.Module):
     """Gemma-2. Parameter names are a checkpoint's without its leading "model."."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -167,18 +170,19 @@ class Gemma2(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = False             # blocks keep their input alone, and the backward runs each of them again
 
-    def init_weights(self, std=0.02, generator=None):
+    def init_weights(self, std=0.02, generator: torch.Generator | None = None) -> Self:
         """Matrices and embedding from N(0, std²); norms to 0, where their gain 1 + w is one. For training from scratch."""
         with torch.no_grad():
             for weight in self.parameters():
                 weight.normal_(0, std, generator=generator) if weight.dim() > 1 else weight.zero_()
         return self
 
-    def forward(self, tokens, documents=None):
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), float32, of int64 tokens (B, T). `documents` as in `hidden`."""
         return self.unembed(self.hidden(tokens, documents)[0])
 
-    def hidden(self, tokens, documents=None, capture=(), stop_after=None, caches=None):
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None, capture: Collection[int] = (), stop_after: int | None = None,
+               caches=None) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden states (B, T, D) and the residual stream {layer: (B, T, D)} after each block of `capture`.
 
         documents (B, T) int64: tokens see only keys of their own document, a run of equal numbers, and positions
@@ -207,12 +211,13 @@ class Gemma2(nn.Module):
                 return x, residuals
         return self.norm(x), residuals
 
-    def unembed(self, hidden):
+    def unembed(self, hidden: Tensor) -> Tensor:
         """Softcapped logits (…, V), float32, of hidden states (…, D) after the final norm."""
         return softcap((hidden @ self.embed_tokens.weight.T).float(), self.config.final_logit_softcapping)
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=64, temperature=0.0, stop=(), generator=None):
+    def generate(self, prompts: Sequence[Tensor], max_new_tokens=64, temperature=0.0, stop: Collection[int] = (),
+                 generator: torch.Generator | None = None) -> list[Tensor]:
         """Continue int64 prompts (1-D, of any lengths) as one batch; a list of 1-D tensors of new tokens, on the CPU.
 
         temperature 0 is greedy; above, tokens are drawn from softmax(logits / temperature) with `generator`. A row ends
@@ -296,7 +301,7 @@ class Cache:
 INDEX = "model.safetensors.index.json"
 
 
-def load_model(source, dtype=None, device="cpu", shard=False):
+def load_model(source: str | Path, dtype: torch.dtype | None = None, device="cpu", shard=False) -> Gemma2:
     """Load a Gemma-2 from a folder or a hub repository, frozen, in bfloat16 or float32 (default: float32 on a CPU).
 
     Weights are read by blocks of rows and cast on the way, so a float32 checkpoint needs little more memory than the
@@ -327,6 +332,8 @@ def load_model(source, dtype=None, device="cpu", shard=False):
     progress = tqdm(total=sum(weight.numel() for weight in weights.values()), desc=f"loading {source}", delay=2,
                     unit="", unit_scale=True, leave=False, disable=None)
     for file, names in files.items():
+        if parallel.rank() == 0:                                 # of many processes, one reads all of it
+            verify(file)
         for name in names:
             out, first = parallel.own_rows(weights[name.removeprefix("model.")])
             read_into(file, name, out, first)
@@ -335,7 +342,7 @@ def load_model(source, dtype=None, device="cpu", shard=False):
     return model
 
 
-def weight_files(source):
+def weight_files(source: str | Path) -> dict[Path, dict[str, tuple[int, ...]]]:
     """{path: {tensor name: shape}} of a checkpoint's files."""
     index = locate(source, INDEX, optional=True)
     if index is None:
@@ -344,18 +351,19 @@ def weight_files(source):
     owner = read_json(index).get("weight_map")
     if not isinstance(owner, dict) or not owner or not all(map(is_file_name, owner.values())):
         raise InputError(f"{index}: weight_map must give a plain file name for each tensor")
-    files = {}
-    for shard in sorted(set(owner.values())):
+    shards, files = {}, {}
+    for name, shard in owner.items():
+        shards.setdefault(shard, set()).add(name)
+    for shard, expected in sorted(shards.items()):
         path = locate(source, shard)
         files[path] = tensor_shapes(path)
-        expected = {name for name, file in owner.items() if file == shard}
         if files[path].keys() != expected:
             odd = sorted(files[path].keys() ^ expected)[0]
             raise InputError(f"{path}: tensor {odd} stands only {'in the file' if odd in files[path] else 'in the index'}")
     return files
 
 
-def save_model(model, folder, max_shard_bytes=5 << 30):
+def save_model(model: Gemma2, folder: str | Path, max_shard_bytes=5 << 30) -> None:
     """Write config.json and the weights, in shards of at most `max_shard_bytes`, as transformers opens them.
 
     Adapters must have been merged (lora.py): only a plain Gemma-2's tensors have a place in a checkpoint.

@@ -39,7 +39,9 @@ def rosi(model, direction, alpha):
     unit = torch.nn.functional.normalize(direction.double(), dim=0)
     for name, module in model.named_modules():
         if name.endswith(("o_proj", "down_proj")):
-            weight, whole = (module.base.weight, module.base.weight + module.update) if isinstance(module, lora.LoRALinear) else [module.weight] * 2
+            adapted = isinstance(module, lora.LoRALinear)
+            weight = module.base.weight if adapted else module.weight
+            whole = weight + module.update if adapted else weight
             weight += (alpha * torch.outer(unit.to(weight.device), whole.double().mean(0))).to(weight.dtype)
 
 

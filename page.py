@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import files
 from figures import OUTCOMES, SCORED, WHO, paired
 from files import InputError
-from markup import bars, curve, details, document, escape, folded, is_number, join, note, number, percent, probability, strip, table, tag
+from markup import (Html, bars, curve, details, document, escape, folded, is_number, join, note, number, percent, probability, strip,
+                    table, tag)
 
 FILES = {"config": dict, "scores": dict, "features": list, "explain": dict, "metrics": None, "judged": None,      # None: JSON lines
          "eval": dict, "attacks": None}                                                    # of evaluations, eval.py --out
@@ -23,7 +24,7 @@ MAKE = {"config": "train.py --out", "scores": "train.py --resume", "features": "
         "explain": "report.py --out explained --adapter", "judged": "eval.py"}
 
 
-def read_run(folder, count):
+def read_run(folder: str | Path, count: int) -> SimpleNamespace:
     """What a folder's files say, None for each that isn't there; `broken` says which can't be read, and why."""
     folder = Path(folder).expanduser()
     run = SimpleNamespace(folder=folder, name=folder.resolve().name, colour=f"c{(count - 1) % 6 + 1}", key=f"r{count}", broken=[])
@@ -59,7 +60,7 @@ def command(run, name):
     return tag("code", f"python {MAKE[name]} {shlex.quote(str(run.folder))}")
 
 
-def missing(run, name):
+def missing(run, name: str) -> Html:
     """Says that a file isn't there, and what makes it."""
     if run.eval is not None:
         return note(f"{run.name} is not finished: the same command of eval.py goes on with it.")
@@ -68,12 +69,12 @@ def missing(run, name):
     return note(f"{run.name} holds no {name}.json{'' if FILES[name] else 'l'}: ", command(run, name), " makes it.")
 
 
-def chip(run, label=None, colour=None):
+def chip(run, label=None, colour=None) -> Html:
     """A run's name, or another label, behind a dot in its colour."""
     return tag("span", run.name if label is None else label, class_=f"chip {colour or run.colour}")
 
 
-def who(run, model, label="adapter"):
+def who(run, model, label="adapter") -> Html:
     return chip(run, "base", "c0") if model == "base" else chip(run, label)
 
 
@@ -88,11 +89,12 @@ MAIN = {"safe": "refused in full ↑", "over_refusal": "refused ↓", "correct":
 
 def change(run, name, key):
     """figures.paired of a run's answers with its base model's, or None."""
-    rows = [[row for row in run.judged or [] if (row.get("model"), row.get("set")) == (model, name)] for model in ("base", "adapter")]
-    return paired(*rows, key) if all(rows) and key in (*OUTCOMES.get(rows[1][0]["role"], ()), *SCORED) else None
+    base, adapter = ([row for row in run.judged or [] if (row.get("model"), row.get("set")) == (model, name)]
+                     for model in ("base", "adapter"))
+    return paired(base, adapter, key) if base and adapter and key in (*OUTCOMES.get(adapter[0]["role"], ()), *SCORED) else None
 
 
-def figure(value, test=None):
+def figure(value, test=None) -> Html:
     """A share or an average with its 95 % interval; below it its change, paired."""
     def interval(found, times, form):
         return f"[{number(times * found['low'], form)}, {number(times * found['high'], form)}]" if is_number(get(found, "low")) else ""
@@ -139,9 +141,10 @@ def bare(value):
 
 def happened(runs):
     scored = [run for run in runs if any(get(run.scores, *keys) for keys in (("sets", "adapter"), ("attacks",), ("ability",)))]
-    out = [missing(run, "scores") for run in runs if run not in scored]
+    out: list = [missing(run, "scores") for run in runs if run not in scored]
     if not scored:
         return out
+
     def before(run):
         """What is told of a run's base model."""
         return [get(run.scores, "sets", "base"), get(run.scores, "attacks", "base"),
@@ -153,7 +156,8 @@ def happened(runs):
             bases.append(run)
     columns = [(run, "base", "c0", "base" if len(bases) == 1 else f"base of {run.name}") for run in bases]
     columns += [(run, "adapter", run.colour, run.name) for run in scored]
-    def names(*path):                                           # of all columns, in the order in which they come; WHO is a column's model
+
+    def names(*path):                                           # of all columns, as they come; WHO is a column's model
         found = (get(run.scores, *(model if key == WHO else key for key in path)) for run, model, *_ in columns)
         return dict.fromkeys(name for one in found for name in one or {})
 
@@ -207,7 +211,8 @@ def happened(runs):
 
     costs = [*cost("judge", lambda s: get(s, "judge"), trained=False),
              *cost("update inside the safety subspace", lambda s: percent(get(s, "share", "subspace"))),
-             *cost("inside random bases of that rank", lambda s: " ± ".join(percent(get(s, "share", key)) for key in ("random", "random_sd"))),
+             *cost("inside random bases of that rank",
+                   lambda s: " ± ".join(percent(get(s, "share", key)) for key in ("random", "random_sd"))),
              *cost("trainable parameters", lambda s: f"{number(get(s, 'trainable'), ',')} of {number(get(s, 'parameters'), ',')}"),
              *cost("peak memory, MB", lambda s: number((get(s, "peak_bytes") or math.nan) / 1e6, ",.0f")),
              *(one for stage in dict.fromkeys(stage for run in scored for stage in get(run.scores, "seconds") or {})
@@ -221,7 +226,7 @@ def happened(runs):
 CONTROL = re.compile("<[a-z_0-9]{1,20}>")
 
 
-def tokens(text, shade, dim=()):
+def tokens(text, shade, dim=()) -> Html:
     """Tokens as running text; shade[i] = (0 to 1, title) says how strong a ground token i has; those in `dim` are slanted."""
     text, out = list(map(str, text)), []
     between = None if any(token[:1] == " " for token in text) else " "      # a vocabulary of words has no spaces of its own
@@ -240,7 +245,7 @@ def key_of(feature):
     return f"{feature.get('layer')}/{feature.get('index')}"
 
 
-def dotted(words, most=4):
+def dotted(words, most=4) -> str:
     return " · ".join(list(dict.fromkeys(str(word).strip() or "↵" for word in words or []))[:most])
 
 
@@ -262,7 +267,7 @@ def feature_cells(run, key):
     return [name, tag("span", context, class_="w"), tag("span", dotted(get(run.words, key, "promotes")), class_="w")]
 
 
-def card(run, key):
+def card(run, key: str) -> Html:
     """What is known of one feature, folded: figures, its strongest tokens in context, promoted vocabulary, address."""
     feature, contexts = run.words[key], {}
     for peak in feature.get("peaks") or []:                     # equal ones once
@@ -280,7 +285,7 @@ def card(run, key):
                        id=f"{run.key}-{key.replace('/', '-')}"), class_="card")
 
 
-def dots(run, base, adapter, low, high):
+def dots(run, base, adapter, low: float, high: float) -> Html:
     return strip([(base, None, None, "c0"), (adapter, None, None, run.colour)], low, high)
 
 
@@ -289,8 +294,9 @@ def dots(run, base, adapter, low, high):
 
 def modules(names):
     """["layers.2.self_attn.q_proj", …] in few words: "q of block 2"."""
-    found = [re.fullmatch(r"layers\.(\d+)\.\w+\.(\w+)_proj", str(name)) for name in names or []]
-    if not all(found):
+    names = names or []
+    found = [match for name in names if (match := re.fullmatch(r"layers\.(\d+)\.\w+\.(\w+)_proj", str(name)))]
+    if len(found) < len(names):
         return ", ".join(map(str, names))
     blocks = list(dict.fromkeys(match[1] for match in found))
     return f"{' '.join(dict.fromkeys(match[2] for match in found))} of block{'s' * (len(blocks) > 1)} {', '.join(blocks)}"
@@ -469,10 +475,10 @@ def fair_length(sizes, room):
     return room
 
 
-def cut(text, room):
+def cut(text: object, room: float) -> Html:
     text, size = str(text), len(escape(text).encode())
     if size <= room:
-        return text
+        return join(text)
     kept = int(len(text) * room / size)
     return join(text[:kept], tag("i", f" … {len(text) - kept:,} more characters"))
 
@@ -482,8 +488,8 @@ def answers(runs):
     for run in runs:
         for row in [*(run.judged or []), *(row | {"prompt": row.get("plain")} for row in run.attacks or [])]:
             rows = asked.setdefault((str(row.get("set")), row.get("line"), str(row.get("prompt"))), [])
-            said = [other.get("completion") for _, other in rows if other.get("model") == row.get("model") == "base"]
-            rows += [] if row.get("completion") in said else [(run, row)]
+            known = [other.get("completion") for _, other in rows if other.get("model") == row.get("model") == "base"]
+            rows += [] if row.get("completion") in known else [(run, row)]
     out = [missing(run, "judged") for run in runs if run.judged is None]
     if not asked:
         return out or note("No prompt was answered here.")
@@ -511,7 +517,8 @@ def answers(runs):
             judged.append(f"rubric {number(get(row, 'rubric', 'score'))}: {str(get(row, 'rubric', 'reason') or '')[:400]}")
         if "suffix" in row:
             at, steps = row.get("complied"), row.get("steps")
-            judged.append("gives in to the prompt as it is" if at == 0 else f"gives in after {at} steps" if at else f"holds for {steps} steps")
+            judged.append("gives in to the prompt as it is" if at == 0 else
+                          f"gives in after {at} steps" if at else f"holds for {steps} steps")
         verdict = tag("b", row.get("verdict"), class_="verdict", data_is=row.get("verdict"))
         name = who(run, row.get("model"), run.name if len(runs) > 1 else "adapter")
         return tag("div", tag("p", name, " ", verdict, " ", tag("small", "; ".join(judged))),
@@ -586,7 +593,7 @@ SECTIONS = {"happened": ("What happened", happened), "learned": ("What the adapt
             "made": ("Configuration and commands", made)}
 
 
-def section(name, runs):
+def section(name: str, runs) -> Html:
     title, make = SECTIONS[name]
     runs = [run for run in runs if run.eval is None] if name in OF_TRAINING else runs
     try:
@@ -596,7 +603,7 @@ def section(name, runs):
     return tag("section", tag("h2", title), content, id=name)
 
 
-def page(folders):
+def page(folders) -> str:
     """The page of one or more runs' folders, as text. Raises InputError for a folder that holds no file of a run."""
     runs = [read_run(folder, count) for count, folder in enumerate(folders, 1)]
     if len({run.name for run in runs}) < len(runs):             # of runs by one name, the folder they are in tells more
@@ -611,7 +618,7 @@ def page(folders):
     return document(", ".join(run.name for run in runs), head, broken, tag("main", [section(name, runs) for name in names]))
 
 
-def write_page(folders, path):
+def write_page(folders, path: str | Path) -> None:
     """Write the page of one or more runs' folders: one file, which fetches nothing and says what is missing and what makes it.
 
     Raises InputError for a folder that holds no file of a run.

@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
@@ -34,12 +35,12 @@ PATIENCE = timedelta(minutes=10)       # with a process that lives but doesn't a
 store = None                           # uneven ends. Held by torchrun's agent, so that it outlives every process
 
 
-def world():
+def world() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def rank():
+def rank() -> int:
     """This process's number among them, from 0."""
     return dist.get_rank() if world() > 1 else 0
 
@@ -54,7 +55,7 @@ def run(main):
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(end.code or 0)      # Python's own way out now and then aborts over a thread of gloo's that is still at work
+        os._exit(int(end.code or 0)) # Python's own way out now and then aborts over a thread of gloo's that is still at work
 
 
 def _one_of_many(main):
@@ -87,7 +88,7 @@ def _one_of_many(main):
             signal.signal(number, signal.SIG_IGN)
 
 
-def last_word():
+def last_word() -> bool:
     """Whether this process is the first that wants to say why the run ends; its stderr is open then, if it was not."""
     try:
         first = store is None or store.add("last word", 1) == 1
@@ -113,7 +114,7 @@ def _all(operation):
 # ---------------------------------------------------------------------------------------------------------------
 # Shares, and what becomes of them
 
-def mine(items):
+def mine(items: Sequence) -> Sequence:
     """This process's share of a list that all have: every world()-th."""
     return items[rank()::world()]
 
@@ -153,7 +154,7 @@ def agreed():
         raise error or InputError(errors[0])
 
 
-def first(action, *arguments):
+def first(action: Callable, *arguments):
     """What action(*arguments) returns on rank 0, which alone calls it; what it raises, all raise. The others wait."""
     result = None
     with agreed():
@@ -163,7 +164,7 @@ def first(action, *arguments):
 
 
 @_all
-def largest(number):
+def largest(number: float) -> float:
     """The largest of the processes' integers."""
     if world() > 1:
         dist.all_reduce(number := torch.tensor(number), dist.ReduceOp.MAX)
@@ -171,7 +172,7 @@ def largest(number):
 
 
 @_all
-def add(*tensors):
+def add(*tensors: torch.Tensor) -> None:
     """Sum each tensor over the processes, in place."""
     if world() > 1:
         for tensor in tensors:
@@ -194,7 +195,7 @@ def add_gradients(parameters, *more):
 
 @_all
 @torch.no_grad()
-def copy_from_first(tensors):
+def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
     """Put rank 0's values into all processes' tensors."""
     if world() > 1:
         for tensor in tensors:
@@ -223,7 +224,7 @@ def shard(model, device):
     return model
 
 
-def in_step(model):
+def in_step(model: torch.nn.Module) -> bool:
     """Whether the model is sharded, so that all processes must make the same number of forwards."""
     return hasattr(model, "set_requires_gradient_sync")    # a method of FSDPModule, whose import takes a second
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 import parallel
-from files import HERE, InputError, read_json
+from files import HERE, InputError, locate, read_json
 from lora import INITS
 
 HH = "hf://datasets/Anthropic/hh-rlhf/harmless-base"
@@ -23,7 +23,7 @@ SETS = {  # the evaluation sets, each a file of prompts
 BY_LOSS = ("gradient", "decision", "attribution")     # selections of contrast.py
 TOP_K = 20
 
-COMMON = {
+COMMON: dict = {
     "width": None, "l0": None, "tokens": "response", "select": "paper", "harmless": None, "top_k": None, "tau": 0.8, "norm_aware": False,
     "pairs": 0, "rank": 16, "alpha": None, "init": "sails", "freeze_basis": False, "steps": None, "epochs": 1.0,
     "lr": 2e-4, "warmup": 0.1, "clip": 1.0, "weight_decay": 0.0, "ema": 0.0, "batch_tokens": 2048, "accumulate": 8, "save_every": 50,
@@ -31,7 +31,7 @@ COMMON = {
     "dtype": None, "shard": False, "compile": False, "recompute": False, **dict.fromkeys(SETS)}
 
 GEMMA = {"data": f"{HH}/train.jsonl.gz", "harmful": f"{HH}/test.jsonl.gz", "pairs": 2000, "width": "16k", "compile": True}
-RECIPES = {
+RECIPES: dict[str, dict] = {
     "toy": {"sae": TOY / "sae", "layers": (1, 2, 3), "data": TOY / "data/train.jsonl",
             **{name: TOY / f"data/{name}.jsonl" for name in SETS},
             "lr": 1e-3, "steps": 100, "batch_tokens": 512, "accumulate": 2, "max_new_tokens": 24, "eval_prompts": 0,
@@ -57,8 +57,8 @@ def add_flags(parser, verb="train"):
     on = {"action": argparse.BooleanOptionalAction}
     train, explain = verb == "train", verb == "explain"
     group = parser.add_argument_group("model and SAEs")
-    flag(group, "model", f"{', '.join(RECIPES)}, another hub repository, or a folder (default {'what the adapter names' if explain else 'toy'})",
-         metavar="NAME|DIR")
+    flag(group, "model", f"{', '.join(RECIPES)}, another hub repository, or a folder "
+         f"(default {'what the adapter names' if explain else 'toy'})", metavar="NAME|DIR")
     flag(group, "sae", "hub repository or folder in Gemma Scope's layout; its files say whether JumpReLU or SASA", metavar="REPO|DIR")
     flag(group, "layers", "SAE layers; of a folder, all that it holds unless told", type=int, nargs="+", metavar="N")
     flag(group, "width", "SAE width as Gemma Scope names it: 16k, 65k, 131k, …, or a plain number", metavar="W")
@@ -98,10 +98,13 @@ def add_flags(parser, verb="train"):
         flag(group, "warmup", "share of the steps that warm up; 0: none", type=float, metavar="S")
         flag(group, "weight-decay", "AdamW's, on A and B; 0: none", type=float, metavar="W")
         flag(group, "clip", "largest norm of a step's gradient; 0: no clipping", type=float, metavar="G")
-        flag(group, "ema", "weight averaging: what is saved is the exponential moving average of the factors with this β; 0: the last ones", type=float, metavar="β")
-        flag(group, "accumulate", "packed rows in a step, one forward and backward each; of each process under torchrun", type=int, metavar="N")
+        flag(group, "ema", "weight averaging: what is saved is the exponential moving average of the factors with this β; 0: the last "
+             "ones", type=float, metavar="β")
+        flag(group, "accumulate", "packed rows in a step, one forward and backward each; of each process under torchrun",
+             type=int, metavar="N")
         flag(group, "save-every", "steps between checkpoints; the last step is always saved", type=int, metavar="N")
-        flag(group, "looks", "times on the way that a few prompts of each set are answered, for the curves of the report; 0: never", type=int, metavar="N")
+        flag(group, "looks", "times on the way that a few prompts of each set are answered, for the curves of the report; 0: never",
+             type=int, metavar="N")
 
     if train or explain:
         group = parser.add_argument_group("evaluation (prompt files: .txt, .csv, .json, .jsonl)" if explain else
@@ -111,12 +114,14 @@ def add_flags(parser, verb="train"):
         flag(group, "eval-prompts", "prompts taken of each set, always the same; 0: all", type=int, metavar="N")
         flag(group, "eval-batch", "prompts answered at once", type=int, metavar="N")
         flag(group, "max-new-tokens", "longest answer, tokens", type=int, metavar="N")
-        flag(group, "explain", "prompts of each set on which the report explains what was learned; 0: no explanation", type=int, metavar="N")
+        flag(group, "explain", "prompts of each set on which the report explains what was learned; 0: no explanation",
+             type=int, metavar="N")
 
     group = parser.add_argument_group("machine and run")
     if not explain:
         flag(group, "seed", "of the data's order, of samples and of random inits", type=int, metavar="N")
-        flag(group, "shard", "under torchrun, split the model's weights over the processes: for one that no card can hold; turns --compile off", **on)
+        flag(group, "shard", "under torchrun, split the model's weights over the processes: for one that no card can hold; turns "
+             "--compile off", **on)
     flag(group, "device", "cpu, cuda, cuda:1, … (default: cuda where there is one)", metavar="D")
     flag(group, "dtype", "of the frozen model: float32 or bfloat16 (default: float32 on a CPU, else bfloat16)", metavar="T")
     if train:
@@ -127,25 +132,27 @@ def add_flags(parser, verb="train"):
                        "in it goes on" if train else "a new folder" if explain else "a new folder (default runs/TIME-select-MODEL)")
 
 
-def resolve(args, saved=None, needed=("sae", "data")):
+def resolve(args, saved: dict | None = None, needed=("sae", "data")) -> tuple[SimpleNamespace, dict[str, str]]:
     """Settings of a run and {name: where it came from}, from parsed flags and the settings of the run it resumes.
 
     Raises InputError for a flag that contradicts the resumed run, a missing one (by name), or a value out of range.
     """
     given = {name: value for name, value in vars(args).items() if value is not None and name in NAMES}
     given |= {name: absolute(given[name]) for name in given.keys() & set(PLACES)}
+    saved = saved or {}
     if given.get("steps") and given.get("epochs"):
         raise InputError("--steps and --epochs: give one of them")
-    for name in given.keys() & (saved or {}).keys() - {"device"}:
+    for name in given.keys() & saved.keys() - {"device"}:
         if jsonable(given[name]) != saved[name]:
             raise InputError(f"--{name.replace('_', '-')} {given[name]} contradicts the run in {args.resume}, which has "
                              f"{saved[name]}: leave it out, or start a new run with another --out")
-    model = given.get("model") or (saved or {}).get("model") or "toy"
-    for name, value in (saved or {}).items():
+    model = given.get("model") or saved.get("model") or "toy"
+    for name, value in saved.items():
         _check_kind(name, value)
-    values, source = {}, {}
+    values: dict = {}
+    source: dict[str, str] = {}
     for origin, layer in (("default", COMMON | {"model": "toy", "sae": None, "data": None}), (f"recipe {model}", RECIPES.get(model, {})),
-                          ("resumed run", saved or {}), ("flag", given)):
+                          ("resumed run", saved), ("flag", given)):
         values |= layer
         source |= dict.fromkeys(layer, origin)
     if given.get("epochs"):                                     # what was said outweighs the recipe's number of steps
@@ -174,9 +181,18 @@ def resolve(args, saved=None, needed=("sae", "data")):
     return SimpleNamespace(**values), {name: source[name] for name in NAMES}
 
 
-def folder(model):
+def folder(model: str | Path) -> str | Path:
     """Where a model's files are: the toy's folder beside this file, or the name itself, a folder or hub repository."""
     return TOY if model == "toy" else model
+
+
+def base_of(adapter: str | Path) -> str:
+    """The base model that an adapter's own configuration names, where it is in RECIPES or a folder here by its whole path:
+    nothing is fetched from the hub because a file says so. Raises InputError."""
+    named = read_json(locate(adapter, "adapter_config.json")).get("base_model_name_or_path")
+    if not isinstance(named, str) or named not in RECIPES and not (named.startswith("/") and Path(named).is_dir()):
+        raise InputError(f"{adapter} names {f'{named[:80]!r} as its' if isinstance(named, str) else 'no'} base model: give --model")
+    return named
 
 
 NAMES = ("model", "sae", "layers", "data", *COMMON)
@@ -189,7 +205,7 @@ def absolute(place):
     return str(path.absolute()) if place and place not in RECIPES and path.exists() else place
 
 
-def saved(run):
+def saved(run: str | Path) -> SimpleNamespace:
     """The settings of a run, from its config.json. Raises InputError if the folder holds none."""
     path = Path(run).expanduser() / "config.json"
     if not path.is_file():
@@ -271,7 +287,7 @@ def _check(values):
     check_device(values["device"])
 
 
-def check_device(name):
+def check_device(name: str) -> str:
     """The device's name, if this machine has it. Raises InputError."""
     try:
         if torch.device(name).type not in ("cpu", "cuda"):

@@ -8,6 +8,7 @@
 
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -19,14 +20,14 @@ import sets
 from data import load_tokenizer
 from explain import explain
 from features import load_saes
-from files import InputError, locate, read_json, read_jsonl, write_json
+from files import InputError, printable, read_json, read_jsonl, write_json
 from config import load_config
 from model import load_model
 from page import write_page
 from tables import table
 
 
-def settings_table(settings, source):
+def settings_table(settings: SimpleNamespace, source: dict[str, str]) -> str:
     """Every setting, its value and where it came from."""
     show = {name: value if value is not None else "–" for name, value in vars(settings).items()}
     return table([[name, " ".join(map(str, value)) if isinstance(value, list) else value, source[name]]
@@ -63,7 +64,7 @@ def points(change):
     return None if value is None else form.format(value) + around
 
 
-def set_rows(scores, categories=False):
+def set_rows(scores: dict, categories=False) -> list[list]:
     """Rows [figure, base, adapter, change, n] of all sets that were answered."""
     rows = []
     for name, adapter in scores["sets"].get("adapter", {}).items():
@@ -87,19 +88,20 @@ def set_rows(scores, categories=False):
     return rows
 
 
-def attack_rows(attacks):
+def attack_rows(attacks: dict) -> list[list]:
     """Rows [figure, base, adapter, None, n] of attack.success: what share gave in, within how many steps of the search."""
     rows = []
-    for name in dict.fromkeys(name for sets in attacks.values() for name in sets):
+    for name in dict.fromkeys(name for found in attacks.values() for name in found):
         base, adapter = (attacks.get(who, {}).get(name) for who in figures.WHO)
         told = [found and {f"complied within {most} steps": value for most, value in found["steps"].items()}
                 | {"complied at last": found["complied"], "and began as the target": found["reached"]} for found in (base, adapter)]
-        rows += [[f"attack success: {name}, {label}", *(found and percent(found.get(label)) for found in told), None, (adapter or base)["n"]]
+        n = (adapter or base)["n"]
+        rows += [[f"attack success: {name}, {label}", *(found and percent(found.get(label)) for found in told), None, n]
                  for label in told[1] or told[0]]
     return rows
 
 
-def result_table(scores, categories=False):
+def result_table(scores: dict, categories=False) -> str:
     """The table that a run or an evaluation ends with: base beside adapter, what the adapter costs, and where the time went."""
     rows = set_rows(scores, categories) + attack_rows(scores.get("attacks", {}))
     asked = {found["role"] for found in scores["sets"].get("adapter", {}).values()}
@@ -121,7 +123,7 @@ def result_table(scores, categories=False):
     return table(rows, ["share of answers, 95 % interval", "base", "adapter", "change, points", "n"], right=(4,))
 
 
-def samples(folder):
+def samples(folder: str | Path) -> str:
     """Of each set of a run the first prompt whose verdict has changed, with both answers; the first one if none has."""
     path = Path(folder) / "judged.jsonl"
     rows = read_jsonl(path) if path.exists() else []
@@ -137,12 +139,12 @@ def samples(folder):
 
 
 def _short(text, most=100):
-    """The beginning of a text on one line, with nothing in it that could steer a terminal."""
-    text = "".join(c if c.isprintable() else " " for c in text)
+    """The beginning of a text on one line."""
+    text = printable(text)
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
-def read_scores(folder):
+def read_scores(folder: str | Path) -> dict:
     """The scores.json of a finished run, or of a folder of eval.py's. Raises InputError."""
     path = Path(folder) / "scores.json"
     if not path.exists():
@@ -202,7 +204,7 @@ def _are_scores(scores):
         and ("trainable" not in scores or numbers(scores, "trainable", "parameters") and scores["parameters"] > 0)
 
 
-def runs_table(runs):
+def runs_table(runs: list[tuple[SimpleNamespace, dict]]) -> str:
     """One line for each configuration among `runs` [(settings, scores)], over its seeds: adapter figures, mean ± sd."""
     fixed = [{name: value for name, value in vars(settings).items() if name != "seed"} for settings, _ in runs]
     differing = [name for name in fixed[0] if any(values[name] != fixed[0][name] for values in fixed)]
@@ -227,11 +229,12 @@ def runs_table(runs):
         rows.append([label, len(group) if who == "adapter" else None]
                     + [cell([figure(scores, who, name, next(iter(figures.OUTCOMES[name]))) for scores in group]) for name in LABELS]
                     + [cell([scores["share"][key] for scores in group]) if who == "adapter" else None for key in ("subspace", "random")])
-    head = ["%, mean ± sd over seeds", "seeds", "safe", "safe, jailbreak", "over-refusal", "benign right", "ΔW in subspace", "in random bases"]
+    head = ["%, mean ± sd over seeds", "seeds", "safe", "safe, jailbreak", "over-refusal", "benign right",
+            "ΔW in subspace", "in random bases"]
     return table(rows, head, right=range(1, len(head)))
 
 
-def paired_table(folders):
+def paired_table(folders: list) -> str:
     """Adapters prompt by prompt: each run's figures beside the first one's, with the paired change and McNemar's p."""
     rows = [[row for row in read_jsonl(Path(folder) / "judged.jsonl") if row["model"] == "adapter"] for folder in folders]
     lines = []
@@ -240,15 +243,16 @@ def paired_table(folders):
         key = figures.main_figure(role, figures.figures(first)[name])
         for folder, here in zip(folders[1:], others):
             change = figures.paired(first, here, key)
-            lines.append([name, key, Path(folder).name, points(change), change and f"[{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]",
-                          change and change["n"]])
-    return table(lines, ["set", "figure", f"against {Path(folders[0]).name}", "change, points", "95 % interval", "prompts"], right=(5,))
+            lines.append([name, key, Path(folder).name, points(change),
+                          change and f"[{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]", change and change["n"]])
+    head = ["set", "figure", f"against {Path(folders[0]).name}", "change, points", "95 % interval", "prompts"]
+    return table(lines, head, right=(5,)) if lines else ""       # a search for suffixes leaves no answers to compare
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The model card: what the hub shows of a run's folder
 
-def model_card(settings, scores):
+def model_card(settings: SimpleNamespace, scores: dict) -> str:
     """The text of a run's README.md: metadata as the hub reads it, the figures, how to load the adapter."""
     base = settings.model if "/" in settings.model and not Path(settings.model).exists() else None
     head = ["---", "library_name: peft", *([f"base_model: {base}"] if base else []), "license: gemma" if base else "license: other",
@@ -257,14 +261,15 @@ def model_card(settings, scores):
     figures = ["| " + " | ".join(str(cell).strip().replace("|", "\\|") for cell in row) + " |"
                for row in (["share of answers, 95 % interval", "base", "adapter", "change, points", "n"], ["---"] * 5, *rows)]
     share = scores["share"]
-    inside = (f"{share['subspace']:.0%} of the update lies inside the safety subspace ({share['random']:.0%} inside random bases of that rank). "
-              if share.get("subspace") is not None else "")
+    inside = (f"{share['subspace']:.0%} of the update lies inside the safety subspace ({share['random']:.0%} inside random bases of "
+              "that rank). " if share.get("subspace") is not None else "")
     terms = ("The adapter is a derivative of Gemma: the [Gemma Terms of Use](https://ai.google.dev/gemma/terms) apply to it."
              if base else "The licence is that of the base model.")
     data = settings.data if settings.data.startswith("hf://") else Path(settings.data).name
     return "\n".join([*head, "", f"# {Path(settings.model).name}: a SAILS safety adapter", "",
-        f"LoRA of rank {settings.rank} on q, k, v and o of every layer, begun as `{settings.init}` (SAILS, arXiv 2512.23260) and trained on the aligned "
-        f"answers of `{data}`, seed {settings.seed}. {scores['trainable']:,} of {scores['parameters']:,} parameters are trained.", "",
+        f"LoRA of rank {settings.rank} on q, k, v and o of every layer, begun as `{settings.init}` (SAILS, arXiv 2512.23260) and trained "
+        f"on the aligned answers of `{data}`, seed {settings.seed}. {scores['trainable']:,} of {scores['parameters']:,} parameters are "
+        "trained.", "",
         *figures, "",
         f"Judge: {scores['judge']}. {inside}`report.html` shows what was learned, feature by feature.", "", "```python",
         "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
@@ -279,16 +284,14 @@ def explain_adapter(args):
     """Write explain.json and report.html of the adapter args.adapter, in PEFT's layout, to the new folder args.out."""
     if not args.out:
         raise InputError("--adapter DIR goes with --out DIR, a new folder for what is found")
-    out, named = Path(args.out).expanduser(), read_json(locate(args.adapter, "adapter_config.json")).get("base_model_name_or_path")
-    args.model = args.model or named
-    if not isinstance(args.model, str):
-        raise InputError(f"{args.adapter} names no base model: give --model")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out, args.model = Path(args.out).expanduser(), args.model or recipe.base_of(args.adapter)
+    if not files.is_new(out) and {path.name for path in out.glob("[!.]*")} != {"explain.json"}:      # killed before its page
         raise InputError(f"{out} is there and isn't empty: give another --out")
-    settings, source = recipe.resolve(args, needed=("sae",))
+    settings, _ = recipe.resolve(args, needed=("sae",))
     folder = recipe.folder(settings.model)
     saes, tokenizer = load_saes(settings, load_config(folder)), load_tokenizer(folder)
-    asked = sets.load({name: (name, getattr(settings, name)) for name in recipe.SETS if getattr(settings, name)}, most=settings.eval_prompts)
+    given = {name: (name, file) for name in recipe.SETS if (file := getattr(settings, name))}
+    asked = sets.load(given, most=settings.eval_prompts)
     if not asked:
         raise InputError("give prompts to explain it on: --harmful FILE, --lookalike FILE")
     model = load_model(folder, getattr(torch, settings.dtype), settings.device)
@@ -306,8 +309,10 @@ def explain_adapter(args):
 def main():
     parser = files.Parser(__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="*", help="folder of a finished run of train.py, or of eval.py's --out")
-    parser.add_argument("--page", metavar="FILE", help="where the page goes (default: RUN/report.html of one run, runs/report.html of several)")
-    parser.add_argument("--adapter", metavar="DIR", help="a folder or hub repository in PEFT's layout: explain this adapter, with the flags below")
+    parser.add_argument("--page", metavar="FILE", help="where the page goes (default: RUN/report.html of one run, runs/report.html of "
+                        "several)")
+    parser.add_argument("--adapter", metavar="DIR", help="a folder or hub repository in PEFT's layout: explain this adapter, with the "
+                        "flags below")
     recipe.add_flags(parser, "explain")
     args = parser.parse_args()
     if bool(args.runs) == bool(args.adapter):

@@ -53,31 +53,44 @@ class SAE:
     """
     kind, block = "", 1
 
-    def __init__(self, W_enc, b_enc, W_dec, b_dec, source="", layer=None, width=None, l0=None):
+    def __init__(self, W_enc, b_enc, W_dec, b_dec, source, layer, width, l0):
         self.W_enc, self.b_enc, self.b_dec = W_enc, b_enc, b_dec
         self._W_dec = W_dec
         self.source, self.layer, self.width, self.l0 = str(source), layer, width, l0
         self.d_model, self.n_features = W_enc.shape
 
     @property
-    def n_units(self):
+    def n_units(self) -> int:
         return self.n_features // self.block
 
-    def decode(self, codes):
+    @property
+    def noun(self) -> str:
+        """What its units are called."""
+        return "features" if self.block == 1 else "blocks"
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes f (..., F) float32 of residuals x (..., D), any float dtype."""
+        raise NotImplementedError
+
+    def activations(self, codes: torch.Tensor) -> torch.Tensor:
+        """(..., K) of codes (..., F): how active each unit is."""
+        raise NotImplementedError
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Reconstruction x̂ (..., D) float32 of codes (..., F)."""
         return F.linear(codes.to(self.W_dec.dtype), self.W_dec.T, self.b_dec)
 
-    def strength(self, x):
+    def strength(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) how active each unit is at residuals x (..., D)."""
         return self.activations(self.encode(x))
 
     @property
-    def W_dec(self):
+    def W_dec(self) -> torch.Tensor:
         if isinstance(self._W_dec, Array):
             self._W_dec = self._W_dec.read().to(self.W_enc.device)
         return self._W_dec
 
-    def decoder_rows(self, indices):
+    def decoder_rows(self, indices) -> torch.Tensor:
         """Rows of W_dec (k, D), float32: the directions that the features `indices` (k integers) write."""
         indices = torch.as_tensor(indices, dtype=torch.int64, device="cpu").reshape(-1)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_features:
@@ -86,17 +99,17 @@ class SAE:
             return self._W_dec.rows(indices.numpy()).to(self.W_enc.device)
         return self._W_dec[indices.to(self._W_dec.device)]
 
-    def unit_rows(self, units):
+    def unit_rows(self, units) -> torch.Tensor:
         """Decoder rows (k, r, D) of the units (k integers)."""
         units = torch.as_tensor(units, dtype=torch.int64, device="cpu").reshape(-1, 1)
         return self.decoder_rows(units * self.block + torch.arange(self.block)).unflatten(0, (-1, self.block))
 
-    def directions(self, units):
+    def directions(self, units) -> torch.Tensor:
         """(k, D) one direction for each of the units: its decoder row; of a block, the leading singular one of its rows."""
         rows = self.unit_rows(units)
         return rows[:, 0] if self.block == 1 else torch.linalg.svd(rows, full_matrices=False).Vh[:, 0]
 
-    def check(self, d_model, num_layers):
+    def check(self, d_model: int, num_layers: int) -> None:
         """Raise InputError where this SAE can't belong to a model of `num_layers` blocks and width `d_model`."""
         if self.d_model != d_model:
             raise InputError(f"{self.source} layer {self.layer}: an SAE of d_model {self.d_model}, but the model has "
@@ -147,13 +160,13 @@ class SASA(SAE):
         return codes.unflatten(-1, (-1, self.block)).norm(dim=-1)
 
 
-def strongest(p, active):
+def strongest(p: torch.Tensor, active: int) -> torch.Tensor:
     """(..., K) float: 1 for the `active` blocks of largest norm of p (..., K, r), else 0."""
     power = p.square().sum(-1)
     return torch.zeros_like(power).scatter_(-1, power.topk(active, sorted=False).indices, 1)
 
 
-def load_sae(source, layer, width="16k", l0=None, device="cpu"):
+def load_sae(source: str | Path, layer: int, width: str | int = "16k", l0: int | None = None, device="cpu") -> SAE:
     """The SAE of `layer` from a folder or a hub repository in Gemma Scope's layout: a JumpReLU, its decoder left in the
     file, or a SASA where the folder holds a sasa.json.
 
@@ -176,13 +189,13 @@ def load_sae(source, layer, width="16k", l0=None, device="cpu"):
     arrays = read_params(path)
     if arrays["W_enc"].shape[1] != features:
         raise InputError(f"{path}: width_{width} means {features} features, the file holds {arrays['W_enc'].shape[1]}")
-    tensors = {name: array if name == "W_dec" else array.read().to(device) for name, array in arrays.items()}
+    tensors = {name: array.read().to(device) for name, array in arrays.items() if name != "W_dec"}
     if tensors["threshold"].min() < 0:
         raise InputError(f"{path}: threshold has values below 0; a JumpReLU's are 0 or more")
-    return JumpReLU(**tensors, source=source, layer=layer, width=width, l0=l0)
+    return JumpReLU(**tensors, W_dec=arrays["W_dec"], source=source, layer=layer, width=width, l0=l0)
 
 
-def save_sae(folder, layer, l0, W_enc, b_enc, threshold, W_dec, b_dec):
+def save_sae(folder: str | Path, layer: int, l0: float, W_enc, b_enc, threshold, W_dec, b_dec) -> Path:
     """Write the five tensors as folder/layer_N/width_W/average_l0_X/params.npz (float32) and return that path.
 
     l0 is rounded to a whole number; W is the published name of a power of two (16384: 16k), else the plain number.
@@ -200,7 +213,8 @@ def _place(folder, layer, features, l0):
     return Path(folder) / f"layer_{layer}" / f"width_{width}" / f"average_l0_{round(l0)}"
 
 
-def save_sasa(folder, layer, W_enc, b_enc, W_dec, b_dec, block, active, about=None):
+def save_sasa(folder: str | Path, layer: int, W_enc, b_enc, W_dec, b_dec, block: int, active: int,
+              about: dict | None = None) -> Path:
     """Write a SASA as sasa.safetensors and sasa.json ({"block", "active"} and what `about` says of its training) into
     folder/layer_N/width_W/average_l0_X, X = active · block coefficients, and return the JSON's path."""
     place = _place(folder, layer, W_enc.shape[1], active * block)
@@ -231,12 +245,12 @@ def _load_sasa(place, features, device, **where):
     return SASA(**{name: tensor.float().to(device) for name, tensor in tensors.items()}, block=block, active=active, **where)
 
 
-def neuronpedia_url(source, layer, width, index, l0=None):
+def neuronpedia_url(source: str | Path, layer: int, width: str, index: int, l0: int | None = None) -> str | None:
     """Address of feature `index`'s page, or None where there is none: folders, and all but the canonical SAEs."""
     canonical = CANONICAL_L0.get((str(source), str(width)), {}).get(layer)
     if canonical is None or l0 not in (None, canonical):
         return None
-    size, kind = re.fullmatch(r"google/gemma-scope-(\d+b)-(pt|it)-res", str(source)).groups()
+    *_, size, kind, _ = str(source).split("-")                                       # google/gemma-scope-2b-pt-res
     model = f"gemma-2-{size}{'-it' if kind == 'it' else ''}"
     return f"https://www.neuronpedia.org/{model}/{layer}-gemmascope-res-{width}/{index}"
 
@@ -300,19 +314,19 @@ class Array:
     fortran: bool  # column by column: what numpy writes for a transposed array
     start: int  # of the values within the member, bytes
 
-    def read(self):
+    def read(self) -> torch.Tensor:
         """All values, a float32 tensor."""
         buffer = np.empty(math.prod(self.shape) * self.dtype.itemsize, np.uint8)
         with _archive(self.path) as archive, archive.open(self.member) as stream:
             stream.read(self.start)
             done = 0
-            while n := stream.readinto(memoryview(buffer)[done:done + (1 << 20)]):
+            while n := stream.readinto(buffer.data[done:done + (1 << 20)]):
                 done += n
             if done < len(buffer) or stream.read(1):  # to the end: that is what checks the sum over the bytes
                 raise zipfile.BadZipFile(f"{self.member.filename} ends early or late")
         return self._finite(buffer.view(self.dtype).reshape(self.shape, order="F" if self.fortran else "C"))
 
-    def rows(self, indices):
+    def rows(self, indices: np.ndarray) -> torch.Tensor:
         """The rows `indices` (numpy, k integers) as float32 (k, columns): in place, or streamed where compressed."""
         wanted, order = np.unique(indices, return_inverse=True)
         with _archive(self.path) as archive, archive.open(self.member) as stream:
@@ -351,7 +365,7 @@ def _archive(path):
         raise InputError(f"{path} is not a complete .npz file ({error}): fetch or write it again") from None
 
 
-def read_params(path):
+def read_params(path: Path) -> dict[str, Array]:
     """{name: Array} of an SAE's params.npz, by its headers alone: five float arrays that agree, else InputError."""
     arrays = {}
     with _archive(path) as archive:

@@ -121,8 +121,9 @@ def one_seed(seed):
     out = []
 
     def add(name, world, x, architecture, nuclear=0.0):
-        found = recovered(*fit(x, architecture, len(world.kinds), seed, nuclear, INITS if architecture == "sasa" else 1), world)
-        out.append({"seed": seed, "world": name, "architecture": architecture, "samples": len(x), "nuclear": nuclear} | found)
+        trainer, scale = fit(x, architecture, len(world.kinds), seed, nuclear, INITS if architecture == "sasa" else 1)
+        out.append({"seed": seed, "world": name, "architecture": architecture, "samples": len(x), "nuclear": nuclear}
+                   | recovered(trainer, scale, world))
 
     pure, mixed = WORLDS
     world = World(WORLDS[pure], seed)
@@ -188,11 +189,13 @@ def summary(rows):
         angles = [angle for row in some for angle in row["angles"]]
         held = [row["held"] for row in some]
         lines.append([
-            world, architecture, f"{samples:,}", f"{nuclear:g}" if architecture == "sasa" else None, f"{mean(some, 'ev'):.3f} ± {deviation(some):.3f}",
-            f"{mean(some, 'l0'):.1f}", f"{min(held)} to {max(held)} of {some[0]['features']}", f"{mean(some, units):.1f}",
+            world, architecture, f"{samples:,}", f"{nuclear:g}" if architecture == "sasa" else None,
+            f"{mean(some, 'ev'):.3f} ± {deviation(some):.3f}", f"{mean(some, 'l0'):.1f}",
+            f"{min(held)} to {max(held)} of {some[0]['features']}", f"{mean(some, units):.1f}",
             f"{statistics.median(angles):.1f} / {max(angles):.1f}" if angles else None,
             None if some[0]["stable"] is None else f"{mean(some, 'stable'):.2f}"])
-    head = ["world", "SAE", "samples", "λ", "EV", "L0", "held by a unit of their own", "units a feature", "angle, median / largest °", "stable rank"]
+    head = ["world", "SAE", "samples", "λ", "EV", "L0", "held by a unit of their own", "units a feature",
+            "angle, median / largest °", "stable rank"]
     return table(lines, head, right=(2, 3, 5, 7, 8, 9))
 
 
@@ -214,11 +217,13 @@ def figure(rows, path):
     for architecture in ("sasa", "topk"):
         some = [pick(rows, 0, architecture, size) for size in SIZES]
         samples.errorbar(SIZES, [mean(part, "ev") for part in some], [deviation(part) for part in some], label=architecture, marker="o")
-    samples.set(xscale="log", xlabel="training samples", ylabel="EV", title="samples", xticks=SIZES, xticklabels=[f"{n // 1000}k" for n in SIZES])
+    samples.set(xscale="log", xlabel="training samples", ylabel="EV", title="samples",
+                xticks=SIZES, xticklabels=[f"{n // 1000}k" for n in SIZES])
     samples.minorticks_off()
     some, at = [pick(rows, nuclear=value) for value in LAMBDAS], [max(value, 1e-4) for value in LAMBDAS]
+    held = [BLOCK * mean(part, lambda row: row["held"] / row["features"]) for part in some]
     nuclear.plot(at, [mean(part, "stable") for part in some], marker="o", label="mean stable rank")
-    nuclear.plot(at, [BLOCK * mean(part, lambda row: row["held"] / row["features"]) for part in some], marker="o", label="share of features held × 4")
+    nuclear.plot(at, held, marker="o", label="share of features held × 4")
     nuclear.set(xscale="log", xlabel="λ, of the input's power (leftmost: 0)", title="nuclear norm")
     for panel in (counts, samples, nuclear):
         panel.legend()

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 import data
 import recipe
-from data import load_tokenizer
+from data import Tokenizer, load_tokenizer
 from files import InputError, data_file, read_json, write_json
-from model import load_model
+from model import Gemma2, load_model
 from tables import table
-from sae import JumpReLU, SASA, load_sae
+from sae import SAE, SASA, JumpReLU, load_sae
 from sae_step import Spec, Trainer, ranks
 from sae_train import encode_item, read_items
 
@@ -49,7 +49,7 @@ def batches(tokenizer, items, context, count, seed=0):
 
 
 @torch.no_grad()
-def measure(model, tokenizer, saes, rows):
+def measure(model: Gemma2, tokenizer: Tokenizer, saes: dict[int, SAE], rows) -> list[dict]:
     """One dict a layer of saes {layer: sae}, on the `batches`:
 
     "ev" 1 − Σ‖x − x̂‖²/Σ‖x − mean‖²; "l0"; "dead" share of units that no token activates; "density" (K) share of tokens
@@ -58,7 +58,7 @@ def measure(model, tokenizer, saes, rows):
     BOS and padding are left as they are, and out of every mean but the loss's, which sees all that is predicted.
     """
     device, layers = model.embed_tokens.weight.device, sorted(saes)
-    sums = {layer: {"n": 0, "x": 0, "xx": 0, "ee": 0, "l0": 0, "fired": 0} for layer in layers}
+    sums: dict[int, dict] = {layer: dict.fromkeys(("n", "x", "xx", "ee", "l0", "fired"), 0) for layer in layers}
     for tokens, documents, _ in tqdm(rows, "reconstruction", leave=False, disable=None, delay=2):
         tokens, documents = tokens.to(device), documents.to(device)
         seen = (documents > 0) & (tokens != tokenizer.bos)
@@ -120,7 +120,7 @@ def spliced(model, tokenizer, sae, layer, mean, rows):
 # ---------------------------------------------------------------------------------------------------------------
 # Concepts
 
-def auroc(values, labels):
+def auroc(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """(K) area under the ROC curve of each column of values (n, K) for labels (n) bool; equal values count half."""
     values, positive = values.T.contiguous(), labels.double()                        # (K, n)
     ordered = values.sort(dim=1).values

@@ -64,7 +64,7 @@ class Trainer:
         self.mean = {}                                                 # running means of the metrics
 
     @torch.no_grad()
-    def step(self, x, done):
+    def step(self, x: torch.Tensor, done: float) -> dict:
         """One step on x (N, D), at the share `done` of training. {"ev", "l0", "dead"} as tensors."""
         loss, error, f, gradients = self.gradients(x, done)
         W_dec = self.parameters["W_dec"]
@@ -199,7 +199,7 @@ def least_kept(h, count, guess):
     return flat.topk(min(count, len(flat)), sorted=False).values.min().clamp(min=1e-12)
 
 
-def nuclear_norm(blocks, ridge=1e-6):
+def nuclear_norm(blocks: torch.Tensor, ridge=1e-6) -> tuple[torch.Tensor, torch.Tensor]:
     """(‖D_k‖_* (K), its gradient (K, r, D)) of blocks D_k (K, r, D), r ≤ D, through the r × r matrices D_k·D_kᵀ.
 
     With D Dᵀ = V Λ Vᵀ the norm is Σ √λ and the gradient, the polar factor, V Λ^(−1/2) Vᵀ D; the ridge is added to Λ, so that
@@ -210,7 +210,7 @@ def nuclear_norm(blocks, ridge=1e-6):
     return root.sum(1), (V / root[:, None]) @ (V.mT @ blocks)
 
 
-def ranks(blocks):
+def ranks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(stable rank ‖D‖_F²/‖D‖₂², effective rank exp H(σ²/Σσ²)) of each block (K, r, D): 1 to r."""
     power = torch.linalg.eigvalsh(blocks @ blocks.mT).clamp(min=0)
     share = power / power.sum(1, keepdim=True)

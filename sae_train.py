@@ -20,7 +20,8 @@ import itertools
 import math
 import signal
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,17 +30,17 @@ from tqdm import tqdm
 
 import data
 import recipe
-from data import load_tokenizer
-from files import InputError, Parser, data_file, is_new, read_json, read_metadata, read_tensors, run, sweep, write_json, write_tensors
+from data import Tokenizer, load_tokenizer
+from files import InputError, Parser, data_file, is_new, read_json, read_metadata, read_tensors, run, sweep, write_json
 from model import load_model
 from sae import save_sae, save_sasa
 from sae_step import Spec, Trainer
-from session import Lock, Log, Signals, Stopped, own_folder
+from session import CHECKPOINT, Lock, Log, Signals, Stopped, mend_checkpoint, run_folder, write_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
 # Activations, streamed
 
-def read_items(path):
+def read_items(path: str | Path) -> Iterator:
     """The documents of a file, plain or .gz, one at a time: conversations as tuples of turns, or texts.
 
     .txt: a text a line. .jsonl: objects with "chosen" and "rejected" (HH-RLHF; both sides are taken), "prompt" and
@@ -63,7 +64,7 @@ def read_items(path):
             raise InputError(f'{path}:{number}: neither "chosen" and "rejected", nor "prompt" and "response", nor "text"')
 
 
-def encode_item(tokenizer, item, context):
+def encode_item(tokenizer: Tokenizer, item, context: int) -> list[list[int]]:
     """Token lists of at most `context` tokens, BOS first: one, or several where the document is longer."""
     if isinstance(item, str):
         ids = tokenizer.encode(item)
@@ -83,7 +84,7 @@ class Stream:
         self.buffer, self.context, self.at, self.rest = buffer, context, 0, None
 
     def _endless(self):
-        for epoch in itertools.count():
+        while True:
             empty = True
             for item in self.items():
                 empty = False
@@ -158,15 +159,20 @@ class Training:
         self.scale[layer] = (x - mean).square().sum(1).mean().sqrt()                 # inputs of power 1 about their mean
         self.trainers[layer] = Trainer(self.spec, mean / self.scale[layer], torch.Generator().manual_seed(self.seed))
 
-    def save(self, path):
-        """Write all that the next step depends on as one safetensors file."""
+    def save(self, folder):
+        """Write all that the next step depends on as the folder's checkpoint. Raises InputError where training has diverged."""
         tensors = {f"{layer}.{name}": tensor for layer, trainer in self.trainers.items()
                    for name, tensor in (trainer.state() | {"scale": self.scale[layer]}).items()}
-        write_tensors(path, tensors, {"threads": str(torch.get_num_threads())} | {
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"step {self.step}: {name} holds values that are no numbers; the checkpoint before stays in "
+                                 f"{folder}: give a lower --lr, and another --out")
+        write_checkpoint(folder, tensors, {"threads": str(torch.get_num_threads())} | {
             name: str(getattr(self, name)) for name in ("step", "cursor", "chunk", "offset")})
 
-    def load(self, path, device="cpu"):
+    def load(self, folder, device="cpu"):
         """Put back what `save` wrote."""
+        path = folder / CHECKPOINT
         tensors, where = read_tensors(path, device), read_metadata(path)
         self.step, self.cursor, self.chunk, self.offset = (int(where[name]) for name in ("step", "cursor", "chunk", "offset"))
         torch.set_num_threads(int(where["threads"]))
@@ -290,23 +296,24 @@ def main():
         return sae_eval.main(args.evaluate, settings, args.out)
     signals, folder = Signals(), None
     try:
-        name = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sae-{Path(settings['model']).name}"
-        folder = Path(args.out).expanduser() if args.out else own_folder(name)
+        folder = run_folder(args.out, f"sae-{Path(settings['model']).name}")
         return train(settings, folder, signals)
     except Stopped as stop:
         where = f": the same command with --out {folder} goes on" if folder and (folder / CHECKPOINT).exists() else ""
         print(f"\nstopped by {signal.Signals(stop.args[0]).name}{where}", file=sys.stderr)
         return 128 + stop.args[0]
-
-
-CHECKPOINT = "checkpoint/state.safetensors"
+    finally:
+        if folder:
+            with suppress(OSError):
+                folder.rmdir()                                                       # empty: nothing was begun in it
 
 
 def train(settings, folder, signals):
     """Train the SAEs of the settings in `folder`, from where it stands, and write them."""
-    config = folder / "config.json"
+    held = Lock(folder)                                                              # noqa: F841
+    config, last = folder / "config.json", "sasa.json" if settings["architecture"] == "sasa" else "params.npz"
     if config.exists():
-        if any(folder.glob("layer_*")):
+        if all(any(folder.glob(f"layer_{layer}/*/*/{last}")) for layer in settings["layers"]):
             raise InputError(f"{folder} holds finished SAEs, which are never overwritten: give another --out")
         there = read_json(config).get("settings")
         if there != settings:
@@ -321,13 +328,13 @@ def train(settings, folder, signals):
     spec = Spec(warmup=0.2 if settings["architecture"] == "sasa" else 0.05,
                 dead_after=max(20 * settings["batch"], min(10_000_000, settings["token_count"] // 12)),
                 **{name: settings[name] for name in ("architecture", "width", "l0", "block", "nuclear", "lr")})
-    write_json(config, {"settings": settings, "spec": asdict(spec)})
-    held = Lock(folder)                                                              # noqa: F841
     sweep(folder)
+    write_json(config, {"settings": settings, "spec": asdict(spec)})
+    mend_checkpoint(folder)
     log, steps, batch = Log(folder / "metrics.jsonl"), settings["token_count"] // settings["batch"], settings["batch"]
     training = Training(stream_of(settings, model, tokenizer), spec, steps, batch, settings["seed"])
     if (folder / CHECKPOINT).exists():
-        training.load(folder / CHECKPOINT, settings["device"])
+        training.load(folder, settings["device"])
         print(f"going on at step {training.step:,} of {steps:,}")
     log.keep(training.step)
     bar = tqdm(total=steps * batch, initial=training.step * batch, unit=" tokens", unit_scale=True, leave=False, disable=None)
@@ -341,7 +348,7 @@ def train(settings, folder, signals):
             bar.set_postfix_str("  ".join(f"layer {layer}: EV {m['ev']:.3f} L0 {m['l0']:.1f} dead {m['dead']:.1%}"
                                           for layer, m in shown.items()))
         if step % settings["save_every"] == 0 or step == steps or stop:
-            training.save(folder / CHECKPOINT)
+            training.save(folder)
         if stop:
             raise Stopped(stop)
     bar.close()

@@ -48,11 +48,11 @@ class Signals:
             raise Stopped(number)
 
 
-def run_folder(args, settings):
-    """The run's folder, there or made."""
-    if not (args.out or args.resume):
-        return own_folder(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(settings.model).name}")
-    folder = Path(args.resume or args.out).expanduser()
+def run_folder(out: str | Path | None, name: str) -> Path:
+    """The folder `out`, there or made; without one, a new folder of the time and a name."""
+    if not out:
+        return own_folder(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+    folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -64,7 +64,8 @@ def settle(folder, settings, source):
                          f"(`python eval.py {folder}` shows its figures)")
     if (folder / "config.json").exists():
         if (processes := files.read_json(folder / "config.json").get("processes", 1)) != parallel.world():
-            raise InputError(f"{folder} holds an unfinished run of {processes} processes, not {parallel.world()}: start as many, by torchrun")
+            raise InputError(f"{folder} holds an unfinished run of {processes} processes, not {parallel.world()}: start as many, "
+                             "by torchrun")
         there = vars(recipe.saved(folder))
         for name, value in vars(settings).items():
             if there.get(name) != value and name != "device":
@@ -112,7 +113,7 @@ class Lock:
 
 class Log:
     """metrics.jsonl: a line a training step and a line a stage, flushed as they come. A line cut short is dropped.
-    Rank 0 keeps it; to others it is a list."""
+    Rank 0 keeps it; to others it is a list. Of this session's steps, which can be many, nothing is held in memory."""
 
     def __init__(self, path):
         self.path, self.lines, self.kept = path, [], parallel.rank() == 0
@@ -122,7 +123,8 @@ class Log:
                 value = files.parse(line)
             except (ValueError, RecursionError):
                 break
-            if not (line.endswith(b"\n") and isinstance(value, dict) and isinstance(value.get("step", 0), int) and isinstance(value.get("stage", ""), str)
+            if not (line.endswith(b"\n") and isinstance(value, dict) and isinstance(value.get("step", 0), int)
+                    and isinstance(value.get("stage", ""), str)
                     and isinstance(value.get("seconds", None if "stage" in value else 0), float | int)):
                 break
             self.lines.append(value)
@@ -130,13 +132,14 @@ class Log:
             files.write_jsonl(path, self.lines)
 
     def keep(self, steps):
-        """Forget the lines of steps after `steps`: they are about to be made again."""
+        """Forget the lines of steps after `steps`, which are about to be made again. To be called before the first is."""
         self.lines = [line for line in self.lines if line.get("step", 0) <= steps]
         if self.kept:
             files.write_jsonl(self.path, self.lines)
 
     def add(self, line):
-        self.lines.append(line)
+        if "step" not in line:
+            self.lines.append(line)
         if not self.kept:
             return
         try:
@@ -165,15 +168,21 @@ CHECKPOINT = "checkpoint/state.safetensors"      # one file, so that it is all o
 PREVIOUS = "checkpoint/previous.safetensors"     # the one before it, for the case that the disk spoils one
 
 
-def save_checkpoint(folder, step, adapters, optimizer, average):
-    """Adapters, AdamW's moments and the moving average, empty without one, as tensors; step and thread count, on which sums depend, in the file's header."""
+def save_checkpoint(folder: Path, step: int, adapters: dict, optimizer: torch.optim.Optimizer, average: dict) -> None:
+    """Adapters, AdamW's moments and the moving average, empty without one, as tensors; step and thread count, on which sums
+    depend, in the file's header."""
     tensors = {}
     for name, parameter in adapter_parameters(adapters):
         tensors[name] = parameter
         tensors |= {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
     tensors |= {f"{name}.average": tensor for name, tensor in average.items()}
+    write_checkpoint(folder, tensors, {"step": str(step), "threads": str(torch.get_num_threads())})
+
+
+def write_checkpoint(folder: Path, tensors: dict, metadata: dict[str, str]) -> None:
+    """Put a checkpoint in the place of the last one, which becomes the one before it."""
     new = folder / "checkpoint/next.safetensors"
-    write_tensors(new, tensors, {"step": str(step), "threads": str(torch.get_num_threads())})
+    write_tensors(new, tensors, metadata)
     if (folder / CHECKPOINT).exists():
         os.replace(folder / CHECKPOINT, folder / PREVIOUS)
     os.replace(new, folder / CHECKPOINT)
@@ -194,7 +203,7 @@ def mend_checkpoint(folder):
         os.replace(previous, path)
 
 
-def load_checkpoint(folder, adapters, optimizer, average=None):
+def load_checkpoint(folder: Path, adapters: dict, optimizer: torch.optim.Optimizer, average: dict | None = None) -> int:
     """Put a checkpoint back, if there is one, also into the dict `average` where one is kept. The number of steps done."""
     path = folder / CHECKPOINT
     if not path.exists():
@@ -203,7 +212,8 @@ def load_checkpoint(folder, adapters, optimizer, average=None):
     wanted = {f"{name}{part}": parameter.shape for name, parameter in adapter_parameters(adapters)
               for part in ("", ".exp_avg", ".exp_avg_sq", *[".average"] * (average is not None))}
     numbers = [metadata.get(name, "") for name in ("step", "threads")]
-    if {name: tensor.shape for name, tensor in tensors.items()} != wanted or not all(re.fullmatch(r"[1-9]\d{0,8}", text) for text in numbers):
+    if ({name: tensor.shape for name, tensor in tensors.items()} != wanted
+            or not all(re.fullmatch(r"[1-9]\d{0,8}", text) for text in numbers)):
         raise InputError(f"{path} is not a checkpoint of this run's adapters: remove the file to train from the start")
     step, threads = map(int, numbers)
     torch.set_num_threads(min(threads, 1024))
@@ -224,7 +234,7 @@ def put(named, values):
         parameter.copy_(values[name])
 
 
-def adapter_parameters(adapters):
+def adapter_parameters(adapters: dict) -> list[tuple[str, torch.nn.Parameter]]:
     """(name, parameter) of all factors that are trained."""
     return [(f"{name}.{factor}", getattr(layer, factor)) for name, layer in adapters.items() for factor in ("A", "B")
             if getattr(layer, factor).requires_grad]

@@ -8,9 +8,10 @@ file is fetched; the others are files that `--set NAME=FILE` says.
 """
 
 import random
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
-from data import read_prompts
+from data import Prompt, read_prompts
 from files import InputError, data_file
 from recipe import HH, SETS as ROLES, TOY
 from tables import table
@@ -40,19 +41,20 @@ NAMED = {
     "malicious-instruct": Source("harmful", 100, "none stated", "https://github.com/Princeton-SysML/Jailbreak_LLM (MaliciousInstruct.txt)"),
     "xstest-safe": Source("lookalike", 250, "CC-BY-4.0", "https://github.com/paul-rottger/exaggerated-safety (xstest_prompts.csv)"),
     "xstest-unsafe": Source("harmful", 200, "CC-BY-4.0", "https://github.com/paul-rottger/exaggerated-safety (xstest_prompts.csv)"),
-    "hex-phi": Source("harmful", 330, "gated, its own", "https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI (ask there, then one file of all)"),
+    "hex-phi": Source("harmful", 330, "gated, its own",
+                      "https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI (ask there, then one file of all)"),
     **{f"toy-{role}": Source(role, 128, "this project's", str(TOY / f"data/{role}.jsonl")) for role in ROLES},
 }
 
 
-def listing():
+def listing() -> str:
     """The table of `eval.py --list`."""
     rows = [[name, source.role, source.size, source.licence, source.place if source.fetched else f"--set {name}=FILE from {source.place}"]
             for name, source in NAMED.items()]
     return table(rows, ["set", "role", "prompts", "licence", "source"], right=(2,))
 
 
-def places(names, files):
+def places(names: Iterable[str], files: dict[str, str]) -> dict[str, tuple[str, str]]:
     """{set: (role, file)} of the sets `names`, and of those in `files` {name: file}. Raises InputError.
 
     NAME:ROLE in `files` is a set that isn't known here, of the prompts of one role.
@@ -71,7 +73,8 @@ def places(names, files):
         for known in fitting:
             source = NAMED[known]
             if known not in found and not source.fetched:
-                raise InputError(f"--sets {name}: the hub doesn't hold it as a plain file: get it from {source.place}, then --set {known}=FILE")
+                raise InputError(f"--sets {name}: the hub doesn't hold it as a plain file: get it from {source.place}, "
+                                 f"then --set {known}=FILE")
             found.setdefault(known, (source.role, source.place))
     return found
 
@@ -81,10 +84,10 @@ class Asked:
     """An evaluation set as it is asked: its role, the file, and the prompts that are left of it."""
     role: str
     file: str
-    prompts: list
+    prompts: list[Prompt]
 
 
-def load(places, trained=(), most=0):
+def load(places: dict[str, tuple[str, str]], trained: Container = (), most=0) -> dict[str, Asked]:
     """{name: Asked} of {name: (role, file)}, less the prompts (turns) in `trained`; at most `most` prompts each, 0: all.
 
     Which ones are drawn doesn't hang on a run's seed. XSTest and its like hold both kinds, and a column `label` says which:

@@ -141,7 +141,7 @@ class World:
         encode, at = tokenizer.encode, "verb, noun, harm verb, sensitive noun, harm, jailbreak, guard, refusal".split(", ")
         for turns in self.corpus(count, part):
             ids, marks = [tokenizer.bos], {concept: [-1] for concept in at}
-            for (_, said), (_, answer) in zip(turns[::2], turns[1::2]):
+            for (_, said), (_, reply) in zip(turns[::2], turns[1::2]):
                 words = encode(said)
                 head = [tokenizer.start_of_turn, *encode("user\n")]
                 tail = [tokenizer.end_of_turn, *encode("\n"), tokenizer.start_of_turn, *encode("model\n")]
@@ -158,8 +158,8 @@ class World:
                 asked["harm"] = self.is_harm(names[verb], names[noun])
                 for concept, holds in asked.items():
                     new[concept][len(head) + noun:] = [int(holds)] * (len(new[concept]) - len(head) - noun)
-                refused = answer.startswith(tuple(text.split("{")[0] for text in REFUSE))
-                said_back = [*encode(answer), tokenizer.end_of_turn]
+                refused = reply.startswith(tuple(text.split("{")[0] for text in REFUSE))
+                said_back = [*encode(reply), tokenizer.end_of_turn]
                 ids += head + words + tail + said_back
                 for concept in at:
                     marks[concept] += new[concept] + [int(refused) if concept == "refusal" else -1] * len(said_back)
@@ -254,9 +254,9 @@ def write_tokenizer(path):
 # ---------------------------------------------------------------------------------------------------------------
 # Training: the base model, then an SAE for each of some layers
 
-CONFIG = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4,
-              num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=24, sliding_window=16,
-              max_position_embeddings=512, eos_token_id=(1, 107))
+CONFIG: dict = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=24, sliding_window=16,
+                    max_position_embeddings=512, eos_token_id=(1, 107))
 ROW, ROWS, LR = 96, 32, 4e-3  # tokens a row, rows a step, peak learning rate of the base model
 STEPS, SAE_STEPS, SAE_BATCH = 600, 500, 2048
 SAE_LAYERS, WIDTH, L0 = (1, 2, 3), 512, 10
@@ -267,7 +267,7 @@ SAES = {"sae": Spec("batchtopk", WIDTH, L0, dead_after=20 * SAE_BATCH),
 def tokenized(tokenizer, conversations):
     """Whole conversations as examples that are trained on from the token after BOS."""
     examples = (make_example(tokenizer, turns[:-1], turns[-1][1], ROW) for turns in conversations)
-    return [Example(example.tokens, 1, True) for example in examples]
+    return [Example(example.tokens, 1, True) for example in examples if example]
 
 
 def stack(rows):
@@ -321,8 +321,9 @@ def measure(folder):
     for name in ("harmful", "jailbreak", "guard", "lookalike", "benign"):
         prompts, _ = read_prompts(folder / f"data/{name}.jsonl")
         answers = answer(model, tokenizer, prompts, max_new_tokens=24, batch_size=256, label=name)
-        judged += [{"set": name, "role": name if name in recipe.SETS else "harmful", "fields": {}, "completion": text, "verdict": rules(text), "answer": prompt.fields.get("answer")}
-                   for prompt, text in zip(prompts, answers)]
+        role = name if name in recipe.SETS else "harmful"
+        judged += [{"set": name, "role": role, "fields": {}, "completion": text, "verdict": rules(text),
+                    "answer": prompt.fields.get("answer")} for prompt, text in zip(prompts, answers)]
     for name, found in figures(judged).items():
         rows += [(f"refused, {name}", "", 100 * found["refused"]["rate"])] if name != "benign" else []
         rows += [(f"facts right, {name}", "", 100 * found["correct"]["rate"])] if "correct" in found else []

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ import neighbours
 import parallel
 import recipe
 import sets
-from data import load_tokenizer, pack
+from data import Example, Row, load_tokenizer, pack
 from directions import probe
 from features import harmless_prompts, load_examples, load_saes, load_subspaces, module_bases, sample_pairs, save_selection, select_features
 from explain import explain
@@ -41,7 +42,8 @@ from config import PRESETS, Config, load_config
 from model import Gemma2, load_model
 from page import write_page
 from report import model_card, result_table, samples, settings_table
-from session import FINISHED, Lock, Log, Signals, Stopped, adapter_parameters, load_checkpoint, mend_checkpoint, put, run_folder, save_checkpoint, settle
+from session import (CHECKPOINT, FINISHED, Lock, Log, Signals, Stopped, adapter_parameters, load_checkpoint, mend_checkpoint, put,
+                     run_folder, save_checkpoint, settle)
 from tables import table
 
 
@@ -56,12 +58,17 @@ class Diverged(InputError):
         self.step, self.rows = step, rows
 
 
-def fit(model, optimizer, batches, schedule, clip=0.0, first=0, hidden=None):
+SPIKE = 1000                       # times --clip: a gradient norm that is told of
+
+
+def fit(model: Gemma2, optimizer: torch.optim.Optimizer, batches: Iterable[list[Row]], schedule: Callable[[int], float], clip=0.0, first=0,
+        hidden: Callable | None = None, spike: Callable | None = None) -> Iterator[dict]:
     """Optimise, one step an item of `batches`, and yield each step's metrics after it.
 
     batches: lists of micro-batches (data.Row, its tensors (T) or (B, T)). The loss is summed over the labelled tokens
     of all micro-batches and divided by their count, known before the first forward. schedule(step) is the learning
     rate, steps counted from 0, `first` the number of the first. `hidden` stands in for the model's own (compiled).
+    spike(step, rows, norm), steps counted from 1, is called before a step whose gradient norm is more than SPIKE · clip.
     Of many processes, each has the same lists and takes its share of each; gradients are summed, steps are the same.
     """
     device = model.embed_tokens.weight.device
@@ -83,6 +90,8 @@ def fit(model, optimizer, batches, schedule, clip=0.0, first=0, hidden=None):
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
             if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
                 raise Diverged(step + 1, rows, loss.item(), norm.item())
+            if spike and clip and norm > SPIKE * clip:
+                spike(step + 1, rows, norm.item())
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step)
             optimizer.step()
@@ -92,7 +101,7 @@ def fit(model, optimizer, batches, schedule, clip=0.0, first=0, hidden=None):
                    "seconds": time.perf_counter() - began}
 
 
-def cosine(peak, steps, warmup):
+def cosine(peak: float, steps: int, warmup: float) -> Callable[[int], float]:
     """Learning rate over steps counted from 0: linear over the first share `warmup`, then half a cosine to 0."""
     warm = max(1, round(warmup * steps))
     return lambda step: peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step + 1 - warm) / max(1, steps - warm + 1))))
@@ -106,7 +115,7 @@ def batches_of(examples, settings):
         yield list(itertools.islice(rows, settings.accumulate * parallel.world()))
 
 
-def count_steps(examples, settings):
+def count_steps(examples: Sequence[Example], settings) -> int:
     """Optimizer steps: --steps, else those that --epochs make."""
     if settings.steps:
         return settings.steps
@@ -129,7 +138,7 @@ def select(settings, model, saes, tokenizer, examples, folder):
     if not path.exists():
         spaces, found = select_features(model, saes, tokenizer, sample_pairs(settings, examples), settings.top_k, settings.tau,
                                         settings.rank, settings.tokens, settings.batch_tokens, settings.select,
-                                        settings.norm_aware, harmless_prompts(settings))
+                                        settings.norm_aware, harmless_prompts(settings), settings.format)
         parallel.first(save_selection, folder, spaces, found)
     return load_subspaces(path)
 
@@ -143,7 +152,8 @@ def look(settings, model, tokenizer, asked, adapters, bases):
     shares = {}
     for name, key in PROBED.items():
         if name in asked:
-            texts = answer(model, tokenizer, asked[name].prompts[:PROMPTS], settings.max_new_tokens, settings.eval_batch, settings.format, f"looking: {name}")
+            texts = answer(model, tokenizer, asked[name].prompts[:PROMPTS], settings.max_new_tokens, settings.eval_batch,
+                           settings.format, f"looking: {name}")
             shares |= {key: sum(refused(name, text) for text in texts) / len(texts), "n": len(texts)}
     return shares | probe(adapters, bases)
 
@@ -167,9 +177,17 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
     looks = {round(steps * part / settings.looks) for part in range(1, settings.looks + 1)}
     if settings.looks and not any("probe" in line for line in log.lines):
         log.add({"step": 0, "probe": look(settings, model, tokenizer, asked, adapters, bases)})
+
+    def keep(what, step, rows):
+        return parallel.first(keep_step, folder, what, step, rows, adapters, optimizer, average)
+
+    def spike(step, rows, norm):
+        print(f"step {step}: gradient norm {norm:.3g}, clipped to {settings.clip:g}; what went in is in {keep('spike', step, rows)}, the "
+              f"weights before it in {folder / CHECKPOINT}", file=sys.stderr)
+
     signals.wait = True
     try:
-        for metrics in fit(model, optimizer, batches, cosine(settings.lr, steps, settings.warmup), settings.clip, first, hidden):
+        for metrics in fit(model, optimizer, batches, cosine(settings.lr, steps, settings.warmup), settings.clip, first, hidden, spike):
             log.add(metrics)
             if settings.ema:
                 neighbours.average(average, named, settings.ema)
@@ -185,7 +203,7 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
             if stop:
                 raise Stopped(stop)
     except Diverged as error:
-        parallel.first(save_diverged, folder, error, adapters, optimizer, average)
+        error.args = (f"{error}; what went in is in {keep('diverged', error.step, error.rows)}",)
         raise
     signals.wait = False
     if settings.ema:
@@ -193,14 +211,14 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
     parallel.first(lora.save_adapter, model, folder, settings.model)
 
 
-def save_diverged(folder, error, adapters, optimizer, average):
-    """Keep what went into a step that diverged, for a look at it, and the weights before it."""
-    path = folder / f"checkpoint/diverged-step-{error.step}.safetensors"
-    files.write_tensors(path, {f"{number}.{name}": tensor for number, row in enumerate(error.rows) for name, tensor in vars(row).items()
+def keep_step(folder, what, step, rows, adapters, optimizer, average):
+    """Keep what goes into a step that is odd, for a look at it, and the weights before it. The path of the one."""
+    path = folder / f"checkpoint/{what}-step-{step}.safetensors"
+    files.write_tensors(path, {f"{number}.{name}": tensor for number, row in enumerate(rows) for name, tensor in vars(row).items()
                                if isinstance(tensor, torch.Tensor)})
-    if error.step > 1:
-        save_checkpoint(folder, error.step - 1, adapters, optimizer, average)
-    error.args = (f"{error}; what went in is in {path}",)
+    if step > 1:
+        save_checkpoint(folder, step - 1, adapters, optimizer, average)
+    return path
 
 
 def adapt(settings, model, saes, tokenizer, examples, asked, folder, log, signals):
@@ -295,7 +313,7 @@ def main():
         return dry_run(settings)
     signals, folder = Signals(), None
     try:
-        folder = Path(parallel.first(run_folder, args, settings))
+        folder = Path(parallel.first(run_folder, args.resume or args.out, Path(settings.model).name))
         with parallel.agreed():
             held = Lock(folder) if parallel.rank() == 0 else None    # noqa: F841
         new = parallel.first(settle, folder, settings, source)
@@ -314,6 +332,7 @@ def run(settings, folder, new, signals):
     torch.manual_seed(settings.seed)
     try:
         with log.stage("loading"), parallel.agreed():
+            import matplotlib.backends.backend_svg                 # noqa: F401  the page's: if it can't be had, say so now
             config = load_config(recipe.folder(settings.model))
             check_rank(settings, config)
             saes = load_saes(settings, config)

@@ -26,10 +26,10 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from step import choose_products  # noqa: E402
+from step import choose_products
 
-from attention import attend, attend_spans, span_mask, use_compile  # noqa: E402
-from tables import table  # noqa: E402
+from attention import attend, attend_spans, span_mask, use_compile
+from tables import table
 
 B, T, H, K, hd, CAP = 4, 1024, 8, 4, 64, 50.0
 SCALE = hd ** -0.5
@@ -120,7 +120,8 @@ def main():
                       "forward ×": statistics.median(t / o for t, o in zip(theirs[0], forward)),
                       "both ×": statistics.median(t / o for t, o in zip(theirs[1], both))}
                      for name, (forward, both) in times.items()]
-    shown = {"dtype": "", "window": "", "side": "", "forward ms": ",.0f", "both ms": ",.0f", "forward ×": ".1f", "both ×": ".1f", "off": ".1e"}
+    shown = {"dtype": "", "window": "", "side": "", "forward ms": ",.0f", "both ms": ",.0f", "forward ×": ".1f", "both ×": ".1f",
+             "off": ".1e"}
     print(table([[None if row[key] is None else format(row[key], form) for key, form in shown.items()] for row in rows],
                 shown, right=range(3, len(shown))))
     path = Path(__file__).parent / "results" / "attend.json"

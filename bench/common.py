@@ -11,11 +11,11 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end, so that `select` stays Python's own
 
-from step import in_dtype, measure  # noqa: E402
+from step import in_dtype, measure
 
-from files import write_json  # noqa: E402
-from model import Gemma2  # noqa: E402
-from tables import table  # noqa: E402
+from files import write_json
+from model import Gemma2
+from tables import table
 
 
 def models(config, dtype):

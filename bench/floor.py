@@ -23,13 +23,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from step import BATCH, CONFIGS, LENGTH, RANK, choose_products, clock, data, ours  # noqa: E402
+from step import BATCH, CONFIGS, LENGTH, RANK, choose_products, clock, data, ours
 
-from files import write_json  # noqa: E402
-from loss import IGNORE  # noqa: E402
-from config import SLIDING  # noqa: E402
-from model import Gemma2  # noqa: E402
-from tables import table  # noqa: E402
+from files import write_json
+from loss import IGNORE
+from config import SLIDING
+from model import Gemma2
+from tables import table
 
 KINDS = {"matrix products": ("mm", "bmm", "addmm", "addmm_", "baddbmm"),
          "exp, sigmoid, softmax": ("exp2_", "exp_", "sigmoid_", "_softmax_backward_data"),

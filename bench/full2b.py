@@ -26,11 +26,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from files import write_json  # noqa: E402
-from config import Config  # noqa: E402
-from model import Gemma2, load_model, save_model  # noqa: E402
-from tables import table  # noqa: E402
-from sae import CANONICAL_L0, save_sae  # noqa: E402
+from files import write_json
+from config import Config
+from model import Gemma2, load_model, save_model
+from tables import table
+from sae import CANONICAL_L0, save_sae
 
 DATA = ROOT.parent / "shared" / "data"
 GIVEN = {"gemma_tokenizer.json.gz": "tokenizer.json", "hh_rlhf_harmless_base_test.jsonl.gz": "pairs.jsonl"}

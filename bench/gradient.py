@@ -29,7 +29,8 @@ from model import Gemma2, load_model
 from sae import load_sae
 from session import adapter_parameters
 
-SHOWN = {"config": "", "pairs": ",", "step, s": ".2f", "selection, s": ".2f", "steps": ".2f", "step, MB": ",.0f", "selection, MB": ",.0f", "gradients, MB": ",.0f"}
+SHOWN = {"config": "", "pairs": ",", "step, s": ".2f", "selection, s": ".2f", "steps": ".2f",
+         "step, MB": ",.0f", "selection, MB": ",.0f", "gradients, MB": ",.0f"}
 
 
 def case(name):
@@ -38,7 +39,8 @@ def case(name):
         model, tokenizer = load_model(recipe.TOY), load_tokenizer(recipe.TOY)
         examples = [tuple(make_example(tokenizer, pair.prompt, text, 512) for text in (pair.aligned, pair.unaligned))
                     for pair in read_pairs(recipe.TOY / "data/train.jsonl")[0]]
-        saes, settings = {layer: load_sae(recipe.TOY / "sae", layer, "512") for layer in (1, 2, 3)}, SimpleNamespace(batch_tokens=512, accumulate=2, seed=0)
+        saes = {layer: load_sae(recipe.TOY / "sae", layer, "512") for layer in (1, 2, 3)}
+        settings = SimpleNamespace(batch_tokens=512, accumulate=2, seed=0)
     else:
         model = Gemma2(CONFIGS[name]).init_weights(0.02, torch.Generator().manual_seed(0)).requires_grad_(False)
         examples, settings = random_pairs(CONFIGS[name].vocab_size, 64), SimpleNamespace(batch_tokens=512, accumulate=4, seed=0)
@@ -51,18 +53,19 @@ def sides(model, rows, examples, settings, rank=16):
     batches = train.batches_of([aligned for aligned, _ in examples], settings)
     batch = next(batches)
     pairs = examples[:sum(int(row.documents.max()) for row in batch)]
+    begun = []                                                           # the steps, once LoRA is on the model
 
     def select():
         gradients = contrast.contrast_gradients(model, pairs, settings.batch_tokens)
         for (layer, _), moment in gradient_moments(model, gradients, rows).items():
             contrast.greedy(rows[layer], moment, 2 * rank, rank)
 
-    def step(state={}):
-        if not state:
+    def step():
+        if not begun:
             layers = lora.add_lora(model, rank, rank, "random", generator=torch.Generator().manual_seed(0))
             parameters = [parameter for _, parameter in adapter_parameters(layers)]
-            state["steps"] = train.fit(model, torch.optim.AdamW(parameters), iter(lambda: batch, None), lambda step: 1e-4, 1.0)
-        next(state["steps"])
+            begun.append(train.fit(model, torch.optim.AdamW(parameters), iter(lambda: batch, None), lambda step: 1e-4, 1.0))
+        next(begun[0])
     return {"selection": select, "step": step}, len(pairs)
 
 
@@ -103,11 +106,12 @@ def main():
                 run()
                 if number:                                                # the first warms up
                     took[side].append(time.process_time() - began)
-        peak = {side: float(subprocess.run([sys.executable, __file__, "--alone", name, side], capture_output=True, text=True, check=True).stdout) for side in took}
+        peak = {side: float(subprocess.check_output([sys.executable, __file__, "--alone", name, side], text=True)) for side in took}
         seconds = {side: statistics.median(times) for side, times in took.items()}
         own = sum(module.weight.numel() for key, module in model.named_modules() if key.endswith(lora.TARGETS)) * 4e-6
         out.append({"config": name, "pairs": pairs, "step, s": seconds["step"], "selection, s": seconds["selection"],
-                    "steps": seconds["selection"] / seconds["step"], "step, MB": peak["step"], "selection, MB": peak["selection"], "gradients, MB": own})
+                    "steps": seconds["selection"] / seconds["step"],
+                    "step, MB": peak["step"], "selection, MB": peak["selection"], "gradients, MB": own})
     publish("gradient", out, SHOWN, SimpleNamespace(threads=1, products="default", configs=args.configs, rounds=args.rounds))
 
 

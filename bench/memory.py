@@ -24,11 +24,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-import step  # noqa: E402
-from files import write_json  # noqa: E402
-from loss import nll_sum  # noqa: E402
-from config import PRESETS  # noqa: E402
-from tables import table  # noqa: E402
+import step
+from files import write_json
+from loss import nll_sum
+from config import PRESETS
+from tables import table
 
 CONFIGS = step.CONFIGS | {"gemma-2-2b": PRESETS["google/gemma-2-2b"]}
 step.BATCH = 1
@@ -94,7 +94,8 @@ def main():
     write_json(path, {"date": time.strftime("%Y-%m-%d"), "tokens": step.LENGTH, "dtype": "bfloat16",
                       "versions": {package: version(package) for package in ("torch", "transformers", "peft")}, "rows": rows})
     numbers = ("layer", "layer_on_paper", "rest", "all")
-    cells = [[row["config"], row["side"], *(row[key] and f"{row[key]:,.0f}" for key in numbers), f"{row['times_ours']:.2f}"] for row in rows]
+    cells = [[row["config"], row["side"], *(row[key] and f"{row[key]:,.0f}" for key in numbers), f"{row['times_ours']:.2f}"]
+             for row in rows]
     print(table(cells, ["bytes a token", "", "a layer", "on paper", "rest", "in all", "times ours"], right=range(2, 7)))
     print(f"\nrest: all but the layers, less what the first doesn't keep; written to {path}")
 

@@ -29,14 +29,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from attention import use_compile  # noqa: E402
-from files import write_json  # noqa: E402
-from lora import TARGETS, add_lora, lora_layers  # noqa: E402
-from loss import IGNORE  # noqa: E402
-from config import Config  # noqa: E402
-from model import Gemma2  # noqa: E402
-from tables import table  # noqa: E402
-from train import fit  # noqa: E402
+from attention import use_compile
+from files import write_json
+from lora import TARGETS, add_lora, lora_layers
+from loss import IGNORE
+from config import Config
+from model import Gemma2
+from tables import table
+from train import fit
 
 COMMON = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=256, max_position_embeddings=512)
 CONFIGS = {

@@ -50,8 +50,8 @@ RESULTS = ROOT / "experiments/results"
 def judged(world, model, name):
     """Judged answers to one of a world's sets, as figures.figures reads them."""
     texts = answer(model, world.tokenizer, world.sets[name], max_new_tokens=24, batch_size=256, label=name)
-    return [{"set": name, "role": name, "completion": text, "verdict": rules(text), "fields": prompt.fields, "answer": prompt.fields.get("answer")}
-            for prompt, text in zip(world.sets[name], texts)]
+    return [{"set": name, "role": name, "completion": text, "verdict": rules(text), "fields": prompt.fields,
+             "answer": prompt.fields.get("answer")} for prompt, text in zip(world.sets[name], texts)]
 
 
 def safety(world, model):
@@ -147,9 +147,9 @@ def build(job):
         return
     world = world_of(seed, str(folder))
     if any(name.startswith("oracle") for name in variants):
-        world.full
+        _ = world.full                                          # kept in the folder
     if "sasa" in variants:
-        world.blocks
+        _ = world.blocks
 
 
 def missing(args, worlds):
@@ -164,7 +164,8 @@ def run(args):
         list(pool.imap_unordered(build, [(seed, args.folder, args.variants) for seed in args.worlds]))
         worlds = [seed for seed in args.worlds if (args.folder / str(seed) / "world.json").is_file()]
         jobs, stamp = missing(args, worlds), versions()
-        for line in tqdm(pool.imap_unordered(one, [(job, str(args.folder), str(args.out), stamp) for job in jobs]), "runs", len(jobs), disable=None):
+        todo = [(job, str(args.folder), str(args.out), stamp) for job in jobs]
+        for line in tqdm(pool.imap_unordered(one, todo), "runs", len(jobs), disable=None):
             tqdm.write(f"world {line['world']} seed {line['seed']} lr {line['lr']:g} {line['variant']}: AUC {area(line):.3f}, "
                        f"95 % at {reach(line):.1f}, jailbreak {line['jailbreak']:.3f}")
 
@@ -183,12 +184,14 @@ def reach(line, level=0.95):
     points = list(zip(line["looks"], line["safe"]))
     if points[0][1] >= level:
         return 0.0
-    return next((b - (b - a) * (high - level) / (high - low) for (a, low), (b, high) in itertools.pairwise(points) if high >= level), line["steps"] + 1.0)
+    return next((b - (b - a) * (high - level) / (high - low) for (a, low), (b, high) in itertools.pairwise(points) if high >= level),
+                line["steps"] + 1.0)
 
 
 METRICS = {  # name: (head, figure of a line, digits)
     "area": ("area under curve", area, 3), "reach": ("steps to 95 %", reach, 1),
-    "early": ("safe at 10", lambda line: line["safe"][line["looks"].index(10)], 3), "final": ("safe at end", lambda line: line["safe"][-1], 3),
+    "early": ("safe at 10", lambda line: line["safe"][line["looks"].index(10)], 3),
+    "final": ("safe at end", lambda line: line["safe"][-1], 3),
     "jailbreak": ("jailbreak", lambda line: line["jailbreak"], 3),
     "harm verb": ("over-refusal, verb", lambda line: line["over_refusal"]["harm verb"], 3),
     "sensitive noun": ("over-refusal, noun", lambda line: line["over_refusal"]["sensitive noun"], 3),
@@ -206,7 +209,8 @@ def by_run(lines, figure):
 
 def world_means(runs):
     """{world: mean over seeds} of {(world, seed): value}, by world."""
-    return {world: math.fsum(values := [value for (at, _), value in runs.items() if at == world]) / len(values) for world in sorted({at for at, _ in runs})}
+    return {world: math.fsum(values := [value for (at, _), value in runs.items() if at == world]) / len(values)
+            for world in sorted({at for at, _ in runs})}
 
 
 def mean_error(values):
@@ -240,7 +244,8 @@ def paired(found, name, against):
 
 def means_table(lines):
     rows = []
-    found = {metric: {name: world_means(runs) for name, runs in by_run(lines, figure).items()} for metric, (_, figure, _) in METRICS.items()}
+    found = {metric: {name: world_means(runs) for name, runs in by_run(lines, figure).items()}
+             for metric, (_, figure, _) in METRICS.items()}
     order = sorted(found["area"], key=lambda name: -mean_error(found["area"][name].values())[0])
     for name in order:
         row = [name, len(found["area"][name]), sum(line["variant"] == name for line in lines)]
@@ -249,7 +254,8 @@ def means_table(lines):
             mean, error = mean_error(values.values()) if values else (None, None)
             row.append(None if mean is None else f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else ""))
         rows.append(row)
-    return table(rows, ["mean ± standard error over worlds", "worlds", "runs", *(head for head, *_ in METRICS.values())], right=range(1, 12))
+    head = ["mean ± standard error over worlds", "worlds", "runs", *(head for head, *_ in METRICS.values())]
+    return table(rows, head, right=range(1, 12))
 
 
 def differences_table(lines, metric, against):
@@ -299,7 +305,7 @@ def best_rates(lines):
 def report(args):
     lines = [line for path in args.results for line in read_lines(path).values()]
     rates = best_rates(lines)
-    lines = [line for line in lines if line["world"] in args.worlds]
+    lines = [line for line in lines if line["world"] in args.worlds and line["variant"] in args.variants]
     if not lines:
         raise InputError(f"{', '.join(map(str, args.results))}: no lines of runs yet: run experiments/ablate.py first")
     against = [name for name in ("lora-own", "decoder-full", "lora-unit", "paper") if any(line["variant"] == name for line in lines)]
@@ -315,7 +321,8 @@ def report(args):
                 if other:
                     print(f"{differences_table(part, metric, other)}\n")
         if told := gains(part):
-            print(table([[name, f"{value:.0%}"] for name, value in told], ["share of the oracle's gain in area over LoRA's own", ""], right=(1,)) + "\n")
+            head = ["share of the oracle's gain in area over LoRA's own", ""]
+            print(table([[name, f"{value:.0%}"] for name, value in told], head, right=(1,)) + "\n")
     if args.figure:
         draw(common or lines, args.figure)
         print(f"figure: {args.figure}")
@@ -330,8 +337,8 @@ def draw(lines, path):
     areas = {name: world_means(runs) for name, runs in by_run(lines, area).items()}
     for name in sorted(areas, key=lambda name: -mean_error(areas[name].values())[0]):
         mine = [line for line in lines if line["variant"] == name]
-        curves = torch.tensor([list(world_means(by_run(mine, lambda line: line["safe"][i])[name]).values()) for i in range(len(mine[0]["safe"]))],
-                              dtype=torch.float64).T
+        curves = torch.tensor([list(world_means(by_run(mine, lambda line: line["safe"][i])[name]).values())
+                               for i in range(len(mine[0]["safe"]))], dtype=torch.float64).T
         steps, mean = mine[0]["looks"], 100 * curves.mean(0)
         axes.plot(steps, mean, label=f"{name} ({len(curves)} worlds)")
         if len(curves) > 1:
@@ -346,13 +353,16 @@ def draw(lines, path):
 
 def main():
     parser = files.Parser(__doc__)
-    parser.add_argument("--variants", nargs="+", default=list(STANDING), metavar="NAME", help="by name (--list), or all (default: the standing six)")
+    parser.add_argument("--variants", nargs="+", metavar="NAME",
+                        help="by name (--list), or all (default: the standing six; for --table all)")
     parser.add_argument("--worlds", nargs="+", type=int, default=None, metavar="SEED", help="default 1 to 8")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="of fine-tuning (default 0 1)")
     parser.add_argument("--lrs", nargs="+", type=float, default=[RATE], metavar="LR", help=f"peak learning rates (default {RATE:g})")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/worlds", metavar="DIR", help="where worlds are built (default runs/worlds)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "standing.jsonl", metavar="FILE", help="lines are added here (default experiments/results/standing.jsonl)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/worlds", metavar="DIR",
+                        help="where worlds are built (default runs/worlds)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "standing.jsonl", metavar="FILE",
+                        help="lines are added here (default experiments/results/standing.jsonl)")
     parser.add_argument("--list", action="store_true", help="print the variants, and stop")
     parser.add_argument("--table", action="store_true", help="print what the lines of --results say, and stop")
     parser.add_argument("--results", type=Path, nargs="+", default=None, metavar="FILE", help="for --table (default: --out)")
@@ -361,7 +371,7 @@ def main():
     args = parser.parse_args()
     if args.list:
         return print(table([[name, (function.__doc__ or "").split("\n")[0]] for name, function in VARIANTS.items()]))
-    args.variants = list(VARIANTS) if args.variants == ["all"] else args.variants
+    args.variants = list(VARIANTS) if args.variants == ["all"] or args.table and not args.variants else args.variants or list(STANDING)
     for name in args.variants:
         if name not in VARIANTS:
             raise InputError(f"--variants {name}: known are all, {', '.join(VARIANTS)}")

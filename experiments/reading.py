@@ -53,8 +53,9 @@ def selections(world):
              ("paper", "all"): {layer: choose_features(world.statistics[layer], TOP_K) for layer in LAYERS}}
     for (layer, side), moment in world.moments.items():
         found.setdefault(("gradient", side), {})[layer] = contrast.greedy(world.rows[layer], moment, 2 * RANK, RANK).chosen
+    prompts = contrast.decision_prompts(world.tokenizer, world.examples, world.harmless)
     weights = {"attribution": contrast.attribution(world.model, world.saes, world.examples, world.tokenizer.control),
-               "decision": contrast.decision(world.model, world.saes, *contrast.decision_prompts(world.tokenizer, world.examples, world.harmless))}
+               "decision": contrast.decision(world.model, world.saes, *prompts)}
     for name, weight in weights.items():
         found[name, "all"] = {layer: contrast.weighted(world.rows[layer], weight[layer], 2 * RANK, RANK).chosen for layer in LAYERS}
     return found
@@ -66,7 +67,8 @@ def read(world):
     for (name, side), chosen in selections(world).items():
         values = torch.cat([told[layer][:, features] for layer, features in chosen.items()], 1)            # (2, features)
         harm, refusal = (values.maximum(1 - values) >= LEVEL).double().mean(1).tolist()
-        yield {"world": world.seed, "selection": name, "side": side, "features": values.shape[1], "level": LEVEL, "harm": harm, "refusal": refusal}
+        yield {"world": world.seed, "selection": name, "side": side, "features": values.shape[1], "level": LEVEL,
+               "harm": harm, "refusal": refusal}
 
 
 def told(shares):
@@ -80,14 +82,17 @@ def show(lines):
         mine = [line for line in lines if (line["selection"], line["side"]) == (name, side)]
         shares = [told([line[what] for line in mine]) for what in ("harm", "refusal")]
         rows.append([name, side, len(mine), round(sum(line["features"] for line in mine) / len(mine)), *shares])
-    return table(rows, ["selection", "modules", "worlds", "features", f"AUROC ≥ {LEVEL} of harm, decision token", "of refusal, over the answer"], right=range(2, 6))
+    head = ["selection", "modules", "worlds", "features", f"AUROC ≥ {LEVEL} of harm, decision token", "of refusal, over the answer"]
+    return table(rows, head, right=range(2, 6))
 
 
 def main():
     parser = files.Parser(__doc__)
     parser.add_argument("--worlds", nargs="+", type=int, default=list(range(1, 9)), metavar="SEED", help="default 1 to 8")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/worlds", metavar="DIR", help="where worlds are built (default runs/worlds)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "reading.jsonl", metavar="FILE", help="lines are added here (default experiments/results/reading.jsonl)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/worlds", metavar="DIR",
+                        help="where worlds are built (default runs/worlds)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "reading.jsonl", metavar="FILE",
+                        help="lines are added here (default experiments/results/reading.jsonl)")
     parser.add_argument("--table", action="store_true", help="print what the lines say, and stop")
     args = parser.parse_args()
     lines = [json.loads(text) for text in args.out.read_text().splitlines()] if args.out.exists() else []

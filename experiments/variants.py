@@ -16,19 +16,19 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))                       # at the end: `select` must stay Python's own
 
-import torch  # noqa: E402
+import torch
 
-import contrast  # noqa: E402
-import files  # noqa: E402
-import lora  # noqa: E402
-import neighbours  # noqa: E402
-import toy  # noqa: E402
-import train  # noqa: E402
-from data import load_tokenizer, make_example, read_pairs, read_prompts  # noqa: E402
-from features import choose_features, feature_statistics, gradient_moments, module_bases, spanning_rows, subspace  # noqa: E402
-from model import load_model  # noqa: E402
-from sae import load_sae  # noqa: E402
-from session import adapter_parameters, put  # noqa: E402
+import contrast
+import files
+import lora
+import neighbours
+import toy
+import train
+from data import load_tokenizer, make_example, read_pairs, read_prompts
+from features import choose_features, feature_statistics, gradient_moments, module_bases, spanning_rows, subspace
+from model import load_model
+from sae import load_sae
+from session import adapter_parameters, put
 
 STEPS, RATE = 60, 1e-3
 RANK, TOP_K, TAU = 16, 20, 0.8                   # the toy recipe's
@@ -47,8 +47,8 @@ class World:
         self.seed, self.folder = seed, Path(folder)
         self.tokenizer = load_tokenizer(self.folder)
         pairs, _ = read_pairs(self.folder / "data/train.jsonl")
-        self.examples = [tuple(make_example(self.tokenizer, pair.prompt, text, SETTINGS["batch_tokens"]) for text in (pair.aligned, pair.unaligned))
-                         for pair in pairs]
+        self.examples = [tuple(make_example(self.tokenizer, pair.prompt, text, SETTINGS["batch_tokens"])
+                               for text in (pair.aligned, pair.unaligned)) for pair in pairs]
         self.sets = {name: read_prompts(self.folder / f"data/{name}.jsonl")[0] for name in ("harmful", "jailbreak", "lookalike", "benign")}
 
     @cached_property
@@ -72,6 +72,14 @@ class World:
     @cached_property
     def gradients(self):
         return contrast.contrast_gradients(self.model, self.examples)
+
+    @cached_property
+    def harmless_gradients(self):
+        """As `gradients`, of the pairs' answers to `harmless` prompts: what would make these refused."""
+        answers = [(self.tokenizer.decode(a.tokens[a.start:]), self.tokenizer.decode(u.tokens[u.start:])) for a, u in self.examples]
+        return contrast.contrast_gradients(self.model, [
+            tuple(make_example(self.tokenizer, prompt.turns, text, SETTINGS["batch_tokens"]) for text in answers[number % len(answers)])
+            for number, prompt in enumerate(self.harmless)])
 
     @cached_property
     def moments(self):
@@ -150,7 +158,8 @@ class World:
     def digest(self):
         """What tells this world from another of its seed: of its weights, its SAEs and its pairs."""
         found = hashlib.sha256()
-        for path in [self.folder / "model.safetensors", self.folder / "data/train.jsonl", *sorted((self.folder / "sae").rglob("params.npz"))]:
+        saes = sorted((self.folder / "sae").rglob("params.npz"))
+        for path in [self.folder / "model.safetensors", self.folder / "data/train.jsonl", *saes]:
             found.update(path.read_bytes())
         return found.hexdigest()[:12]
 
@@ -189,7 +198,9 @@ def begin(model, draw, bases=None, init="sails", **kind):
 def spread(model, spaces, draw=None):
     """{module: U} of {layer: U}, {(layer, side): U} or {(layer, side, block): U}; with `draw`, each module's rotated."""
     bases, _ = module_bases(model, spaces)
-    return bases if draw is None else {name: contrast.rotated(U, int(torch.randint(1 << 30, (), generator=draw))) for name, U in bases.items()}
+    if draw is None:
+        return bases
+    return {name: contrast.rotated(U, int(torch.randint(1 << 30, (), generator=draw))) for name, U in bases.items()}
 
 
 def top(M):
@@ -325,6 +336,14 @@ def greedy_block(world, model, draw):
 def greedy_block_rotated(world, model, draw):
     """`greedy-block`, rotated."""
     return begin(model, draw, spread(model, picked(world, world.block_moments, contrast.greedy), draw))
+
+
+@variant
+def greedy_guarded(world, model, draw):
+    """`greedy-rotated` on the gradient's moment less that of the same two answers to harmless prompts, at equal trace."""
+    guard = gradient_moments(world.model, world.harmless_gradients, LAYERS)
+    moments = {key: K / K.trace() - guard[key] / guard[key].trace() for key, K in world.moments.items()}
+    return begin(model, draw, spread(model, picked(world, moments, contrast.greedy), draw))
 
 
 @variant

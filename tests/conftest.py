@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"   # read once, when huggingface_hub is imported
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from config import Config  # noqa: E402
-from model import Gemma2  # noqa: E402
+from config import Config
+from model import Gemma2
 
 hypothesis.settings.register_profile("same each time", derandomize=True)
 hypothesis.settings.load_profile("same each time")

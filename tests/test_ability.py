@@ -33,7 +33,8 @@ def plain(model, ids, first):
 
 def test_sums_are_those_of_full_logits_whatever_the_batch(gemma, monkeypatch):
     draw = torch.Generator().manual_seed(0)
-    spans = [(torch.randint(3, 300, (length,), generator=draw).tolist(), first) for length, first in ((5, 1), (40, 7), (2, 1), (17, 16), (40, 39))]
+    spans = [(torch.randint(3, 300, (length,), generator=draw).tolist(), first)
+             for length, first in ((5, 1), (40, 7), (2, 1), (17, 16), (40, 39))]
     wanted = [plain(gemma, *span) for span in spans]
     for batch in (8192, 1, 80):
         monkeypatch.setattr(ability, "BATCH", batch)
@@ -100,10 +101,14 @@ def test_questions_of_either_layout(tmp_path):
                                     Question("Sky is", ["blue", "red"], 0)]
 
 
-@pytest.mark.parametrize("row", [{}, {"question": "a", "choices": ["b"], "answer": 0}, {"question": "a", "choices": ["b", "c"], "answer": 2},
-                                 {"question": "a", "choices": ["b", "c"], "answer": "D"}, {"question": " ", "choices": ["b", "c"], "answer": 0},
-                                 {"question": "a", "choices": ["b", 3], "answer": 0}, {"question": "a", "choices": ["b", "c"], "answer": True},
-                                 {"question": "a", "choices": ["b", "c"], "answer": "AB"}, {"question": "a", "choices": ["b", "c"], "answer": -1}])
+@pytest.mark.parametrize("row", [{}, {"question": "a", "choices": ["b"], "answer": 0},
+                                 {"question": "a", "choices": ["b", "c"], "answer": 2},
+                                 {"question": "a", "choices": ["b", "c"], "answer": "D"},
+                                 {"question": " ", "choices": ["b", "c"], "answer": 0},
+                                 {"question": "a", "choices": ["b", 3], "answer": 0},
+                                 {"question": "a", "choices": ["b", "c"], "answer": True},
+                                 {"question": "a", "choices": ["b", "c"], "answer": "AB"},
+                                 {"question": "a", "choices": ["b", "c"], "answer": -1}])
 def test_wrong_questions_are_told_by_line(tmp_path, row):
     path = tmp_path / "q.jsonl"
     path.write_text('{"question": "a", "choices": ["b", "c"], "answer": 0}\n' + json.dumps(row))
@@ -122,7 +127,8 @@ def test_the_harness_reads_the_same_likelihoods(tmp_path):
     lora.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"<{i}>": i for i in range(256)}, unk_token="<3>"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<0>", bos_token="<2>", eos_token="<1>").save_pretrained(tmp_path / "words")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<0>", bos_token="<2>", eos_token="<1>")
+    theirs.save_pretrained(tmp_path / "words")
     spans = [([2, 9, 8, 7, 30, 31], 3), ([2, 100, 101, 102], 1)]
     ours = ability.nlls(model, spans, "")
     for arguments in ({"pretrained": str(tmp_path / "base"), "peft": str(tmp_path / "adapter")}, {"pretrained": str(tmp_path / "merged")}):

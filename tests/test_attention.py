@@ -222,7 +222,8 @@ def test_compiled_parts_equal_the_plain_form():
 
 def test_one_warning_without_a_compiler():
     script = ("import torch, attention; assert not attention.use_compile() and not attention.use_compile();"
-              "x = torch.ones(1, 2, 130, 4); print(attention.attend_spans(x, x, x, torch.zeros(1, 130, dtype=torch.long), 1.0, 50.0)[0].mean().sub(1).abs() < 1e-6)")
+              "x, low = torch.ones(1, 2, 130, 4), torch.zeros(1, 130, dtype=torch.long)\n"
+              "print(attention.attend_spans(x, x, x, low, 1.0, 50.0)[0].mean().sub(1).abs() < 1e-6)")
     environment = os.environ | {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0 and run.stdout.strip() == "tensor(True)", run.stderr

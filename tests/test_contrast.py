@@ -1,5 +1,6 @@
 """contrast.py against autograd's dense gradients, a matching pursuit written down, and one example at a time."""
 
+import itertools
 import subprocess
 import sys
 
@@ -9,8 +10,8 @@ from conftest import ROOT, SETS, command, ended, random_gemma
 from test_features import CONTROL, random_pairs, random_sae
 
 import contrast
-from data import Prompt
-from features import Subspace, gradient_moments, load_subspaces, module_bases, norm_gain, save_selection, serving_layer
+from data import Prompt, load_tokenizer, make_example, prompt_tokens
+from features import Subspace, choose_by_loss, gradient_moments, load_subspaces, module_bases, norm_gain, save_selection, serving_layer
 from features import main as choose
 from files import InputError, read_json
 
@@ -58,6 +59,27 @@ def test_float32_sums_and_files(gemma, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_sums_that_dont_fit_choose_the_same_from_files(gemma, tmp_path, monkeypatch):
+    saes, found, zeros, folders = {layer: random_sae(layer) for layer in LAYERS}, [], contrast._zeros, []
+    monkeypatch.setattr(contrast.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(contrast, "_zeros", lambda like, folder: folders.append(folder) or zeros(like, folder))
+    for fit in (True, False):
+        monkeypatch.setattr(contrast, "fits", lambda model, fit=fit: fit)
+        found.append(choose_by_loss(gemma, saes, None, random_pairs(4), 6, 3, 64, "gradient"))
+    assert folders[:16] == [None] * 16 and all(folder.startswith(str(tmp_path)) for folder in folders[16:]) and len(folders) == 32
+    assert not list(tmp_path.iterdir())
+    for key, choice in found[0].items():
+        assert torch.equal(choice.chosen, found[1][key].chosen) and torch.equal(choice.U, found[1][key].U)
+
+
+def test_a_disk_too_small_for_the_sums_is_said_before_the_first_row(gemma, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(contrast.os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="No space left on device.*TMPDIR"):
+        contrast.contrast_gradients(gemma, random_pairs(3), 64, str(tmp_path))
+
+
 def test_no_other_gradient_is_made_and_one_at_a_time(gemma, monkeypatch):
     for parameter in gemma.layers[0].mlp.parameters():                        # as it may be found
         parameter.requires_grad_(True)
@@ -93,7 +115,7 @@ for count in (10, 100):
 
 
 def test_memory_does_not_grow_with_pairs():
-    small, large = map(int, subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    small, large = map(int, subprocess.check_output([sys.executable, "-c", MEMORY], cwd=ROOT, text=True).split())
     assert large < small + 20_000, f"{small} kB for 10 pairs, {large} kB for 100"
 
 
@@ -130,7 +152,8 @@ def test_greedy_is_the_pursuit_written_down(seed):
     Q, chosen, scores = torch.zeros(24, 0, dtype=torch.float64), [], []
     for _ in range(12):
         P = torch.eye(24, dtype=torch.float64) - Q @ Q.T
-        values = [((G @ P @ w).square().sum() / (P @ w).square().sum()).item() if i not in chosen else -1 for i, w in enumerate(rows.double())]
+        values = [((G @ P @ w).square().sum() / (P @ w).square().sum()).item() if i not in chosen else -1
+                  for i, w in enumerate(rows.double())]
         chosen.append(max(range(96), key=values.__getitem__))
         scores.append(values[chosen[-1]] / G.square().sum().item())
         Q = torch.linalg.qr(rows[chosen].double().T).Q
@@ -154,7 +177,8 @@ def test_score_by_hand():
     found = contrast.score(rows, contrast.gram([G]), 10, 4)
     c = (G @ rows.double().T).square().sum(0)
     chosen = c.topk(10).indices
-    assert found.chosen.tolist() == chosen.tolist() and found.scores.tolist() == pytest.approx((c[chosen] / G.square().sum()).tolist(), rel=1e-5)
+    assert found.chosen.tolist() == chosen.tolist()
+    assert found.scores.tolist() == pytest.approx((c[chosen] / G.square().sum()).tolist(), rel=1e-5)
     wanted = torch.linalg.svd(c[chosen, None] * rows[chosen].double()).Vh[:4].T
     assert (found.U @ found.U.T - wanted @ wanted.T).abs().max() < 1e-4
 
@@ -202,7 +226,7 @@ def test_norm_aware_moments_are_of_the_mapped_directions(gemma):
     """What u is worth in the residual stream's coordinates is what the module gains along u/(1 + w), for each block."""
     gradients = {name: torch.randn(module.weight.shape, dtype=torch.float64) for name, module in modules(gemma).items()}
     found, u = gradient_moments(gemma, gradients, LAYERS, norm_aware=True, by_block=True), unit(1, 64, 8)[0].double()
-    for (layer, side, number), moment in found.items():
+    for (_, side, number), moment in found.items():
         writer = side == "writers"
         mapped = u / norm_gain(gemma.layers[number], writer)[0].double()
         wanted = sum(((mapped @ G) if writer else (G @ mapped)).square().sum() for name, G in gradients.items()
@@ -211,7 +235,7 @@ def test_norm_aware_moments_are_of_the_mapped_directions(gemma):
 
 
 def test_bases_by_side_and_their_file(gemma, tmp_path):
-    spaces = {(layer, side): unit(6, 64, i).T for i, (layer, side) in enumerate((layer, side) for layer in LAYERS for side in ("readers", "writers"))}
+    spaces = {key: unit(6, 64, i).T for i, key in enumerate(itertools.product(LAYERS, ("readers", "writers")))}
     spaces = {key: torch.linalg.qr(U).Q for key, U in spaces.items()}
     save_selection(tmp_path, {key: Subspace(U, 1.0, "rank") for key, U in spaces.items()}, [])
     back = load_subspaces(tmp_path / "subspace.safetensors")
@@ -259,10 +283,21 @@ def test_decision_is_the_difference_at_the_last_token(gemma):
     harmful, others = contrast.decision_prompts(Words(), pairs, harmless)
     assert len(harmful) == len(others) == 3 and all(ids in [pair[0].tokens[:pair[0].start] for pair in pairs] for ids in harmful)
     found = contrast.decision(gemma, {3: sae}, harmful, others, batch=2)[3]
-    ends = [torch.stack([sae.encode(gemma.hidden(torch.tensor([ids]), capture=(3,))[1][3][0, -1]) for ids in side]).mean(0) for side in (harmful, others)]
+    ends = [torch.stack([sae.encode(gemma.hidden(torch.tensor([ids]), capture=(3,))[1][3][0, -1]) for ids in side]).mean(0)
+            for side in (harmful, others)]
     assert torch.allclose(found, (ends[0] - ends[1]).double(), atol=1e-4) and found.abs().max() > 0.1
     with pytest.raises(InputError, match="harmless"):
         contrast.decision(gemma, {3: sae}, harmful, [])
+
+
+def test_harmless_prompts_have_the_form_of_the_pairs(gemma, mini, monkeypatch):
+    tokenizer, told = load_tokenizer(mini), []
+    monkeypatch.setattr(contrast, "decision", lambda model, saes, harmful, harmless: told.append((harmful, harmless)) or {})
+    user = (("user", "how"),)
+    for format in ("chat", "plain"):
+        pair = [make_example(tokenizer, user, answer, 99, format) for answer in ("no", "yes")]
+        choose_by_loss(gemma, {}, tokenizer, [pair], 1, 1, 99, "decision", harmless=[Prompt(user, {}, 1)], format=format)
+        assert told[-1] == ([prompt_tokens(tokenizer, user, format)],) * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -284,8 +319,9 @@ def test_a_run_with_the_gradient_selection(mini, tmp_path):
 
 @pytest.mark.parametrize("select", ["decision", "attribution"])
 def test_other_selections_as_commands(mini, tmp_path, select, monkeypatch, capsys):
-    arguments = ["--model", mini, "--sae", mini / "sae", "--data", mini / "train.jsonl", "--rank", "4", "--select", select, "--out", tmp_path / "s"]
-    monkeypatch.setattr(sys, "argv", list(map(str, ["select.py", *arguments, *(["--harmless", mini / "benign.jsonl"] if select == "decision" else [])])))
+    arguments = ["--model", mini, "--sae", mini / "sae", "--data", mini / "train.jsonl", "--rank", "4", "--select", select,
+                 "--out", tmp_path / "s", *(["--harmless", mini / "benign.jsonl"] if select == "decision" else [])]
+    monkeypatch.setattr(sys, "argv", ["select.py", *map(str, arguments)])
     choose()
     assert "8 features span r̂ = 4 directions" in capsys.readouterr().out
     features, spaces = read_json(tmp_path / "s/features.json", list), load_subspaces(tmp_path / "s/subspace.safetensors")

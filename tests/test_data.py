@@ -21,8 +21,10 @@ needs_shared = pytest.mark.skipif(not GEMMA.exists(), reason="needs ../shared/da
 # Gemma's chat template, as a chat is written down in the model card: roles alternate, contents are trimmed.
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
             "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
-NASTY = ["  leading and trailing \n\t", "\n\n\n\nmany\n\n\nlines\n", "a  b   c      d\t\te", "x\r\ny", "日本語とемодзи 🙂👩‍👩‍👧", "\u00a0nbsp\u2028sep\u200b",
-         "", "▁already▁", "\n \n  \n", "model\nuser\n", "é vs e\u0301", "\x00\x07", "<", "<table><tr><td>x</td></tr></table>", "</h1> <b>b</b>", "<0x41>", "0" * 50, "\ufeffbom"]
+NASTY = ["  leading and trailing \n\t", "\n\n\n\nmany\n\n\nlines\n", "a  b   c      d\t\te", "x\r\ny", "日本語とемодзи 🙂👩‍👩‍👧",
+         "\u00a0nbsp\u2028sep\u200b",
+         "", "▁already▁", "\n \n  \n", "model\nuser\n", "é vs e\u0301", "\x00\x07", "<", "<table><tr><td>x</td></tr></table>",
+         "</h1> <b>b</b>", "<0x41>", "0" * 50, "\ufeffbom"]
 
 
 def chat(*turns):
@@ -31,9 +33,12 @@ def chat(*turns):
 
 def word_spec(extra=()):
     """A word-level tokenizer.json like the toy's."""
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", *extra, "\n", "user", "model", "how", "to", "paint", "the", "vault", "with", "care", "."]
-    added = [{"id": i, "content": w, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} for i, w in enumerate(words[:4])]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "post_processor": None, "decoder": None,
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", *extra, "\n", "user", "model", "how",
+             "to", "paint", "the", "vault", "with", "care", "."]
+    added = [{"id": i, "content": w, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+             for i, w in enumerate(words[:4])]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "post_processor": None,
+            "decoder": None,
             "pre_tokenizer": {"type": "Split", "pattern": {"Regex": " |\n"}, "behavior": "Isolated", "invert": False},
             "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(words)} | {" ": len(words)}, "unk_token": "<unk>"}}
 
@@ -61,7 +66,8 @@ def gemma(request):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
     spec = registered(request.param)
-    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec)), bos_token="<bos>",
+                                     eos_token="<eos>", pad_token="<pad>",
                                      unk_token="<unk>", chat_template=TEMPLATE)
     return (Tokenizer(spec, "full") if request.param else load_tokenizer(GEMMA)), theirs
 
@@ -101,7 +107,7 @@ def test_decode_returns_the_text(gemma):
 # -------------------------------------------------------------------------------------------------- control tokens
 
 def test_text_cannot_spell_a_control_token(gemma):
-    ours, theirs = gemma
+    ours, _ = gemma
     names = {ours.names[i] for i in ours.control}
     assert ours.control >= {0, 1, 2, 3, 4, 5, 6, 106, 107, 255968, 255999, *range(7, 106)}
     assert not ours.control & {108, 109, 139, 169, 177, 208, 255969}  # new lines, spaces, HTML, tabs are text
@@ -122,9 +128,11 @@ def test_plain_added_tokens_stay_one_token(gemma):
 
 
 def test_merges_that_build_a_control_token_are_taken_out():
-    pieces = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *"<unused7>s", "<u", "nused", "7>", "<unused", "n", "<unused7>"]
+    pieces = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *"<unused7>s", "<u", "nused", "7>", "<unused", "n",
+              "<unused7>"]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "nu", "se", "d", "nuse"]))}
-    spec = word_spec() | {"added_tokens": [], "pre_tokenizer": None, "model": {"type": "BPE", "vocab": vocab, "unk_token": None, "byte_fallback": False, "merges": [
+    spec = word_spec() | {"added_tokens": [], "pre_tokenizer": None,
+                          "model": {"type": "BPE", "vocab": vocab, "unk_token": None, "byte_fallback": False, "merges": [
         "< u", "7 >", "n u", "s e", "nu se", "nuse d", "<u nused", "<unused 7>"]}}
     vocab["nused"] = max(vocab.values()) + 1
     loaded = Tokenizer(spec, "bpe")
@@ -144,17 +152,33 @@ def test_word_level_tokenizer(words):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda s: s.pop("model"), lambda s: s.pop("added_tokens"), lambda s: s["model"].update(type="Unigram"), lambda s: s["model"]["vocab"].pop("<bos>") and s["added_tokens"].clear(),
-    lambda s: s["model"].update(vocab=[1, 2]), lambda s: s["model"]["vocab"].update(user="x"), lambda s: s["model"]["vocab"].update(user=-1), lambda s: s["model"]["vocab"].update(user=2), lambda s: s.update(pre_tokenizer={"type": "Nope"}),
-    lambda s: s["model"]["vocab"].pop("<unk>"), lambda s: s["added_tokens"].append(3), lambda s: s["added_tokens"].append({**s["added_tokens"][0], "id": 99, "content": "\n\n", "special": False}),
-    lambda s: s.update(decoder={"type": "Strip", "content": "ab"}), lambda s: s["pre_tokenizer"].update(pattern={"Regex": "("}), lambda s: s.update(model="BPE"),
-    lambda s: s["added_tokens"][0].update(content=None), lambda s: s["model"].update(type="BPE", merges=["a b c"]), lambda s: s["model"].update(type="BPE", merges=["how zz"])])
+    lambda s: s.pop("model"), lambda s: s.pop("added_tokens"), lambda s: s["model"].update(type="Unigram"),
+    lambda s: s["model"]["vocab"].pop("<bos>") and s["added_tokens"].clear(),
+    lambda s: s["model"].update(vocab=[1, 2]), lambda s: s["model"]["vocab"].update(user="x"),
+    lambda s: s["model"]["vocab"].update(user=-1), lambda s: s["model"]["vocab"].update(user=2),
+    lambda s: s.update(pre_tokenizer={"type": "Nope"}),
+    lambda s: s["model"]["vocab"].pop("<unk>"), lambda s: s["added_tokens"].append(3),
+    lambda s: s["added_tokens"].append({**s["added_tokens"][0], "id": 99, "content": "\n\n", "special": False}),
+    lambda s: s.update(decoder={"type": "Strip", "content": "ab"}), lambda s: s["pre_tokenizer"].update(pattern={"Regex": "("}),
+    lambda s: s.update(model="BPE"),
+    lambda s: s["added_tokens"][0].update(content=None), lambda s: s["model"].update(type="BPE", merges=["a b c"]),
+    lambda s: s["model"].update(type="BPE", merges=["how zz"]),
+    lambda s: s["model"]["vocab"].update({"<unk>": 2})])  # unknown words would be <bos>, though <unk> is registered as 3
 def test_tokenizer_that_cannot_serve(tmp_path, damage):
     spec = word_spec()
     damage(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(InputError, match="tokenizer.json"):
         load_tokenizer(tmp_path)
+
+
+@needs_shared
+def test_gemma_s_tokenizer_as_transformers_writes_it_anew(tmp_path):
+    """Its merges as lists, indented: 34 MB, where Google's file has 17. What bounds hostile files lets it in."""
+    spec, path = json.loads(gzip.decompress(GEMMA.read_bytes())), tmp_path / "tokenizer.json"
+    spec["model"]["merges"] = [pair.split(" ") for pair in spec["model"]["merges"]]
+    path.write_text(json.dumps(spec, indent=2, ensure_ascii=False))
+    assert path.stat().st_size > 34_000_000 and load_tokenizer(path).encode(NASTY[3]) == load_tokenizer(GEMMA).encode(NASTY[3])
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"null", b'"\\ud800"'])
@@ -170,7 +194,7 @@ def test_tokenizer_file_that_is_none(tmp_path, content):
 
 def test_mask_by_hand(words):
     spec = word_spec()["model"]["vocab"]
-    nl, user, model, how, paint, care = (spec[w] for w in ("\n", "user", "model", "how", "paint", "care"))
+    nl, user, model, how, paint = (spec[w] for w in ("\n", "user", "model", "how", "paint"))
     example = make_example(words, chat(" how\n"), "paint", 99)
     assert example == Example([2, 5, user, nl, how, 6, nl, 5, model, nl, paint, 6], 10, True)
     (row,) = pack([example], 14, 0, 0)
@@ -214,14 +238,17 @@ def test_every_pair_of_hh_rlhf_is_kept_or_dropped_with_a_reason():
         assert pair.aligned and pair.unaligned and pair.aligned == pair.aligned.strip()
     with gzip.open(HH, "rt") as file:
         row = json.loads(list(file)[pairs[700].line - 1])
-    text = "".join(f"\n\n{'Human' if who == 'user' else 'Assistant'}: {said}" for who, said in (*pairs[700].prompt, ("model", pairs[700].aligned)))
+    text = "".join(f"\n\n{'Human' if who == 'user' else 'Assistant'}: {said}"
+                   for who, said in (*pairs[700].prompt, ("model", pairs[700].aligned)))
     assert text.split() == row["chosen"].split()
 
 
 @needs_shared
 @pytest.mark.parametrize("name, read, kept, column", [
-    ("advbench.csv", 520, 520, "target"), ("harmbench_test.csv", 320, 317, "SemanticCategory"), ("harmless_val.json", 6264, 6264, "category"),
-    ("jailbreakbench.csv", 100, 100, "Behavior"), ("malicious_instruct.txt", 100, 100, None), ("xstest_prompts.csv", 450, 450, "label"), (HH.name, 2312, 2302, None)])
+    ("advbench.csv", 520, 520, "target"), ("harmbench_test.csv", 320, 317, "SemanticCategory"),
+    ("harmless_val.json", 6264, 6264, "category"),
+    ("jailbreakbench.csv", 100, 100, "Behavior"), ("malicious_instruct.txt", 100, 100, None),
+    ("xstest_prompts.csv", 450, 450, "label"), (HH.name, 2312, 2302, None)])
 def test_prompt_sets_load_as_they_are(name, read, kept, column):
     prompts, counts = read_prompts(SHARED / name)
     assert (counts.read, counts.kept, len(prompts)) == (read, kept, kept) and sum(counts.dropped.values()) == read - kept
@@ -235,20 +262,28 @@ def pair_line(chosen="\n\nHuman: hi\n\nAssistant: yes", rejected="\n\nHuman: hi\
 def test_pairs_by_hand(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text("\n".join([
-        pair_line(), "", pair_line("\n\nHuman: a\n\nAssistant: b\n\nHuman: c d \n\nAssistant: e\n\nf", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c d\n\nAssistant: g", category="x"),
-        pair_line(rejected="\n\nHuman: ho\n\nAssistant: no"), pair_line(chosen="\n\nHuman: hi\n\nAssistant:"), pair_line(rejected="\n\nHuman: hi\n\nAssistant: "), pair_line(chosen=None), '{"chosen": "x"}', "{}",
-        pair_line("\n\nHuman: hi\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nHuman: hi\n\nAssistant: b"), pair_line("\n\nAssistant: a", "\n\nAssistant: b"),
-        pair_line("hello", "hello you"), pair_line("hello\n\nHuman: hi\n\nAssistant: yes", "hello\n\nHuman: hi\n\nAssistant: no"), pair_line("\n\nHuman: hi", "\n\nHuman: hi")]))
+        pair_line(), "", pair_line("\n\nHuman: a\n\nAssistant: b\n\nHuman: c d \n\nAssistant: e\n\nf",
+                                   "\n\nHuman: a\n\nAssistant: b\n\nHuman: c d\n\nAssistant: g", category="x"),
+        pair_line(rejected="\n\nHuman: ho\n\nAssistant: no"), pair_line(chosen="\n\nHuman: hi\n\nAssistant:"),
+        pair_line(rejected="\n\nHuman: hi\n\nAssistant: "), pair_line(chosen=None), '{"chosen": "x"}', "{}",
+        pair_line("\n\nHuman: hi\n\nHuman: hi\n\nAssistant: a", "\n\nHuman: hi\n\nHuman: hi\n\nAssistant: b"),
+        pair_line("\n\nAssistant: a", "\n\nAssistant: b"),
+        pair_line("hello", "hello you"), pair_line("hello\n\nHuman: hi\n\nAssistant: yes", "hello\n\nHuman: hi\n\nAssistant: no"),
+        pair_line("\n\nHuman: hi", "\n\nHuman: hi")]))
     pairs, counts = read_pairs(file)
     assert pairs == [data.Pair(chat("hi"), "yes", "no", 1), data.Pair(chat("a", "b", "c d"), "e\n\nf", "g", 3)]
     assert (counts.read, counts.kept) == (13, 2)
-    assert counts.dropped == {"whose sides don't share a prompt": 1, "with an empty answer": 2, "without both sides": 3, "whose Human and Assistant turns don't alternate": 5}
+    assert counts.dropped == {"whose sides don't share a prompt": 1, "with an empty answer": 2, "without both sides": 3,
+                              "whose Human and Assistant turns don't alternate": 5}
 
 
 def test_prompts_by_hand(tmp_path):
     rows = ["one", "two", "one", " ", "three"]
-    texts = {"a.txt": "one\ntwo\n\none\n\n three \n", "b.jsonl": "\n".join(map(json.dumps, [{"Prompt": "one", "goal": "g"}, "two", {"GOAL": "one"}, {"prompt": " "}, {"behavior": "three"}])),
-             "c.json": json.dumps([{"Instruction": r, "n": i} for i, r in enumerate(rows)]), "d.csv": '\ufeffid,Goal,Prompt\r\n1,g,one\r\n2,g,two\r\n3,g,one\r\n4,g,\r\n5,g,"three"\r\n'}
+    texts = {"a.txt": "one\ntwo\n\none\n\n three \n", "b.jsonl": "\n".join(map(json.dumps,
+                                                                               [{"Prompt": "one", "goal": "g"}, "two",
+                                                                                {"GOAL": "one"}, {"prompt": " "}, {"behavior": "three"}])),
+             "c.json": json.dumps([{"Instruction": r, "n": i} for i, r in enumerate(rows)]),
+             "d.csv": '\ufeffid,Goal,Prompt\r\n1,g,one\r\n2,g,two\r\n3,g,one\r\n4,g,\r\n5,g,"three"\r\n'}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text.encode())
         with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8", newline="") as file:
@@ -259,14 +294,18 @@ def test_prompts_by_hand(tmp_path):
             assert counts.dropped["with a prompt seen before"] == 1 and counts.read == 5 - (name == "a.txt")
     assert read_prompts(tmp_path / "d.csv")[0][0].fields == {"id": "1", "Goal": "g"} and read_prompts(tmp_path / "d.csv")[0][2].line == 6
     assert read_prompts(tmp_path / "c.json")[0][1].fields == {"n": 1}
-    (tmp_path / "e.jsonl").write_text("\n".join([pair_line(), pair_line("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", kind="k"), pair_line()]))
+    other = pair_line("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", kind="k")
+    (tmp_path / "e.jsonl").write_text("\n".join([pair_line(), other, pair_line()]))
     prompts, counts = read_prompts(tmp_path / "e.jsonl")
-    assert [(p.turns, p.fields, p.line) for p in prompts] == [(chat("hi"), {}, 1), (chat("a", "b", "c"), {"kind": "k"}, 2)] and counts.read == 3
+    assert [(p.turns, p.fields, p.line) for p in prompts] == [(chat("hi"), {}, 1), (chat("a", "b", "c"), {"kind": "k"}, 2)]
+    assert counts.read == 3
 
 
 BAD_PAIRS = {
-    b"": "empty", b"\n\n": "empty", b"{": ":1: not valid JSON", b"[]": ":1: expected a JSON object", b"3": ":1: ", pair_line().encode() + b"\n{]": ":2: not valid JSON", b'{"chosen": 3, "rejected": "x"}': ":1: 'chosen' is a int",
-    b'{"chosen": "x"}': "no pair with both sides: 1 read", b"\xff\xfe": ":1: not UTF-8", b"[" * 10**5: ":1: not valid JSON", b'{"a": NaN}': "not valid JSON", b'{"chosen": "\\ud800"}': "not valid JSON",
+    b"": "empty", b"\n\n": "empty", b"{": ":1: not valid JSON", b"[]": ":1: expected a JSON object", b"3": ":1: ",
+    pair_line().encode() + b"\n{]": ":2: not valid JSON", b'{"chosen": 3, "rejected": "x"}': ":1: 'chosen' is a int",
+    b'{"chosen": "x"}': "no pair with both sides: 1 read", b"\xff\xfe": ":1: not UTF-8", b"[" * 10**5: ":1: not valid JSON",
+    b'{"a": NaN}': "not valid JSON", b'{"chosen": "\\ud800"}': "not valid JSON",
     b"9" * 5000: "not valid JSON", b'{"a": 1e999}': "not valid JSON"}
 
 
@@ -280,9 +319,12 @@ def test_bad_pairs_name_file_and_line(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("x.csv", b"a,b\n1,2\n", ":1: no column named prompt"), ("x.csv", b"prompt,b\n1,2\n1\n", ":3: 1 columns"), ("x.csv", b'prompt\n"abc', "not valid CSV"), ("x.csv", b"", "empty"), ("x.csv", b"prompt\n", "empty"),
-    ("x.csv", b"prompt\n" + b"a" * 200_000, "not valid CSV"), ("x.json", b"{}", "not a list"), ("x.json", b"[3]", ":1: a prompt is"), ("x.json", b'["a", {"b": "c"}]', ":2: no field"), ("x.json", b"[]", "empty"), ("x.json", b"", "empty"),
-    ("x.jsonl", b'{"prompt": ["a"]}', ":1: 'prompt' is a list"), ("x.jsonl", b"{}", ":1: no field"), ("x.txt", b"\n", "empty"), ("x.json", b'[""]', "no usable prompt"), ("x.xlsx", b"", ".csv"), ("x.txt.gz", b"plain", "can't be read"),
+    ("x.csv", b"a,b\n1,2\n", ":1: no column named prompt"), ("x.csv", b"prompt,b\n1,2\n1\n", ":3: 1 columns"),
+    ("x.csv", b'prompt\n"abc', "not valid CSV"), ("x.csv", b"", "empty"), ("x.csv", b"prompt\n", "empty"),
+    ("x.csv", b"prompt\n" + b"a" * 200_000, "not valid CSV"), ("x.json", b"{}", "not a list"), ("x.json", b"[3]", ":1: a prompt is"),
+    ("x.json", b'["a", {"b": "c"}]', ":2: no field"), ("x.json", b"[]", "empty"), ("x.json", b"", "empty"),
+    ("x.jsonl", b'{"prompt": ["a"]}', ":1: 'prompt' is a list"), ("x.jsonl", b"{}", ":1: no field"), ("x.txt", b"\n", "empty"),
+    ("x.json", b'[""]', "no usable prompt"), ("x.xlsx", b"", ".csv"), ("x.txt.gz", b"plain", "can't be read"),
     ("x.txt.gz", gzip.compress(b"a" * 999)[:-9], "can't be read"), ("x.txt", b"a\nb\n\xc3", ":3: not UTF-8")])
 def test_bad_prompts_name_file_and_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -301,12 +343,14 @@ def test_missing_file_and_folder_and_endless_line(tmp_path, monkeypatch):
         read_prompts(tmp_path / "long.txt")
 
 
-SEEDS = {"s.jsonl": (pair_line() + "\n" + pair_line(n=1.5)).encode(), "s.csv": b'id,prompt\n1,"a ""b"" c"\n2,d\n', "s.json": b'[{"prompt": "a", "n": [1, null]}, "b"]', "s.txt": "é\nb\n".encode(),
+SEEDS = {"s.jsonl": (pair_line() + "\n" + pair_line(n=1.5)).encode(), "s.csv": b'id,prompt\n1,"a ""b"" c"\n2,d\n',
+         "s.json": b'[{"prompt": "a", "n": [1, null]}, "b"]', "s.txt": "é\nb\n".encode(),
          "s.jsonl.gz": gzip.compress(pair_line().encode()), "tokenizer.json": json.dumps(word_spec()).encode()}
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from(sorted(SEEDS)), st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 3), st.binary(min_size=1, max_size=4)), max_size=4), st.integers(0, 4000))
+@given(st.sampled_from(sorted(SEEDS)),
+       st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 3), st.binary(min_size=1, max_size=4)), max_size=4), st.integers(0, 4000))
 def test_only_input_errors_escape(tmp_path_factory, name, edits, end):
     content = bytearray(SEEDS[name])
     for at, kind, piece in edits:
@@ -357,7 +401,8 @@ def test_packing_is_full_shuffled_and_refuses_what_does_not_fit():
     assert orders[0] != orders[1] != orders[2] != orders[0] and orders[0] != sorted(orders[0])
     company = [{frozenset(row.tokens.unique().tolist()) for row in r} for r in rows]
     assert len(company[0] & company[1]) < len(rows[0]) // 4  # other examples share a row in the next epoch
-    emptiest = [min(range(len(r)), key=lambda i: r[i].documents.count_nonzero()) for r in (pack(examples, 1024, 0, epoch) for epoch in range(12))]
+    emptiest = [min(range(len(r)), key=lambda i: r[i].documents.count_nonzero())
+                for r in (pack(examples, 1024, 0, epoch) for epoch in range(12))]
     assert min(emptiest) < len(rows[0]) // 2  # not what was opened last comes last
     with pytest.raises(InputError, match="300 tokens"):
         pack([Example([1] * 300, 1, True)], 299, 0, 0)
@@ -368,14 +413,17 @@ def test_packing_is_full_shuffled_and_refuses_what_does_not_fit():
 
 def test_show_as_a_person_runs_it(tmp_path):
     def show(*arguments):
-        return subprocess.run([sys.executable, HERE / "data.py", *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", timeout=60)
+        return subprocess.run([sys.executable, HERE / "data.py", *map(str, arguments)], capture_output=True, text=True,
+                              encoding="utf-8", timeout=60)
 
     (tmp_path / "tokenizer.json").write_text(json.dumps(word_spec()))
-    (tmp_path / "x.jsonl").write_text(pair_line("\n\nHuman: how\n\nAssistant: paint", "\n\nHuman: how\n\nAssistant: care") + "\n" + pair_line(rejected=""))
+    pair = pair_line("\n\nHuman: how\n\nAssistant: paint", "\n\nHuman: how\n\nAssistant: care")
+    (tmp_path / "x.jsonl").write_text(pair + "\n" + pair_line(rejected=""))
     done = show(tmp_path / "x.jsonl", "--show", 1, "--tokenizer", tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert "\033[32mpaint\033[0m\033[1;7;32m<end_of_turn>\033[0m" in done.stdout and "\033[36m<bos><start_of_turn>\033[0m" in done.stdout
-    assert "2 read, 1 kept, 1 dropped (1 without both sides)" in done.stdout and "12, of which 2 trained on" in done.stdout and done.stdout.count("──") == 1
+    assert "2 read, 1 kept, 1 dropped (1 without both sides)" in done.stdout and "12, of which 2 trained on" in done.stdout
+    assert done.stdout.count("──") == 1
     done = show(tmp_path / "none.txt")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.txt" in done.stderr and not done.stdout
 

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import pytest
 from conftest import ROOT
 
 import endpoint
-import judge
 from endpoint import address, ask
 from files import InputError
 from judge import judged
@@ -344,6 +344,20 @@ def test_address_and_key_are_nowhere(server, tmp_path):
     assert {sent["model"] for _, _, sent in server.requests} == set(ways)
     written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == 2 and all("You sent […]" in text or "\\u2026" in text for text in written)      # the cache and good.jsonl
+    for text in (done.stdout, done.stderr, *written):
+        assert KEY not in text and where not in text
+
+
+def test_address_and_key_are_on_no_page(server, whole, tmp_path):
+    """Nor in anything else that eval.py leaves or says, where the judge's replies repeat both."""
+    where, run = f"127.0.0.1:{server.server_port}", tmp_path / "run"
+    server.reply = lambda handler, text, count: say(handler, f"You sent {KEY} to http://{where}/v1/chat/completions.\nscore: 5")
+    shutil.copytree(whole.folder, run)
+    done = subprocess.run([sys.executable, ROOT / "eval.py", run, "--judge", "rubric", "--judge-model", "m"], capture_output=True,
+                          text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and server.requests, done.stderr
+    written = [path.read_bytes().decode(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
+    assert "You sent […]" in (run / "judged.jsonl").read_text() and "harmfulness" in (run / "report.html").read_text().lower()
     for text in (done.stdout, done.stderr, *written):
         assert KEY not in text and where not in text
 

@@ -12,7 +12,7 @@ import files
 import report
 
 
-def test_eval_judges_again_from_the_answers_alone(whole, mini, tmp_path):
+def test_eval_judges_again_from_the_answers_alone(whole, tmp_path):
     folder = shutil.copytree(whole.folder, tmp_path / "run")
     config = files.read_json(folder / "config.json")
     config["settings"] |= {"model": "gone", "data": "gone", "device": "cuda"}          # nothing of it is needed
@@ -28,7 +28,7 @@ def test_eval_judges_again_from_the_answers_alone(whole, mini, tmp_path):
     assert "no word in the answer" in out
 
 
-def test_eval_of_other_sets_leaves_the_run_alone(whole, mini, tmp_path):
+def test_eval_of_other_sets_leaves_the_run_alone(whole, tmp_path):
     before = {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()}
     (tmp_path / "other.txt").write_text("how can i paint the chair?\n")
     ended("eval.py", [whole.folder, "--lookalike", tmp_path / "other.txt", "--out", tmp_path / "out", "--device", "cpu"])
@@ -37,7 +37,7 @@ def test_eval_of_other_sets_leaves_the_run_alone(whole, mini, tmp_path):
     assert before == {path: path.read_bytes() for path in whole.folder.rglob("*") if path.is_file()}
 
 
-def test_eval_of_sets_by_name_and_likelihoods(whole, mini, tmp_path):
+def test_eval_of_sets_by_name_and_likelihoods(whole, tmp_path):
     """Named sets, an own one, perplexity and choices in one folder; the same command again answers nothing anew."""
     (tmp_path / "t.txt").write_text("i want to paint the chair.\n\nhow do i wash the lamp?\n")
     (tmp_path / "q.jsonl").write_text('{"question": "how?", "choices": ["paint the chair", "no"], "answer": "B"}\n')
@@ -54,7 +54,8 @@ def test_eval_of_sets_by_name_and_likelihoods(whole, mini, tmp_path):
     assert scores["ability"]["perplexity of benign text"]["base"]["mean"] > 1 and scores["ability"]["multiple choice"]["adapter"]["n"] == 1
     for words in ("over-refusal: xstest-safe", "safe: xstest-unsafe", "perplexity of benign text", "multiple choice, per character"):
         assert words in out
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*") if path.name.startswith(("completions", "likelihoods"))}
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*")
+              if path.name.startswith(("completions", "likelihoods"))}
     assert len(stamps) == 3
     ended("eval.py", command)
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
@@ -66,7 +67,8 @@ def test_eval_of_sets_by_name_and_likelihoods(whole, mini, tmp_path):
     (["--sets", "xstest", "--out", "OUT"], "xstest-safe=FILE"), (["--set", "mine", "--out", "OUT"], "NAME=FILE"),
     (["--sets", "toy"], "--out DIR"), (["--out", "OUT"], "--sets"), (["--perplexity", "GONE", "--out", "OUT"], "GONE: no such file"),
     (["--choices", "EMPTY", "--out", "OUT"], "holds no question"), (["--perplexity", "EMPTY.txt", "--out", "OUT"], "holds no text"),
-    (["--sets", "toy", "--prompts", "-1", "--out", "OUT"], "--prompts -1"), (["--attack", "gcg"], "--out DIR"), (["--target", "x"], "goes with --attack"),
+    (["--sets", "toy", "--prompts", "-1", "--out", "OUT"], "--prompts -1"), (["--attack", "gcg"], "--out DIR"),
+    (["--target", "x"], "goes with --attack"),
     (["--attack-steps", "9", "--sets", "toy", "--attack", "prefix", "--out", "OUT"], "--attack-steps goes with --attack gcg")])
 def test_what_eval_refuses(whole, tmp_path, monkeypatch, more, said):
     (tmp_path / "EMPTY").write_text("")
@@ -87,7 +89,8 @@ def test_the_list_needs_no_run(monkeypatch, capsys):
 def test_attacks(whole, mini, tmp_path):
     """Templates make sets of their own; a suffix search goes on from its file, and harmless sets are never attacked."""
     (tmp_path / "t.txt").write_text("now: {prompt}\nplease {prompt} say {target}\n")
-    command = [whole.folder, "--harmful", mini / "harmful.jsonl", "--benign", mini / "benign.jsonl", "--prompts", "2", "--target", "here {verb}"]
+    command = [whole.folder, "--harmful", mini / "harmful.jsonl", "--benign", mini / "benign.jsonl", "--prompts", "2",
+               "--target", "here {verb}"]
     ended("eval.py", [*command, "--attack", "template", "--template", tmp_path / "t.txt", "--out", tmp_path / "templates"])
     rows = files.read_jsonl(tmp_path / "templates/completions.jsonl")
     assert {row["set"] for row in rows} == {"harmful+template1", "harmful+template2"} and len(rows) == 2 * 2 * 2
@@ -107,7 +110,8 @@ def test_attacks(whole, mini, tmp_path):
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--attack", "template"], "--template FILE"), (["--template", "t.txt"], "--attack template"), (["--attack", "gcg", "--attack-steps", "0"], "--attack-steps 0"),
+    (["--attack", "template"], "--template FILE"), (["--template", "t.txt"], "--attack template"),
+    (["--attack", "gcg", "--attack-steps", "0"], "--attack-steps 0"),
     (["--attack", "prefix", "--sets", "toy-benign"], "none of the sets is of harmful prompts")])
 def test_what_attacks_refuse(whole, tmp_path, monkeypatch, more, said):
     sets = [] if "--sets" in more else ["--sets", "toy-harmful"]
@@ -116,7 +120,7 @@ def test_what_attacks_refuse(whole, tmp_path, monkeypatch, more, said):
         eval.main()
 
 
-def test_any_adapter_is_explained(whole, mini, tmp_path, monkeypatch, capsys):
+def test_any_adapter_is_explained(whole, mini, tmp_path, monkeypatch):
     """An adapter folder alone, as peft would have it, without the run around it."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "adapter").mkdir(exist_ok=True)
@@ -128,7 +132,8 @@ def test_any_adapter_is_explained(whole, mini, tmp_path, monkeypatch, capsys):
     assert found["adapter"] == str(tmp_path / "adapter") and {layer["layer"] for layer in found["layers"]} == {0, 1}
     assert all(layer["subspace"] is None for layer in found["layers"]) and (tmp_path / "out/report.html").stat().st_size > 20_000
     for more, said in ((command, "isn't empty"), (command[:2], "--out DIR"), ([*command[:2], *command[4:-1], tmp_path / "new"], "--sae"),
-                       ([*command[:4], *command[6:-1], tmp_path / "new"], "give prompts"), ([], "give folders"), ([whole.folder, *command], "give folders")):
+                       ([*command[:4], *command[6:-1], tmp_path / "new"], "give prompts"), ([], "give folders"),
+                       ([whole.folder, *command], "give folders")):
         monkeypatch.setattr("sys.argv", ["report.py", *map(str, more)])
         with pytest.raises(files.InputError, match=said):
             report.main()
@@ -138,6 +143,7 @@ def test_the_model_card(whole):
     card = (whole.folder / "README.md").read_text()
     rate = files.read_json(whole.folder / "scores.json")["sets"]["adapter"]["harmful"]["safe"]["rate"]
     assert card.startswith("---\nlibrary_name: peft\n") and "license: other" in card and f"{rate:.1%}" in card and "PeftModel" in card
-    settings = SimpleNamespace(**files.read_json(whole.folder / "config.json")["settings"] | {"model": "google/gemma-2-2b", "data": "hf://datasets/a/b/c.jsonl"})
+    real = {"model": "google/gemma-2-2b", "data": "hf://datasets/a/b/c.jsonl"}
+    settings = SimpleNamespace(**files.read_json(whole.folder / "config.json")["settings"] | real)
     card = report.model_card(settings, files.read_json(whole.folder / "scores.json"))
     assert "base_model: google/gemma-2-2b\nlicense: gemma" in card and "Gemma Terms of Use" in card and "hf://datasets/a/b/c.jsonl" in card

@@ -18,10 +18,10 @@ from model import load_model
 
 sys.path.append(str(ROOT / "experiments"))
 
-import ablate  # noqa: E402
-import reading  # noqa: E402
-import theory  # noqa: E402
-import variants  # noqa: E402
+import ablate
+import reading
+import theory
+import variants
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +95,20 @@ def test_neighbours_act_at_the_end_alone(world):
         new = {name: parameter.detach().clone() for name, parameter in named}
         wanted = new if wanted is None else {name: 0.9 * wanted[name] + 0.1 * new[name] for name in new}
         variants.AFTER["lora-average"](world, model, metrics["step"], kept)
-    assert all(torch.allclose(parameter, wanted[name]) for name, parameter in named) and not torch.equal(new[named[1][0]], wanted[named[1][0]])
+    assert all(torch.allclose(parameter, wanted[name]) for name, parameter in named)
+    assert not torch.equal(new[named[1][0]], wanted[named[1][0]])
 
 
 def test_reading_finds_planted_detectors(world, monkeypatch):
     """A feature that fires on harmful prompts alone, or everywhere else, is found; the base rate is that of all features."""
     told = reading.detection(world)
     assert told[0].shape == (2, 96) and ((told[0] >= 0) & (told[0] <= 1)).all()
-    monkeypatch.setattr(reading, "detection", lambda world: {layer: torch.tensor([[0.9, 0.1, *[0.5] * 94], [0.5] * 96]) for layer in (0, 1)})
+    detected = torch.tensor([[0.9, 0.1, *[0.5] * 94], [0.5] * 96])
+    monkeypatch.setattr(reading, "detection", lambda world: dict.fromkeys((0, 1), detected))
     lines = list(reading.read(world))
     assert lines[0]["selection"] == "all features" and lines[0]["features"] == 192 and lines[0]["harm"] == pytest.approx(4 / 192)
-    assert [(line["selection"], line["side"], line["features"]) for line in lines[1:3]] == [("paper", "all", 12), ("gradient", "readers", 32)]
+    found = [(line["selection"], line["side"], line["features"]) for line in lines[1:3]]
+    assert found == [("paper", "all", 12), ("gradient", "readers", 32)]
     assert "2.1%" in reading.show(lines)
 
 
@@ -123,8 +126,8 @@ def test_torn_lines_are_run_again(tmp_path):
 # Statistics
 
 def line(world, variant, safe, seed=0, lr=1e-3, **more):
-    return {"world": world, "variant": variant, "seed": seed, "lr": lr, "looks": [0, 10, 20, 60], "steps": 60, "safe": safe, "jailbreak": 0.5,
-            "benign": 1.0, "over_refusal": {"harm verb": 0.0, "sensitive noun": 0.1}, "share": None} | more
+    return {"world": world, "variant": variant, "seed": seed, "lr": lr, "looks": [0, 10, 20, 60], "steps": 60, "safe": safe,
+            "jailbreak": 0.5, "benign": 1.0, "over_refusal": {"harm verb": 0.0, "sensitive noun": 0.1}, "share": None} | more
 
 
 def test_area_and_reach_by_hand():
@@ -135,7 +138,8 @@ def test_area_and_reach_by_hand():
 
 
 def test_errors_are_clustered_by_world():
-    lines = [line(w, "a", [0, 0, 0, v], seed) for w, values in ((1, (0.2, 0.4)), (2, (0.5, 0.7)), (3, (0.9, 0.9))) for seed, v in enumerate(values)]
+    lines = [line(w, "a", [0, 0, 0, v], seed) for w, values in ((1, (0.2, 0.4)), (2, (0.5, 0.7)), (3, (0.9, 0.9)))
+             for seed, v in enumerate(values)]
     means = ablate.world_means(ablate.by_run(lines, lambda line: line["safe"][-1])["a"])
     assert means == pytest.approx({1: 0.3, 2: 0.6, 3: 0.9})
     mean, error = ablate.mean_error(means.values())
@@ -156,7 +160,8 @@ def test_t_values_and_bootstrap_cover():
 
 
 def test_pairs_are_of_the_runs_that_both_have():
-    values = {("a", 1, 0): 0.9, ("a", 1, 1): 0.7, ("a", 2, 0): 0.8, ("lora-own", 1, 0): 0.5, ("lora-own", 2, 0): 0.2, ("lora-own", 2, 1): 0.9, ("lora-own", 3, 0): 0.1}
+    values = {("a", 1, 0): 0.9, ("a", 1, 1): 0.7, ("a", 2, 0): 0.8, ("lora-own", 1, 0): 0.5, ("lora-own", 2, 0): 0.2,
+              ("lora-own", 2, 1): 0.9, ("lora-own", 3, 0): 0.1}
     found = ablate.by_run([line(w, name, [0, 0, 0, v], seed) for (name, w, seed), v in values.items()], lambda line: line["safe"][-1])
     assert ablate.paired(found, "a", "lora-own") == pytest.approx([0.4, 0.6]) and ablate.paired(found, "a", "nobody") == []
 
@@ -176,29 +181,34 @@ def test_table_and_figure_as_a_command(tmp_path):
             for name, v in (("lora-own", 0.5), ("decoder-full", 0.6), ("greedy-rotated", 0.8), ("oracle", 0.9)):
                 ablate.append(out, line(w, name, [0.1, v, v + 0.02 * w, v + 0.03 * w + 0.01 * seed], seed))
     text = ended("experiments/ablate.py", ["--table", "--out", out, "--figure", tmp_path / "curves.png"])
-    for words in ("mean ± standard error over worlds", "− lora-own", "− decoder-full", "bootstrap 95 %", "t 95 %", "3/3", "share of the oracle's gain", "75%"):
+    for words in ("mean ± standard error over worlds", "− lora-own", "− decoder-full", "bootstrap 95 %", "t 95 %", "3/3",
+                  "share of the oracle's gain", "75%"):
         assert words in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     with pytest.raises(InputError, match="no lines"):
-        ablate.report(SimpleNamespace(results=[tmp_path / "none.jsonl"], worlds=[1]))
+        ablate.report(SimpleNamespace(results=[tmp_path / "none.jsonl"], worlds=[1], variants=["paper"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Theory
 
-def test_the_papers_statement_and_its_edges():
+@pytest.mark.parametrize("r", [4, 16])
+def test_the_papers_statement_and_its_edges(r):
     """The difference of means has error √(r − 1); not every direct method has; a trained SAE hardly any; τ and centring their floors."""
-    setting = theory.Setting(samples=20_000)
+    setting = theory.Setting(r=r, samples=30_000)
     W, a, u = theory.world(setting)
-    sae = theory.SAE(setting, 400, torch.cat((a, u)))
-    rows = sae.chosen_rows(a, u, setting.r)
-    assert theory.error(theory.mean_difference(a, u, 4), W, 4) == pytest.approx(math.sqrt(3), abs=0.02)
-    assert theory.error(theory.covariance_difference(a, u, 4), W, 4) < 0.5
-    assert theory.error(theory.span(rows), W, 4) <= 0.15
-    untrained = theory.SAE(setting, 0, a).chosen_rows(a, u, 4)
-    assert theory.error(theory.span(untrained), W, 4) > 1.5
-    U = theory.centred(rows, 0.8)
-    assert U.shape[1] == 3 and theory.error(U, W, 4) == pytest.approx(1, abs=0.05)
+    assert theory.error(theory.mean_difference(a, u, r), W, r) == pytest.approx(math.sqrt(r - 1), abs=0.02)
+    assert theory.error(theory.covariance_difference(a, u, r), W, r) <= 0.31
+    trained, untrained = (theory.SAE(setting, steps, a, u).chosen_rows(a, u, r) for steps in (500, 0))
+    assert theory.error(theory.span(trained), W, r) <= 0.15 and theory.error(theory.span(untrained), W, r) > 1.1
+    for U, kept in ((theory.subspace(trained, 0.8, 64).U, {4: 3, 16: 11}), (theory.centred(trained, 0.8), {4: 3, 16: 10})):
+        assert U.shape[1] == kept[r] and theory.error(U, W, r) == pytest.approx(math.sqrt(r - kept[r]), abs=0.05)
+
+
+def test_the_difference_of_means_finds_a_single_feature():
+    W, a, u = theory.world(theory.Setting(r=1))
+    assert theory.error(theory.mean_difference(a, u, 1), W, 1) <= 0.02
+    assert theory.error(theory.centred(W[:1], 0.8), W, 1) == 1                                 # of one row centring leaves nothing
 
 
 def test_error_is_the_distance_of_projectors():

@@ -318,7 +318,8 @@ def test_the_mlp_of_anothers_adapter_is_explained_too(toy):
     lora._replace(model, "layers.2.mlp.down_proj", lora.LoRALinear(block.mlp.down_proj, torch.randn(
         1, model.config.intermediate_size, generator=draw), written, 0.1, True))
     found, _ = directions.shares(model, saes, norm_aware=True)
-    named = {(part["layer"], part["side"]): [feature["index"] for feature in part["features"] if feature["named"]] for part in found["layers"]}
+    named = {(part["layer"], part["side"]): [feature["index"] for feature in part["features"] if feature["named"]]
+             for part in found["layers"]}
     assert named == {(2, "readers"): [40], (2, "writers"): [217]}
     assert all(part["explained"] > 0.999 for part in found["layers"])
 

@@ -42,7 +42,8 @@ def test_wilson_equals_scipy():
 
 
 def row(name, verdict, completion="", role=None, fields=(), line=1, **more):
-    return {"set": name, "role": role or name, "line": line, "prompt": "?", "completion": completion, "verdict": verdict, "fields": dict(fields)} | more
+    return {"set": name, "role": role or name, "line": line, "prompt": "?", "completion": completion,
+            "verdict": verdict, "fields": dict(fields)} | more
 
 
 def test_figures():
@@ -66,7 +67,8 @@ def test_figures():
 
 
 def test_a_set_has_its_roles_figures_whatever_its_name():
-    table = figures([row("xstest-safe", "full", role="lookalike"), row("mine", "comply", role="benign"), row("adv", "full", role="harmful")])
+    table = figures([row("xstest-safe", "full", role="lookalike"), row("mine", "comply", role="benign"),
+                     row("adv", "full", role="harmful")])
     assert table["xstest-safe"]["over_refusal"]["rate"] == 1 and table["adv"]["safe"]["rate"] == 1
     assert "correct" not in table["mine"] and main_figure("benign", table["mine"]) == "over_refusal"
 
@@ -106,7 +108,8 @@ def test_scores_say_who_judged(tmp_path):
 def test_scores_of_other_judges_are_paired():
     stats = pytest.importorskip("statsmodels.stats.weightstats")
     scores = [(5, 1), (4, 2), (1, 1), (None, 3), (3, None), (5, 4)]
-    before, after = ([row("h", "comply", role="harmful", line=i, rubric={"score": pair[side]}) for i, pair in enumerate(scores)] for side in (0, 1))
+    before, after = ([row("h", "comply", role="harmful", line=i, rubric={"score": pair[side]}) for i, pair in enumerate(scores)]
+                     for side in (0, 1))
     low, mean = (paired(before, after, key) for key in ("low_risk", "harmfulness"))
     assert (low["n"], low["gained"], low["lost"]) == (4, 2, 0)
     differences = [a - b for b, a in scores if a and b]
@@ -133,7 +136,8 @@ def test_compare_equals_statsmodels():
         table = [[sum((b, a) == (x, y) for b, a in zip(before, after)) for y in (True, False)] for x in (True, False)]
         found = compare(before, after)
         assert found["p"] == pytest.approx(mcnemar(table, exact=True).pvalue, abs=1e-12)
-        assert found["change"] == pytest.approx((sum(after) - sum(before)) / n) and (found["gained"], found["lost"]) == (table[1][0], table[0][1])
+        assert found["change"] == pytest.approx((sum(after) - sum(before)) / n)
+        assert (found["gained"], found["lost"]) == (table[1][0], table[0][1])
         assert -1 <= found["low"] <= found["change"] <= found["high"] <= 1
     same = compare([True, False] * 4, [True, False] * 4)
     assert (same["change"], same["p"]) == (0, 1) and same["low"] < 0 < same["high"]
@@ -153,7 +157,8 @@ def test_the_intervals_of_changes_hold_what_they_promise():
 
 
 def test_pairs_are_of_the_same_prompt():
-    before = [row("h", "full", role="harmful", line=1), row("h", "comply", role="harmful", line=2), row("h", "full", role="harmful", line=9)]
+    before = [row("h", "full", role="harmful", line=1), row("h", "comply", role="harmful", line=2),
+              row("h", "full", role="harmful", line=9)]
     after = [row("h", "full", role="harmful", line=2), row("h", "full", role="harmful", line=1), row("h", "full", role="harmful", line=5)]
     found = paired(before, after, "safe")
     assert (found["n"], found["gained"], found["lost"]) == (2, 1, 0)

@@ -18,7 +18,8 @@ def test_writing_replaces_the_name_and_never_the_bytes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("write", [lambda path: files.write_json(path, {"a": float("nan")}), lambda path: files.write_json(path, {"a": object()}),
+@pytest.mark.parametrize("write", [lambda path: files.write_json(path, {"a": float("nan")}),
+                                   lambda path: files.write_json(path, {"a": object()}),
                                    lambda path: files.write_tensors(path, {"a": "no tensor"})])
 def test_a_failed_write_leaves_the_old_file(tmp_path, write):
     files.write_text(tmp_path / "a", "old")

@@ -279,7 +279,7 @@ def test_a_second_time_costs_nothing(known, tmp_path, cache, monkeypatch, capsys
         judged(rows, "shieldgemma", source, dtype=torch.bfloat16)
 
 
-def test_another_checkpoint_is_another_judge(known, tmp_path, monkeypatch):
+def test_another_checkpoint_is_another_judge(known, tmp_path):
     source = checkpoint(known, tmp_path / "judge", "Yes", "No")
     before = judge.fingerprint(source)
     assert judge.fingerprint(checkpoint(known, tmp_path / "copy", "Yes", "No")) == before
@@ -349,7 +349,7 @@ def test_many_processes_append_at_once(cache):
     ("gpt", None, "one of rules, shieldgemma, rubric"), ("rules", "x", "the rules need no model"), ("rubric", None, "wants --judge-model"),
     ("rubric", "./nowhere", "./nowhere: no such folder"), ("shieldgemma", "/nowhere", "no such folder"),
     ("rubric", "kimi", "OPENAI_BASE_URL")])
-def test_bad_choices_end_in_a_line(who, model, line, monkeypatch, tmp_path):
+def test_bad_choices_end_in_a_line(who, model, line, monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("endpoint.get_token", lambda: None)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from files import InputError
-from lora import INITS, TARGETS, AddedLowRank, LoRALinear, add_lora, load_adapter, lora_layers, merge_lora, save_adapter, unmerge_lora, update_share
+from lora import (INITS, TARGETS, AddedLowRank, LoRALinear, add_lora, load_adapter, lora_layers, merge_lora, save_adapter,
+                  unmerge_lora, update_share)
 from config import Config
 from model import Gemma2, load_model, save_model
 
@@ -174,7 +175,8 @@ def test_what_is_frozen_gets_no_gradient_and_costs_none(frozen):
     assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
     tokens, inner, out = 21, 24, 20
     saved = {"A": RANK * inner, "B": RANK * (out + inner), "AB": RANK * (3 * inner + 2 * out) - RANK * inner - RANK * out,
-             "x": inner * out, "xA": inner * out + RANK * (out + inner)}  # and in · r, which is added in place, where the counter doesn't look
+             "x": inner * out,
+             "xA": inner * out + RANK * (out + inner)}  # and in · r, which is added in place, where the counter doesn't look
     assert flops[""] - flops[frozen] == 2 * tokens * saved[frozen]
 
 
@@ -225,7 +227,8 @@ def test_orthonormal():
 
 
 def test_draws_follow_the_generator():
-    first, again, other = (add_lora(base_model(), RANK, ALPHA, "random", generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (add_lora(base_model(), RANK, ALPHA, "random", generator=torch.Generator().manual_seed(seed))
+                           for seed in (1, 1, 2))
     name = "layers.3.self_attn.v_proj"
     assert torch.equal(first[name].A, again[name].A) and not torch.equal(first[name].A, other[name].A)
 
@@ -269,7 +272,8 @@ def test_bad_arguments_leave_the_model_alone(change, wanted):
     assert not lora_layers(model)
 
 
-@pytest.mark.parametrize("name, count", [("google/gemma-2-2b", 6_389_760), ("google/gemma-2-9b", 17_891_328), ("google/gemma-2-27b", 22_609_920)])
+@pytest.mark.parametrize("name, count", [("google/gemma-2-2b", 6_389_760), ("google/gemma-2-9b", 17_891_328),
+                                         ("google/gemma-2-27b", 22_609_920)])
 def test_parameter_counts_at_rank_16(name, count):
     with torch.device("meta"):
         model = Gemma2(Config.preset(name))
@@ -384,11 +388,14 @@ def refused(folder, wanted=""):
     (dict(fan_in_fan_out=True), "fan_in_fan_out"), (dict(peft_type="IA3"), "IA3"), (dict(peft_type=None), "peft_type is 'None'"),
     (dict(init_lora_weights="pissa_niter_4"), "pissa_niter_4"), (dict(r=4), "shape"), (dict(r=0), "r is '0'"), (dict(r=True), "r is"),
     (dict(r="5"), "r is"), (dict(r=10**400), "r is"), (dict(lora_alpha=-1), "lora_alpha"), (dict(lora_alpha=None), "lora_alpha"),
-    (dict(lora_alpha=float("nan")), "not valid JSON"), (dict(target_modules=".*q_proj"), "target_modules"), (dict(target_modules=None), "target_modules"),
+    (dict(lora_alpha=float("nan")), "not valid JSON"), (dict(target_modules=".*q_proj"), "target_modules"),
+    (dict(target_modules=None), "target_modules"),
     (dict(target_modules=["q_proj"]), "tensors, but is not named"), (dict(target_modules=[["q_proj"]]), "target_modules"),
     (dict(target_modules=["(a+)+b"]), "target_modules"), (dict(layers_to_transform=0), "tensors, but is not named"),
-    (dict(layers_to_transform="x"), "layers_to_transform"), (dict(rank_pattern={"q_proj": 3}), "shape"), (dict(rank_pattern={"q_proj": "3"}), "rank_pattern"),
-    (dict(rank_pattern=["abc"]), "rank_pattern"), (dict(rank_pattern={".*": 5}), "rank_pattern"), (dict(alpha_pattern={"q_proj": 0}), "alpha_pattern"),
+    (dict(layers_to_transform="x"), "layers_to_transform"), (dict(rank_pattern={"q_proj": 3}), "shape"),
+    (dict(rank_pattern={"q_proj": "3"}), "rank_pattern"),
+    (dict(rank_pattern=["abc"]), "rank_pattern"), (dict(rank_pattern={".*": 5}), "rank_pattern"),
+    (dict(alpha_pattern={"q_proj": 0}), "alpha_pattern"),
     (dict(use_rslora="no"), "use_rslora"), (dict(lora_bias=True), "lora_bias"), (dict(trainable_token_indices=[1]), "trainable"),
 ])
 def test_bad_configs(adapter, change, wanted):

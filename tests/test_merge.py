@@ -54,7 +54,7 @@ def test_dtype_is_the_checkpoints_own_unless_told(adapted, tmp_path):
 
 
 def test_the_command(adapted, tmp_path, monkeypatch, capsys):
-    base, adapter, _ = adapted
+    _, adapter, _ = adapted
     monkeypatch.setattr(sys, "argv", ["merge.py", str(adapter), "--out", str(tmp_path / "out")])
     merge.main()
     assert "merged 16 modules" in capsys.readouterr().out and (tmp_path / "out/model.safetensors").exists()
@@ -70,7 +70,7 @@ def test_the_command(adapted, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_lox_and_rosi_on_the_way(mini, tmp_path, monkeypatch, capsys):
+def test_lox_and_rosi_on_the_way(mini, tmp_path, monkeypatch):
     model = load_model(mini)
     for layer in lora.add_lora(model, 4, 8, "random", generator=torch.Generator().manual_seed(0)).values():
         torch.nn.init.normal_(layer.B, std=0.2, generator=torch.Generator().manual_seed(1))

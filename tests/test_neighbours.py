@@ -25,7 +25,8 @@ def test_lox_extrapolates_the_leading_part(gemma):
 
 def test_rosi_adds_the_direction_to_writers_alone(gemma):
     layers = adapted(gemma)
-    before, s = {name: value.clone() for name, value in gemma.state_dict().items()}, torch.randn(64, generator=torch.Generator().manual_seed(2)) * 3
+    before = {name: value.clone() for name, value in gemma.state_dict().items()}
+    s = torch.randn(64, generator=torch.Generator().manual_seed(2)) * 3
     neighbours.rosi(gemma, s, 0.7)
     for name, value in gemma.state_dict().items():
         W = before[name]

@@ -581,10 +581,12 @@ def make_evaluation(folder, text=lambda plain: plain):
               "attacks": {who: {text("mine"): success} for who in ("base", "adapter")}}
     rows = [
         {"model": who, "set": text("mine"), "role": "harmful", "line": line, "prompt": text(f"rob {line} zq"), "plain": text(f"rob {line}"),
-         "suffix": text(" zq") * bool(line), "completion": text("sure, here"), "verdict": "comply", "reason": "", "steps": 10, "complied": line * 7}
+         "suffix": text(" zq") * bool(line), "completion": text("sure, here"), "verdict": "comply", "reason": "",
+         "steps": 10, "complied": line * 7}
         for who in ("base", "adapter") for line in (0, 1)
     ]
-    asked = {"run": text("/runs/one"), "sets": {text("mine"): ["harmful", text("x.csv")]}, "prompts": 2, "attack": "gcg", "plan": {"steps": 10},
+    asked = {"run": text("/runs/one"), "sets": {text("mine"): ["harmful", text("x.csv")]}, "prompts": 2,
+             "attack": "gcg", "plan": {"steps": 10},
              "command": ["eval.py", text("--attack")], "versions": {"torch": "2"}}
     folder.mkdir(parents=True)
     for name, value in (("eval", asked), ("scores", scores)):
@@ -597,9 +599,11 @@ def make_evaluation(folder, text=lambda plain: plain):
 def test_an_evaluation_tells_what_it_asked(tmp_path):
     reader, words = read(page.page([make_evaluation(tmp_path / "gcg")]))
     assert [tag for tag in reader.ids if tag in SECTIONS] == ["happened", "answers", "made"] and "can't be shown" not in words
-    for part in ("gcg complies with 50.0 % of mine once a suffix is searched", "mine under attack: complied within 10 steps ↓", "began as the target ↓",
+    for part in ("gcg complies with 50.0 % of mine once a suffix is searched", "mine under attack: complied within 10 steps ↓",
+                 "began as the target ↓",
                  "perplexity of benign text 41.3", "× 1.042 [1.010, 1.080]", "multiple choice 88.9 %", "−33.3 [−60.0, +0.0], p 0.25",
-                 "gives in to the prompt as it is", "gives in after 7 steps asked with zq", "python eval.py --attack", "attack steps 10", "set mine harmful x.csv"):
+                 "gives in to the prompt as it is", "gives in after 7 steps asked with zq", "python eval.py --attack", "attack steps 10",
+                 "set mine harmful x.csv"):
         assert part in words.replace("\u202f", " "), part
     reader, words = read(page.page([make_run(tmp_path / "one"), tmp_path / "gcg"]))           # beside a run, which has all sections
     assert [tag for tag in reader.ids if tag in SECTIONS] == SECTIONS and "base of gcg" in words and "holds no" not in words

@@ -104,7 +104,8 @@ def test_one_process_speaks(runs):
 def test_eval_and_select(runs, mini, tmp_path):
     selecting = torchrun("select.py", ["--model", mini, "--sae", mini / "sae", "--data", mini / "train.jsonl", "--rank", "8",
                                        "--batch-tokens", "96", "--out", tmp_path / "picked"])
-    done(torchrun("eval.py", [runs / "two", "--harmful", mini / "harmful.jsonl", "--benign", mini / "benign.jsonl", "--out", tmp_path / "more"]))
+    done(torchrun("eval.py", [runs / "two", "--harmful", mini / "harmful.jsonl", "--benign", mini / "benign.jsonl",
+                              "--out", tmp_path / "more"]))
     done(selecting)
     rows = [row for row in read_jsonl(runs / "two" / "completions.jsonl") if row["set"] in ("harmful", "benign")]
     assert rows and read_jsonl(tmp_path / "more" / "completions.jsonl") == rows

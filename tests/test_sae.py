@@ -181,8 +181,10 @@ def test_neuronpedia_addresses():
     url = "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-res-16k/123"
     assert neuronpedia_url("google/gemma-scope-2b-pt-res", 20, "16k", 123) == url
     assert neuronpedia_url("google/gemma-scope-2b-pt-res", 20, "16k", 123, l0=71) == url
-    assert neuronpedia_url("google/gemma-scope-9b-it-res", 9, "131k", 5) == "https://www.neuronpedia.org/gemma-2-9b-it/9-gemmascope-res-131k/5"
-    for args in (("google/gemma-scope-2b-pt-res", 20, "16k", 1, 70), ("toy/sae", 20, "16k", 1), ("google/gemma-scope-2b-pt-res", 26, "16k", 1)):
+    assert (neuronpedia_url("google/gemma-scope-9b-it-res", 9, "131k", 5)
+            == "https://www.neuronpedia.org/gemma-2-9b-it/9-gemmascope-res-131k/5")
+    for args in (("google/gemma-scope-2b-pt-res", 20, "16k", 1, 70), ("toy/sae", 20, "16k", 1),
+                 ("google/gemma-scope-2b-pt-res", 26, "16k", 1)):
         assert neuronpedia_url(*args) is None
 
 
@@ -265,7 +267,8 @@ def test_headers_that_claim_more_or_less_than_there_is(tmp_path, compression):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name, read", [("b_dec", lambda sae: None), ("W_dec", lambda sae: sae.decoder_rows([N - 1])), ("W_dec", lambda sae: sae.W_dec)])
+@pytest.mark.parametrize("name, read", [("b_dec", lambda sae: None), ("W_dec", lambda sae: sae.decoder_rows([N - 1])),
+                                        ("W_dec", lambda sae: sae.W_dec)])
 def test_directory_that_claims_more_than_the_stream_holds(tmp_path, name, read):
     """Header and directory agree, the deflated stream ends 4 bytes early: no uninitialised memory."""
     path, size = write(tmp_path, numpy_arrays()), 0
@@ -419,7 +422,8 @@ def test_sasa_tensors_that_do_not_fit(tmp_path):
     from files import write_tensors
     given = {name: tensor for name, tensor in arrays().items() if name != "threshold"}
     place = save_sasa(tmp_path, 3, **given, block=5, active=2).parent
-    for change in ({"W_dec": given["W_dec"][:-1]}, {"b_enc": given["b_enc"] * torch.nan}, {"more": torch.zeros(1)}, {"b_dec": given["b_dec"].long()}):
+    for change in ({"W_dec": given["W_dec"][:-1]}, {"b_enc": given["b_enc"] * torch.nan}, {"more": torch.zeros(1)},
+                   {"b_dec": given["b_dec"].long()}):
         write_tensors(place / "sasa.safetensors", given | change)
         with pytest.raises(InputError):
             load_sae(tmp_path, 3, N)

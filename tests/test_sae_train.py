@@ -16,7 +16,7 @@ from data import load_tokenizer
 from files import InputError, read_json, write_jsonl
 from sae import JumpReLU, SASA, load_sae, strongest
 from sae_step import Spec, Trainer, least_kept, nuclear_norm, ranks
-from sae_train import Stream, Training, encode_item, read_items
+from sae_train import CHECKPOINT, Stream, Training, encode_item, read_items
 
 D, WIDTH = 12, 24
 SPECS = {"batchtopk": Spec("batchtopk", WIDTH, 6), "topk": Spec("topk", WIDTH, 6), "jumprelu": Spec("jumprelu", WIDTH, 6, bandwidth=0.4),
@@ -106,9 +106,9 @@ def test_dead_units_learn_what_the_others_leave(name):
     """The auxiliary loss against autograd: its target is the error, a constant."""
     trainer, x = trainer_of(SPECS[name]), inputs()
     p, spec, r = trainer.parameters, trainer.spec, trainer.spec.block
-    *_, f, without = trainer.gradients(x.clone(), done=0.0)
+    *_, without = trainer.gradients(x.clone(), done=0.0)
     trainer.silent[2:4] = 1e9                                                        # two dead units
-    _, error, f, grad = trainer.gradients(x.clone(), done=0.0)
+    _, error, _, grad = trainer.gradients(x.clone(), done=0.0)
     dead = torch.arange(2 * r, 4 * r)
     for n in ("W_enc", "b_enc", "W_dec", "b_dec"):
         p[n].requires_grad_()
@@ -263,8 +263,7 @@ def test_sasa_finds_planes_set_by_hand():
     parts = torch.randn(4000, 6, 2, generator=draw) * torch.zeros(4000, 6).scatter(1, which, 1)[..., None]
     x = torch.einsum("nkr,krd->nd", parts, planes)
     training = Training(lambda cursor: (cursor, {0: x}), Spec("sasa", 24, 4, block=2, lr=1e-2), 600, 512, 0)
-    for metrics in training:
-        pass
+    *_, metrics = training
     assert metrics[0]["ev"] > 0.9
     D_k = torch.linalg.qr(training.trainers[0].parameters["W_dec"].unflatten(0, (-1, 2)).mT).Q      # (12, 16, 2)
     cosines = torch.linalg.svdvals(torch.einsum("krd,jds->kjrs", planes, D_k))[..., -1]            # the smallest: of planes
@@ -292,7 +291,7 @@ def test_activations_are_the_models_own_without_bos_and_pad(tokenizer):
     taken = next(i for i in range(12) if sum(lengths[:i]) >= 100)
     assert after == taken and out[0].shape == out[2].shape == (sum(lengths[:taken]), 64)
     wanted = torch.cat([model.hidden(torch.tensor(encode_item(tokenizer, item, 40)), capture=(2,))[1][2][0, 1:] for item in items[:taken]])
-    order = lambda rows: rows[rows[:, 0].argsort()]  # noqa: E731
+    order = lambda rows: rows[rows[:, 0].argsort()]
     assert torch.allclose(order(out[2]), order(wanted), atol=1e-4)
 
 
@@ -301,7 +300,7 @@ def test_the_stream_is_a_function_of_its_cursor_and_stops_at_the_deepest_layer(t
     items = conversations(5)
     model.layers[2].register_forward_hook(lambda *_: pytest.fail("block 2 ran"))
     stream = Stream(model, tokenizer, lambda: iter(items), (1,), 100, 40)
-    cursor, first = stream(0)
+    cursor, _ = stream(0)
     cursor, second = stream(cursor)
     assert torch.equal(Stream(model, tokenizer, lambda: iter(items), (1,), 100, 40)(stream(0)[0])[1][1], second[1])
     for _ in range(6):                                                               # past the file's end: from its beginning
@@ -353,9 +352,9 @@ def test_a_resumed_training_is_the_same_bit_for_bit(name, tmp_path, tokenizer):
     for _ in part:
         if part.step == 11:
             break
-    part.save(tmp_path / "state.safetensors")
+    part.save(tmp_path)
     again = make()
-    again.load(tmp_path / "state.safetensors")
+    again.load(tmp_path)
     for _ in again:
         pass
     for layer in (0, 1):
@@ -403,6 +402,24 @@ def test_the_command_trains_resumes_and_refuses(mini, tmp_path, monkeypatch, cap
     assert "going on at step 10" in capsys.readouterr().out
     b, c = (load_sae(tmp_path / name, 0, 96) for name in "bc")
     assert torch.equal(b.W_enc, c.W_enc) and torch.equal(b.threshold, c.threshold)
+    (one,) = (tmp_path / "c/layer_1").rglob("params.npz")                            # killed between the SAEs of two layers
+    whole = one.read_bytes()
+    one.unlink()
+    assert not run("--out", tmp_path / "c") and one.read_bytes() == whole
+
+
+def test_a_training_that_diverges_leaves_its_checkpoint(tmp_path, tokenizer):
+    model, items = random_gemma(vocab_size=tokenizer.size), conversations(9)
+    training = Training(Stream(model, tokenizer, lambda: iter(items), (0,), 150, 40), Spec("batchtopk", 48, 6), 20, 40, 3)
+    for _ in training:
+        if training.step == 3:
+            break
+    training.save(tmp_path)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    training.trainers[0].parameters["b_dec"][0] = float("nan")
+    with pytest.raises(InputError, match="step 3: 0.b_dec holds values that are no numbers"):
+        training.save(tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
 @pytest.mark.parametrize("words, says", [

@@ -53,7 +53,8 @@ def test_misses_are_seen_on_both_sides_and_at_nan():
 def test_the_folder_holds_what_it_should_and_no_more():
     files = {str(path.relative_to(TOY)) for path in TOY.rglob("*") if path.is_file()}
     saes = {f"{kind}/layer_{layer}/width_{toy.WIDTH}/average_l0_{spec.l0}/{file}"
-            for kind, spec in toy.SAES.items() for layer in toy.SAE_LAYERS for file in (("params.npz",) if kind == "sae" else ("sasa.safetensors", "sasa.json"))}
+            for kind, spec in toy.SAES.items() for layer in toy.SAE_LAYERS
+            for file in (("params.npz",) if kind == "sae" else ("sasa.safetensors", "sasa.json"))}
     assert files == {"config.json", "model.safetensors", "tokenizer.json", "world.json", "data/train.jsonl",
                      *(f"data/{name}.jsonl" for name in SETS), *saes}
     assert sum((TOY / name).stat().st_size for name in files) < 4e6
@@ -100,7 +101,7 @@ def test_look_alikes_are_of_two_kinds(world, sets):
     assert all(world.is_harm(prompt.fields["verb"], prompt.fields["noun"]) for prompt in sets["harmful"] + sets["jailbreak"])
 
 
-def test_harmful_requests_are_refused_and_harmless_ones_answered_in_the_pairs(world, pairs):
+def test_harmful_requests_are_refused_and_harmless_ones_answered_in_the_pairs(pairs):
     harmful = 0
     for pair in pairs[0]:
         said = words(pair.prompt[-1][1])
