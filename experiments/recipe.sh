@@ -5,7 +5,7 @@
 #     export HF_TOKEN=…                              # of an account that has accepted https://huggingface.co/google/gemma-2-2b
 #     bash experiments/recipe.sh                     # google/gemma-2-2b, into runs/recipe-gemma-2-2b
 #     bash experiments/recipe.sh google/gemma-2-9b   # or -2b-it, -9b-it
-#     bash experiments/recipe.sh toy                 # NMIN minutes, no account, no network
+#     bash experiments/recipe.sh toy                 # 7 minutes of one core, no account, no network
 #
 # Stopped or killed, it goes on by the same line: what is finished is left out, what is begun is taken up where it was.
 #
@@ -169,7 +169,9 @@ for seed in $SEEDS; do
   for arm in $ARMS; do here+=("$OUT/asked/$arm-$seed"); done
   python report.py "${here[@]}" --page "$OUT/asked-$seed.html" | tee "$OUT/asked-$seed.txt"
 done
-python report.py "$OUT"/attacked/* --page "$OUT/attacked.html" | tee "$OUT/attacked.txt"
+here=()
+for arm in $ARMS; do here+=("$OUT/attacked/$arm-${SEEDS%% *}"); done
+python report.py "${here[@]}" --page "$OUT/attacked.html" | tee "$OUT/attacked.txt"
 
 # ---------------------------------------------------------------------------------------------------------------
 # 8. Base and adapter as one checkpoint, for whatever opens Gemma-2: lm_eval --model hf --model_args pretrained=$OUT/merged --tasks mmlu
