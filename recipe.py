@@ -81,6 +81,8 @@ def add_flags(parser, verb="train"):
              type=int, metavar="K")
         flag(group, "tau", "share of the squared singular values of the chosen decoder rows that the subspace keeps, at most "
              f"--rank directions; {', '.join(BY_LOSS)} keep --rank directions", type=float, metavar="T")
+        flag(group, "norm-aware", "map directions through Gemma-2's norm gains on their way into the adapter; --select gradient "
+             "chooses with them too", **on)
         flag(group, "rank", "rank of the adapters on q, k, v, o of every layer", type=int, metavar="R")
         flag(group, "batch-tokens", "tokens of one packed row, the longest example too; in selection, of one batch", type=int, metavar="N")
     if train:
@@ -88,7 +90,6 @@ def add_flags(parser, verb="train"):
         flag(group, "alpha", "the update is alpha/rank · B·A (default: the rank, so that the scale is 1)", type=float, metavar="α")
         flag(group, "init", "how A and B begin; sails: in the safety subspace, random: LoRA's own, orthonormal: a random basis",
              choices=tuple(INITS))
-        flag(group, "norm-aware", "map directions through Gemma-2's norm gains on their way into the adapter", **on)
         flag(group, "freeze-basis", "train only the factor that isn't the basis: the update can't leave the subspace", **on)
 
         group = parser.add_argument_group("training")
