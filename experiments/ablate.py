@@ -335,16 +335,16 @@ def draw(lines, path):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
     areas = {name: world_means(runs) for name, runs in by_run(lines, area).items()}
-    for name in sorted(areas, key=lambda name: -mean_error(areas[name].values())[0]):
+    for number, name in enumerate(sorted(areas, key=lambda name: -mean_error(areas[name].values())[0])):
         mine = [line for line in lines if line["variant"] == name]
         curves = torch.tensor([list(world_means(by_run(mine, lambda line: line["safe"][i])[name]).values())
                                for i in range(len(mine[0]["safe"]))], dtype=torch.float64).T
         steps, mean = mine[0]["looks"], 100 * curves.mean(0)
-        axes.plot(steps, mean, label=f"{name} ({len(curves)} worlds)")
+        axes.plot(steps, mean, ("-", "--", ":", "-.")[number // 10 % 4], label=f"{name} ({len(curves)} worlds)")
         if len(curves) > 1:
             error = 100 * curves.std(0) / len(curves) ** 0.5
             axes.fill_between(steps, mean - error, mean + error, alpha=0.15)
-    axes.set(xlabel="step", ylabel="held-out harmful prompts refused in full, %", ylim=(0, 101), xlim=(0, STEPS))
+    axes.set(xlabel="step", ylabel="held-out harmful prompts refused in full, %", ylim=(0, 101), xlim=(0, STEPS / 2))   # the rest is level
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
