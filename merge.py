@@ -26,7 +26,7 @@ from session import Lock
 BESIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
-def merge(adapter: str | Path, base: str | Path, out: Path, dtype: torch.dtype | None = None,
+def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | None = None,
           change: Callable[[Gemma2], None] = lambda model: None) -> int:
     """Write `base` with `adapter` merged to the folder `out`, weights in `dtype` (default: the checkpoint's own); before, do to
     the model that carries the adapter what `change` does. The number of modules."""

@@ -268,24 +268,24 @@ def decoder_gradient(world, model, draw):
 @variant
 def paper(world, model, draw):
     """SAILS: the k features of largest |Δ|, τ, at most rank directions; the rest LoRA's own draw, orthogonal to them."""
-    return begin(model, draw, spread(model, paper_spaces(world)))
+    return begin(model, draw, spread(model, paper_spaces(world.saes, world.statistics)))
 
 
-def paper_spaces(world):
-    return {layer: subspace(spanning_rows(sae, world.statistics[layer], choose_features(world.statistics[layer], TOP_K), TAU), TAU, RANK).U
-            for layer, sae in world.saes.items()}
+def paper_spaces(saes, statistics):
+    return {layer: subspace(spanning_rows(sae, statistics[layer], choose_features(statistics[layer], TOP_K), TAU), TAU, RANK).U
+            for layer, sae in saes.items()}
 
 
 @variant
 def paper_norm_aware(world, model, draw):
     """SAILS with directions mapped through the norms' gains."""
-    return begin(model, draw, module_bases(model, paper_spaces(world), norm_aware=True)[0])
+    return begin(model, draw, module_bases(model, paper_spaces(world.saes, world.statistics), norm_aware=True)[0])
 
 
 @variant
 def paper_frozen(world, model, draw):
     """SAILS with the basis frozen: the update stays in the subspace."""
-    return begin(model, draw, spread(model, paper_spaces(world)), freeze_basis=True)
+    return begin(model, draw, spread(model, paper_spaces(world.saes, world.statistics)), freeze_basis=True)
 
 
 @variant
@@ -299,9 +299,7 @@ def paper_full(world, model, draw):
 def sasa(world, model, draw):
     """SAILS as in the paper, with a SASA's blocks for features."""
     statistics = feature_statistics(world.model, world.blocks, world.examples, world.tokenizer.control)
-    spaces = {layer: subspace(spanning_rows(sae, statistics[layer], choose_features(statistics[layer], TOP_K), TAU), TAU, RANK).U
-              for layer, sae in world.blocks.items()}
-    return begin(model, draw, spread(model, spaces))
+    return begin(model, draw, spread(model, paper_spaces(world.blocks, statistics)))
 
 
 def picked(world, moments, how):
