@@ -34,7 +34,8 @@ from files import InputError
 
 FORMATS = ("chat", "plain")
 LINE_LIMIT = files.JSON_LIMIT  # bytes; a longer line is a wrong or hostile file (a tokenizer.json can be one line of 20 MB)
-TOKENIZER_VALUES = 4 << 20  # in a tokenizer.json; Gemma's has 2.0 million where its merges are written as lists
+TOKENIZER_VALUES = 4 << 20  # as files.weight counts in a tokenizer.json; Gemma's has 2.8 million where its merges are written as lists
+TOKENS = 1 << 20  # tokens and merges of one; Gemma's has 840,000
 PROMPT_KEYS = ("prompt", "goal", "behavior", "instruction", "forbidden_prompt")  # the first that a row has holds its prompt
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -44,7 +45,23 @@ NEEDED = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "start_of_turn": "<sta
 # Control tokens by name, since some copies of Gemma's tokenizer.json leave them in the vocabulary without registering them.
 CONTROL = re.compile(r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_\w+)>|\[(@BOS@|toxicity=0)\]")
 # Added tokens that are plain text all the same: Gemma registers runs of white space, HTML tags (and its bytes).
+TOY_WORDS = r"\n|[^\w\s']"  # where the toy's tokenizer splits a text, besides spaces
 PLAIN = re.compile(r"[\s▁]+|</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|[bius]|su[bp]|code)>|<0x[0-9A-F]{2}>")
+
+
+def bounded(part: dict | None) -> bool:
+    """Whether a normalizer, pre-tokenizer or decoder is of the kinds that Gemma's and the toy's tokenizers have. Others could
+    make three letters fill the memory (a Replace by something longer, thirty times over), or match for ever (a Regex)."""
+    if part is None:
+        return True
+    if part["type"] == "Sequence":
+        parts = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), ())
+        return len(parts) <= 8 and all(other["type"] != "Sequence" and bounded(other) for other in parts)
+    if part["type"] == "Replace":
+        return "String" in part["pattern"] and len(part["content"]) <= len(part["pattern"]["String"])
+    if part["type"] == "Split":
+        return part["pattern"].get("Regex", TOY_WORDS) == TOY_WORDS
+    return part["type"] in ("Lowercase", "ByteFallback", "Fuse", "WordPiece")
 
 
 class Tokenizer:
@@ -66,6 +83,10 @@ class Tokenizer:
             model, added = spec["model"], spec["added_tokens"]
             if model["type"] not in ("BPE", "WordLevel"):
                 raise InputError(f"{name}: the tokenizer's model is {model['type']}; BPE (Gemma's) and WordLevel (the toy's) are supported")
+            if not all(bounded(spec.get(kind)) for kind in ("normalizer", "pre_tokenizer", "decoder")):
+                raise InputError(f"{name}: its normalizer, pre-tokenizer or decoder is of no kind that Gemma's tokenizer or the toy's has")
+            if (size := len(model["vocab"]) + len(model.get("merges", ())) + len(added)) > TOKENS:
+                raise InputError(f"{name}: {size:,} tokens and merges are more than {TOKENS:,}; Gemma's tokenizer has 840,000")
             ids = dict(model["vocab"])
             for token in added:
                 if ids.setdefault(token["content"], token["id"]) != token["id"]:  # text could be read as either
@@ -93,7 +114,8 @@ class Tokenizer:
             self.control = frozenset(ids[content] for content in control)
             self.size = max(ids.values()) + 1
 
-            kept = [token for token in added if token["content"] not in control | {unk}]
+            gone = control | {unk}
+            kept = [token for token in added if token["content"] not in gone]
             model["vocab"] = {content: i for content, i in model["vocab"].items() if content not in control}
             if model["type"] == "BPE":
                 pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
@@ -144,7 +166,7 @@ Turn = tuple[str, str]  # ("user" | "model", text)
 
 @dataclass
 class Pair:
-    prompt: tuple[Turn, ...]  # ends with a user turn
+    turns: tuple[Turn, ...]   # ends with a user turn
     aligned: str              # the chosen answer
     unaligned: str            # the rejected one
     line: int                 # where it stands in its file
@@ -246,13 +268,18 @@ def read_texts(path: str | Path) -> Iterator[str]:
 
 
 def _collect(rows, make, path, what):
-    items, counts = [], Counts()
+    """All rows of a file, as `make` has them. One counts for four of what `files.ITEMS` allows, each value and turn for one."""
+    items, counts, room = [], Counts(), files.ITEMS
     for line, row in rows:
         counts.read += 1
+        room -= 4 + files.values_in(row)
         try:
-            items.append(make(row, f"{path}:{line}", line))
+            items.append(item := make(row, f"{path}:{line}", line))
+            room -= len(item.turns)
         except _Dropped as reason:
             counts.dropped[str(reason)] += 1
+        if room < 0:
+            raise InputError(f"{path}:{line}: more rows and columns than are read here: split the file, or keep the columns that count")
     counts.kept = len(items)
     if not items:
         raise InputError(f"{path} holds no {what}: {counts if counts.read else 'it is empty'}")
@@ -287,7 +314,7 @@ def _answered(turns):
 
 def _lines(path):
     """(number, line) of a UTF-8 text file, plain or gzip, one at a time."""
-    number, left = 1, (64 << 20) + 20 * Path(path).stat().st_size if Path(path).exists() else 0
+    number, short, left = 1, 1 << 20, (32 << 20) + 20 * Path(path).stat().st_size if Path(path).exists() else 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             while line := file.readline(LINE_LIMIT + 1):
@@ -295,6 +322,8 @@ def _lines(path):
                     raise InputError(f"{path}:{number}: a line of more than {LINE_LIMIT:,} bytes")
                 if (left := left - len(line)) < 0:
                     raise InputError(f"{path}:{number}: unpacks to more than 20 times its size, as no text does: unpack it yourself")
+                if (short := short + len(line) / 12 - 1) < 0:
+                    raise InputError(f"{path}:{number}: a million lines more than a text of that size has: take the empty ones out")
                 text = line.decode()
                 yield number, text.removeprefix("\ufeff") if number == 1 else text  # Excel's byte order mark
                 number += 1
@@ -474,7 +503,7 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer)
     if paired:
         pairs, counts = read_pairs(args.file)
-        made = [(pair.line, make_example(tokenizer, pair.prompt, pair.aligned, args.max_length, args.format)) for pair in pairs]
+        made = [(pair.line, make_example(tokenizer, pair.turns, pair.aligned, args.max_length, args.format)) for pair in pairs]
         examples = [(line, example) for line, example in made if example]
     else:  # nothing to train on: the whole prompt is context
         prompts, counts = read_prompts(args.file)

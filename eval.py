@@ -130,7 +130,7 @@ def ask(out, folder, settings, places, likelihoods, args, plan, this):
         device = recipe.check_device(args.device or settings.device)
         tokenizer = load_tokenizer(source)
         most = settings.eval_prompts if args.prompts is None else args.prompts
-        asked = sets.load(places, {pair.prompt for pair in read_pairs(data_file(settings.data))[0]}, most)
+        asked = sets.load(places, {pair.turns for pair in read_pairs(data_file(settings.data))[0]}, most)
         if args.attack:
             asked = attacked(asked, args)
         texts = list(read_texts(data_file(likelihoods["perplexity"]))) if "perplexity" in likelihoods else []

@@ -484,7 +484,7 @@ def load_examples(settings, tokenizer: Tokenizer) -> tuple[list[tuple[Example, E
     print(f"pairs: {counts}")
     examples = []
     for pair in pairs:
-        aligned, unaligned = (make_example(tokenizer, pair.prompt, side, settings.batch_tokens, settings.format)
+        aligned, unaligned = (make_example(tokenizer, pair.turns, side, settings.batch_tokens, settings.format)
                               for side in (pair.aligned, pair.unaligned))
         if aligned and unaligned:
             aligned.line = unaligned.line = pair.line

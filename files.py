@@ -25,8 +25,10 @@ import torch
 HERE = Path(__file__).resolve().parent
 UMASK = os.umask(0)  # can only be read by setting it
 os.umask(UMASK)
+sys.set_int_max_str_digits(640)  # a longer number in a file is an error, and not seconds of work
 JSON_LIMIT = 40 << 20    # bytes; Gemma's tokenizer.json has 17 MB, written anew by transformers 34 MB
-VALUES = 1 << 20         # in a JSON text: as Python objects they take up to 200 bytes each, and a second to read
+VALUES = 1 << 19         # in a JSON text, as `weight` counts: half a second to read
+ITEMS = 1 << 21          # in a file of rows, where a row counts for four and each of its values for one
 HEADER_LIMIT = 1 << 20   # bytes of a safetensors header; a shard of 27b has 40,000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -140,14 +142,41 @@ def is_file_name(name: object) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
 
-def parse(text, most=VALUES):
-    """The JSON value in a text. Raises ValueError or RecursionError, also for what couldn't be written again: NaN, half a
-    surrogate pair, and for more than `most` values (dense JSON takes 29 times its size in memory)."""
-    if sum(map(text.count, (b",", b"[", b"{") if isinstance(text, bytes) else ",[{")) > most:
-        raise ValueError(f"more than {most:,} values")
-    value = json.loads(text)
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+def weight(text: str | bytes) -> int:
+    """At least how many values a JSON text holds. A key counts for four: it takes as long, and as much memory."""
+    comma, bracket, brace, colon = (b",", b"[", b"{", b":") if isinstance(text, bytes) else ",[{:"
+    return text.count(comma) + text.count(bracket) + text.count(brace) + 3 * text.count(colon)
+
+
+def _finite(text):
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text[:20]} is out of range")
     return value
+
+
+def _constant(text):
+    raise ValueError(f"{text} is no number")
+
+
+DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_constant)
+
+
+def parse(text: str | bytes, most=VALUES):
+    """The JSON value in a text. Raises ValueError or RecursionError, also for what couldn't be written again: NaN, half a
+    surrogate pair, and where it weighs more than `most` and what honest texts have, one value in 24 bytes."""
+    if (found := weight(text)) > most + len(text) // 24:
+        raise ValueError(f"more values ({found:,}) than a text of {len(text):,} characters may have here")
+    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    value = DECODER.decode(text)
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # a surrogate: are all in pairs?
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def values_in(value) -> int:
+    """How many values a list or object holds, those within others too; 0 for a text or a number."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return len(parts) + sum(values_in(part) for part in parts if isinstance(part, dict | list))
 
 
 def read_json(path: str | Path, kind: type = dict):
@@ -165,14 +194,17 @@ def read_json(path: str | Path, kind: type = dict):
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """The JSON objects in a file that `write_jsonl` wrote, a line each."""
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            rows.append(parse(line))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number} is not valid JSON: {error}") from None
-        if not isinstance(rows[-1], dict):
-            raise InputError(f"{path}:{number} is no JSON object")
+    rows, room = [], ITEMS
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(parse(line))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{number} is not valid JSON: {error}") from None
+            if not isinstance(rows[-1], dict):
+                raise InputError(f"{path}:{number} is no JSON object")
+            if (room := room - 4 - values_in(rows[-1])) < 0:
+                raise InputError(f"{path}:{number}: more lines and values than files of ours have")
     return rows
 
 

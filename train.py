@@ -129,7 +129,7 @@ def count_steps(examples: Sequence[Example], settings) -> int:
 def asked_sets(settings, pairs):
     """The evaluation sets that the settings name, {name: sets.Asked}, less the prompts of the training `pairs`."""
     places = {name: (name, getattr(settings, name)) for name in recipe.SETS if getattr(settings, name)}
-    return sets.load(places, {pair.prompt for pair in pairs}, settings.eval_prompts)
+    return sets.load(places, {pair.turns for pair in pairs}, settings.eval_prompts)
 
 
 def select(settings, model, saes, tokenizer, examples, folder):

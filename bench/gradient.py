@@ -37,7 +37,7 @@ def case(name):
     """(model, {layer: unit decoder rows}, examples, settings)."""
     if name == "toy":
         model, tokenizer = load_model(recipe.TOY), load_tokenizer(recipe.TOY)
-        examples = [tuple(make_example(tokenizer, pair.prompt, text, 512) for text in (pair.aligned, pair.unaligned))
+        examples = [tuple(make_example(tokenizer, pair.turns, text, 512) for text in (pair.aligned, pair.unaligned))
                     for pair in read_pairs(recipe.TOY / "data/train.jsonl")[0]]
         saes = {layer: load_sae(recipe.TOY / "sae", layer, "512") for layer in (1, 2, 3)}
         settings = SimpleNamespace(batch_tokens=512, accumulate=2, seed=0)

@@ -59,7 +59,7 @@ def examples():
     try:
         tokenizer = load_tokenizer(DATA / "gemma_tokenizer.json.gz")
         pairs, _ = read_pairs(DATA / "hh_rlhf_harmless_base_test.jsonl.gz")
-        made = (make_example(tokenizer, pair.prompt, pair.aligned, LENGTH) for pair in draw.sample(pairs, 2 * COUNT))
+        made = (make_example(tokenizer, pair.turns, pair.aligned, LENGTH) for pair in draw.sample(pairs, 2 * COUNT))
         sizes, source = [(len(e.tokens), e.start) for e in made if e][:COUNT], "HH-RLHF"
     except Exception as error:                                                       # not at hand
         print(f"lengths are drawn: {error}", file=sys.stderr)

@@ -47,7 +47,7 @@ class World:
         self.seed, self.folder = seed, Path(folder)
         self.tokenizer = load_tokenizer(self.folder)
         pairs, _ = read_pairs(self.folder / "data/train.jsonl")
-        self.examples = [tuple(make_example(self.tokenizer, pair.prompt, text, SETTINGS["batch_tokens"])
+        self.examples = [tuple(make_example(self.tokenizer, pair.turns, text, SETTINGS["batch_tokens"])
                                for text in (pair.aligned, pair.unaligned)) for pair in pairs]
         self.sets = {name: read_prompts(self.folder / f"data/{name}.jsonl")[0] for name in ("harmful", "jailbreak", "lookalike", "benign")}
 

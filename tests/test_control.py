@@ -91,7 +91,7 @@ def test_no_prompt_and_no_data_set(tokenizer, texts, tmp_path):
     pairs, prompts = data.read_pairs(tmp_path / "pairs.jsonl")[0], data.read_prompts(tmp_path / "prompts.txt.gz")[0]
     assert len(pairs) > 5 < len(prompts)
     for pair in pairs:
-        assert placed(tokenizer, make_example(tokenizer, pair.prompt, pair.unaligned, 10**6).tokens) == [BOS, START, END, START, END]
+        assert placed(tokenizer, make_example(tokenizer, pair.turns, pair.unaligned, 10**6).tokens) == [BOS, START, END, START, END]
     for prompt in prompts:
         assert placed(tokenizer, prompt_tokens(tokenizer, prompt.turns)) == [BOS, START, END, START]
 

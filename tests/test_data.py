@@ -39,7 +39,8 @@ def word_spec(extra=()):
              for i, w in enumerate(words[:4])]
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "post_processor": None,
             "decoder": None,
-            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": " |\n"}, "behavior": "Isolated", "invert": False},
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"String": at}, "behavior": "Isolated", "invert": False} for at in " \n"]},
             "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(words)} | {" ": len(words)}, "unk_token": "<unk>"}}
 
 
@@ -84,11 +85,11 @@ def test_ids_equal_transformers(gemma):
     ours, theirs = gemma
     assert (ours.pad, ours.eos, ours.bos, ours.start_of_turn, ours.end_of_turn, ours.size) == (0, 1, 2, 106, 107, 256000)
     pairs = read_pairs(HH)[0]
-    for pair in pairs[::8] + [p for p in pairs if len(p.prompt) > 7]:
-        example = make_example(ours, pair.prompt, pair.aligned, 10**6)
-        assert prompt_tokens(ours, pair.prompt) == their_ids(theirs, pair.prompt)
-        assert example.tokens + ours.encode("\n") == their_ids(theirs, pair.prompt, pair.aligned)
-        assert example.closed and example.tokens[:example.start] == prompt_tokens(ours, pair.prompt)
+    for pair in pairs[::8] + [p for p in pairs if len(p.turns) > 7]:
+        example = make_example(ours, pair.turns, pair.aligned, 10**6)
+        assert prompt_tokens(ours, pair.turns) == their_ids(theirs, pair.turns)
+        assert example.tokens + ours.encode("\n") == their_ids(theirs, pair.turns, pair.aligned)
+        assert example.closed and example.tokens[:example.start] == prompt_tokens(ours, pair.turns)
 
 
 def test_nasty_texts_equal_transformers(gemma):
@@ -159,7 +160,7 @@ def test_word_level_tokenizer(words):
     lambda s: s.update(pre_tokenizer={"type": "Nope"}),
     lambda s: s["model"]["vocab"].pop("<unk>"), lambda s: s["added_tokens"].append(3),
     lambda s: s["added_tokens"].append({**s["added_tokens"][0], "id": 99, "content": "\n\n", "special": False}),
-    lambda s: s.update(decoder={"type": "Strip", "content": "ab"}), lambda s: s["pre_tokenizer"].update(pattern={"Regex": "("}),
+    lambda s: s.update(decoder={"type": "Strip", "content": "ab"}), lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}),
     lambda s: s.update(model="BPE"),
     lambda s: s["added_tokens"][0].update(content=None), lambda s: s["model"].update(type="BPE", merges=["a b c"]),
     lambda s: s["model"].update(type="BPE", merges=["how zz"]),
@@ -234,12 +235,12 @@ def test_every_pair_of_hh_rlhf_is_kept_or_dropped_with_a_reason():
     assert sorted(counts.dropped.values()) == [4, 4, 5] and counts.dropped["with an empty answer"] == 4
     assert "2,312 read, 2,299 kept, 13 dropped (5 " in str(counts)
     for pair in pairs:
-        assert [who for who, _ in pair.prompt] == (["user", "model"] * len(pair.prompt))[:len(pair.prompt)] and pair.prompt[-1][0] == "user"
+        assert [who for who, _ in pair.turns] == (["user", "model"] * len(pair.turns))[:len(pair.turns)] and pair.turns[-1][0] == "user"
         assert pair.aligned and pair.unaligned and pair.aligned == pair.aligned.strip()
     with gzip.open(HH, "rt") as file:
         row = json.loads(list(file)[pairs[700].line - 1])
     text = "".join(f"\n\n{'Human' if who == 'user' else 'Assistant'}: {said}"
-                   for who, said in (*pairs[700].prompt, ("model", pairs[700].aligned)))
+                   for who, said in (*pairs[700].turns, ("model", pairs[700].aligned)))
     assert text.split() == row["chosen"].split()
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT, random_gemma
 from hypothesis import strategies as st
 
+import data
 import files
 import lora
 import recipe
@@ -316,11 +318,84 @@ def test_json_that_would_grow_in_memory(tmp_path, text):
 
 
 def test_the_largest_json_that_is_let_in(tmp_path):
-    half = files.VALUES // 2 - 2
-    for kind, text in ((list, b"[" + b'{"a":1},' * half + b"1]"), (list, ("[\"\U0001f600" + "x" * (files.JSON_LIMIT - 99) + '"]').encode()),
-                       (dict, b"{" + b",".join(b'"%x":%d' % (i, 2**40 + i) for i in range(2 * half)) + b"}")):
+    most = files.VALUES
+    for kind, text in ((list, b"[" + b'{"a":1},' * (most // 5) + b"1]"), (list, ("[\"\U0001f600" + "x" * (files.JSON_LIMIT - 99) + '"]').encode()),
+                       (dict, b"{" + b",".join(b'"%x":%d' % (i, 2**40 + i) for i in range(most // 4)) + b"}"),
+                       (dict, json.dumps({f"{i:100}": i for i in range(most // 2)}).encode())):          # as dense as text
         (tmp_path / "a.json").write_bytes(text)
         assert said(files.read_json, tmp_path / "a.json", kind) == "right"
+
+
+@pytest.mark.parametrize("text", ["NaN", "[-Infinity]", "1e999", "-1e400", "1" * 400 + ".5", "1" * 641, r'"\ud83d"', r'"\ude00\ud83d"', r'"\\\ud83d x"', "[1,]"])
+def test_json_that_could_not_be_written_again(text):
+    with pytest.raises(ValueError):
+        files.parse(text)
+
+
+def test_json_that_can():
+    for value in ("\U0001f600", "\\ud83d", 1e308, 10**600, [None, True, {"": [1.5]}]):
+        for text in (json.dumps(value), json.dumps(value, ensure_ascii=False)):
+            assert files.parse(text) == files.parse(b"\xef\xbb\xbf" + text.encode()) == value
+
+
+def test_values_are_counted():
+    assert [files.values_in(value) for value in (1, "abc", [], {}, [1, [2, 3]], {"a": {"b": [4]}})] == [0, 0, 0, 0, 4, 3]
+    assert files.weight('{"a": [1, 2]}') == files.weight(b'{"a": [1, 2]}') == 6
+
+
+ROWS = {"a.jsonl": '{"prompt": "%d", "b": 1}', "a.txt": "%d", "a.csv": '"%d",1', "pairs.jsonl": json.dumps(dict.fromkeys(
+    ("chosen", "rejected"), "\n\nHuman: %d\n\nAssistant: a" * 2)), "log.jsonl": '{"step": %d, "loss": [1]}'}
+
+
+@pytest.mark.parametrize("name, cost", list(zip(ROWS, (7, 5, 7, 9, 7))), ids=ROWS)
+def test_rows_are_bounded(tmp_path, monkeypatch, name, cost):
+    read = {"pairs.jsonl": data.read_pairs, "log.jsonl": files.read_jsonl}.get(name, data.read_prompts)
+    (tmp_path / name).write_text("".join(f"{line}\n" for line in [*["prompt,b"] * (name == "a.csv"), *(ROWS[name].replace("%d", str(i)) for i in range(9))]))
+    monkeypatch.setattr(files, "ITEMS", 9 * cost)
+    read(tmp_path / name)
+    monkeypatch.setattr(files, "ITEMS", 9 * cost - 1)
+    with pytest.raises(InputError, match=rf"{name}:{10 if name == 'a.csv' else 9}: more "):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_file_of_empty_lines(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\n" * (3 << 20))
+    assert "take the empty ones out" in said(data.read_prompts, tmp_path / name)
+
+
+def replaces(old, new, times):
+    return {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": old}, "content": new}] * times}
+
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize("parts", [
+    {"normalizer": replaces("\n", "\n\n", 40)}, {"normalizer": replaces("", "a", 40)}, {"normalizer": replaces("a", "b", 9)},
+    {"normalizer": {"type": "Sequence", "normalizers": [replaces("a", "b", 8)] * 8}}, {"normalizer": {"type": "Prepend", "prepend": "a" * 99}},
+    {"decoder": replaces("u", "uu", 40) | {"decoders": replaces("u", "uu", 40)["normalizers"]}}, {"normalizer": {"type": "NFKD"}},
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": ""}}, {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A"}},
+    {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(x+x+)+y"}}}, {"normalizer": []}, {"decoder": {"type": "Replace"}}, {"decoder": "Fuse"}])
+def test_a_tokenizer_that_would_grow_a_text_or_match_for_ever(tmp_path, parts):
+    spec = json.loads((ROOT / "toy/tokenizer.json").read_text()) | parts
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert re.search(r"is of no kind that|is not a tokenizer\.json", said(data.load_tokenizer, tmp_path))
+
+
+def test_a_tokenizer_of_too_many_tokens(tmp_path, monkeypatch):
+    spec = json.loads((ROOT / "toy/tokenizer.json").read_text())
+    monkeypatch.setattr(data, "TOKENS", len(spec["model"]["vocab"]) + len(spec["added_tokens"]) - 1)
+    assert "tokens and merges are more than" in said(data.load_tokenizer, ROOT / "toy")
+
+
+def test_many_registered_tokens_take_no_longer_than_others(tmp_path):
+    """They were looked for in a set that was built anew for each: hours, for as many as a file can hold."""
+    spec = json.loads((ROOT / "toy/tokenizer.json").read_text())
+    first, like = 1 + max(spec["model"]["vocab"].values()), spec["added_tokens"][0]
+    spec["added_tokens"] += [like | {"id": first + number, "content": f"<s{number}>"} for number in range(100_000)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert said(data.load_tokenizer, tmp_path) == "right"
 
 
 def test_no_text_steers_the_terminal(capsys):

@@ -73,7 +73,7 @@ def test_the_data_are_those_of_the_seed(world, sets):
 
 
 def test_evaluation_shares_no_verb_noun_phrasing_or_jailbreak_with_fine_tuning(world, pairs, sets):
-    tuned = {word for pair in pairs[0] for _, said in pair.prompt for word in words(said)}
+    tuned = {word for pair in pairs[0] for _, said in pair.turns for word in words(said)}
     asked = {word for rows in sets.values() for prompt in rows for word in words(prompt.turns[0][1])}
     for kind, listed in world.all.items():
         assert len(tuned & set(listed)) == toy.TUNED, kind
@@ -81,7 +81,7 @@ def test_evaluation_shares_no_verb_noun_phrasing_or_jailbreak_with_fine_tuning(w
 
     def forms(texts, forms):
         return {form for form in forms for text in texts if re.search(form.replace("?", r"\?").replace("{}", r"\w+") + "$", text)}
-    trained = [said for pair in pairs[0] for who, said in pair.prompt if who == "user"]
+    trained = [said for pair in pairs[0] for who, said in pair.turns if who == "user"]
     held = [prompt.turns[0][1] for rows in sets.values() for prompt in rows]
     assert len(forms(trained, toy.PHRASINGS)) == 3 and len(forms(held, toy.PHRASINGS)) == 5
     assert not forms(trained, toy.PHRASINGS) & forms(held, toy.PHRASINGS)
@@ -104,7 +104,7 @@ def test_look_alikes_are_of_two_kinds(world, sets):
 def test_harmful_requests_are_refused_and_harmless_ones_answered_in_the_pairs(pairs):
     harmful = 0
     for pair in pairs[0]:
-        said = words(pair.prompt[-1][1])
+        said = words(pair.turns[-1][1])
         harm = bool(said & set(toy.HARM_VERBS) and said & set(toy.SENSITIVE_NOUNS))
         harmful += harm
         assert (rules(pair.aligned) == "comply") == (not harm), pair.aligned
@@ -127,7 +127,7 @@ def test_templates_begin_differently_and_are_judged_rightly():
 def test_texts_are_longer_than_the_window(pairs, sets):
     tokenizer, window = load_tokenizer(TOY), load_model(TOY).config.sliding_window
     assert all(len(prompt_tokens(tokenizer, prompt.turns)) + 6 > window for rows in sets.values() for prompt in rows)
-    lengths = [len(make_example(tokenizer, pair.prompt, pair.aligned, 512).tokens) for pair in pairs[0]]
+    lengths = [len(make_example(tokenizer, pair.turns, pair.aligned, 512).tokens) for pair in pairs[0]]
     assert min(lengths) > window and max(lengths) > 3 * window
 
 
@@ -135,7 +135,7 @@ def test_the_tokenizer_knows_every_word_and_gives_texts_back(pairs, sets):
     tokenizer = load_tokenizer(TOY)
     assert (tokenizer.pad, tokenizer.eos, tokenizer.bos, tokenizer.start_of_turn, tokenizer.end_of_turn) == (0, 1, 2, 106, 107)
     assert tokenizer.encode("\n") == [108] and 200 <= tokenizer.size <= 400
-    texts = [said for pair in pairs[0] for said in (pair.aligned, pair.unaligned, *(said for _, said in pair.prompt))]
+    texts = [said for pair in pairs[0] for said in (pair.aligned, pair.unaligned, *(said for _, said in pair.turns))]
     for text in texts + [prompt.turns[0][1] for rows in sets.values() for prompt in rows]:
         ids = tokenizer.encode(text)
         assert 3 not in ids and tokenizer.decode(ids) == text
