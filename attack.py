@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import parallel
 from config import FULL, SLIDING
-from data import Prompt, Tokenizer, prompt_tokens
+from data import Tokenizer, prompt_tokens
+from datafiles import Prompt
 from figures import answer, share
 from files import InputError, read_jsonl, write_jsonl
 from model import Gemma2
@@ -53,7 +54,7 @@ def target_of(prompt: Prompt, template: str | None = None) -> str:
     what = ASKING.sub("", said, count=1)
     if "how" in said[:len(said) - len(what)].lower():
         what = "how to" + what
-    what = re.sub(r"[.?!\s]+$", "", what).strip()
+    what = re.sub(r"(?<![.?!\s])[.?!\s]+$", "", what).strip()          # begun at a run's start alone: else long runs take squared time
     fields["prompt"] = what[:1].lower() + what[1:]
     if template is None and fields.get("target", "").strip():
         return fields["target"].strip()

@@ -23,7 +23,8 @@ from torch import nn
 from tqdm import tqdm
 
 import parallel
-from data import Example, Prompt, Tokenizer, pack, prompt_tokens
+from data import Example, Tokenizer, pack, prompt_tokens
+from datafiles import Prompt
 from files import InputError
 from lora import TARGETS
 from loss import nll_sum
@@ -267,7 +268,7 @@ def balanced(prompts, count, seed=0):
 
 def decision_prompts(tokenizer: Tokenizer, pairs: Sequence[tuple[Example, Example]], prompts: Sequence[Prompt],
                      format="chat") -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids (harmful, harmless): the pairs' own prompts, and those of `prompts` (data.Prompt), as many of each at most."""
+    """Token ids (harmful, harmless): the pairs' own prompts, and those of `prompts` (datafiles.Prompt), as many of each at most."""
     harmful = [example.tokens[:example.start] for example, _ in pairs]
     harmless = [prompt_tokens(tokenizer, prompt.turns, format) for prompt in prompts]
     count = min(len(harmful), len(harmless))

@@ -24,7 +24,8 @@ import lora
 import parallel
 import recipe
 import sets
-from data import load_tokenizer, read_pairs, read_texts
+from data import load_tokenizer
+from datafiles import read_pairs, read_texts
 from figures import HARMFUL, WHO, compare, complete, score, share
 from files import InputError, Parser, data_file, is_new, read_json, sweep, write_json
 from judge import add_judge_flags

@@ -26,13 +26,14 @@ import contrast
 import parallel
 import recipe
 from config import Config
-from data import Example, Pair, Prompt, Tokenizer, load_tokenizer, make_example, read_pairs, read_prompts
+from data import Example, Tokenizer, load_tokenizer, make_example
+from datafiles import Pair, Prompt, read_pairs, read_prompts
 from files import (InputError, Parser, data_file, hash_of, is_new, read_json, read_metadata, read_tensors, sweep, tensor_shapes, write_json,
                    write_tensors)
 from model import Gemma2, load_model
-from tables import table
 from sae import SAE, load_sae, neuronpedia_url
 from session import Lock, run_folder
+from tables import table
 
 SIDES = ("aligned", "unaligned")
 MODULES = {"readers": ("q_proj", "k_proj", "v_proj"), "writers": ("o_proj",)}

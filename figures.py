@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 import parallel
 import recipe
-from data import Prompt, Tokenizer, prompt_tokens
+from data import Tokenizer, prompt_tokens
+from datafiles import Prompt
 from files import InputError, read_jsonl, write_jsonl
 from judge import JUDGES, judged
 from model import Gemma2
@@ -61,7 +62,7 @@ def _text(turns):
 
 def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens=64, batch_size=32, format="chat",
            label="answers") -> list[str]:
-    """Greedy completions (str) of a list of data.Prompt, in order; each ends at the end of the turn or at eos.
+    """Greedy completions (str) of a list of datafiles.Prompt, in order; each ends at the end of the turn or at eos.
 
     Batches are of prompts of like length, the longest first, so that little is padded and memory fails at once or never.
     Of many processes each answers its share, and all get all answers; of a sharded model, whose processes must make the

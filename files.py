@@ -142,10 +142,9 @@ def is_file_name(name: object) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
 
-def weight(text: str | bytes) -> int:
+def weight(text: str) -> int:
     """At least how many values a JSON text holds. A key counts for four: it takes as long, and as much memory."""
-    comma, bracket, brace, colon = (b",", b"[", b"{", b":") if isinstance(text, bytes) else ",[{:"
-    return text.count(comma) + text.count(bracket) + text.count(brace) + 3 * text.count(colon)
+    return sum(map(text.count, ",[{")) + 3 * text.count(":")
 
 
 def _finite(text):
@@ -164,9 +163,9 @@ DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_constant)
 def parse(text: str | bytes, most=VALUES):
     """The JSON value in a text. Raises ValueError or RecursionError, also for what couldn't be written again: NaN, half a
     surrogate pair, and where it weighs more than `most` and what honest texts have, one value in 24 bytes."""
+    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     if (found := weight(text)) > most + len(text) // 24:
         raise ValueError(f"more values ({found:,}) than a text of {len(text):,} characters may have here")
-    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     value = DECODER.decode(text)
     if re.search(r"\\u[dD][89a-fA-F]", text):  # a surrogate: are all in pairs?
         json.dumps(value, ensure_ascii=False).encode()
@@ -175,8 +174,13 @@ def parse(text: str | bytes, most=VALUES):
 
 def values_in(value) -> int:
     """How many values a list or object holds, those within others too; 0 for a text or a number."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return len(parts) + sum(values_in(part) for part in parts if isinstance(part, dict | list))
+    found, left = 0, [value]
+    while left:
+        value = left.pop()
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        found += len(parts)
+        left += [part for part in parts if isinstance(part, dict | list)]
+    return found
 
 
 def read_json(path: str | Path, kind: type = dict):

@@ -18,7 +18,8 @@ import torch
 import lora
 import neighbours
 import recipe
-from data import load_tokenizer, prompt_tokens, read_prompts
+from data import load_tokenizer, prompt_tokens
+from datafiles import read_prompts
 from files import InputError, Parser, atomic, locate, read_json, run
 from model import Gemma2, load_model, save_model
 from session import Lock

@@ -21,12 +21,13 @@ from tqdm import tqdm
 import data
 import recipe
 from data import Tokenizer, load_tokenizer
+from datafiles import read_items
 from files import InputError, data_file, read_json, write_json
 from model import Gemma2, load_model
-from tables import table
 from sae import SAE, SASA, JumpReLU, load_sae
 from sae_step import Spec, Trainer, ranks
-from sae_train import encode_item, read_items
+from sae_train import encode_item
+from tables import table
 
 BINS = 0, 1e-4, 1e-3, 1e-2, 1e-1                   # lower ends of the classes of the density histogram, above "never"
 

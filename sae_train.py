@@ -20,7 +20,6 @@ import itertools
 import math
 import signal
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +30,7 @@ from tqdm import tqdm
 import data
 import recipe
 from data import Tokenizer, load_tokenizer
+from datafiles import read_items
 from files import InputError, Parser, data_file, is_new, read_json, read_metadata, read_tensors, run, sweep, write_json
 from model import load_model
 from sae import save_sae, save_sasa
@@ -39,30 +39,6 @@ from session import CHECKPOINT, Lock, Log, Signals, Stopped, mend_checkpoint, ru
 
 # ---------------------------------------------------------------------------------------------------------------
 # Activations, streamed
-
-def read_items(path: str | Path) -> Iterator:
-    """The documents of a file, plain or .gz, one at a time: conversations as tuples of turns, or texts.
-
-    .txt: a text a line. .jsonl: objects with "chosen" and "rejected" (HH-RLHF; both sides are taken), "prompt" and
-    "response" (chat pairs), or "text". Conversations whose turns don't alternate are left out. Raises InputError.
-    """
-    if ".txt" in Path(path).suffixes:
-        yield from (line.strip() for _, line in data._text_lines(path))
-        return
-    for number, row in data._json_lines(path):
-        keys = set(row) if isinstance(row, dict) else set()
-        if {"chosen", "rejected"} <= keys:
-            for side in ("chosen", "rejected"):
-                turns = data._split(data._text(row, side, f"{path}:{number}"))
-                if len(turns) > 1 and [who for who, _ in turns] == ["user", "model"] * (len(turns) // 2):
-                    yield turns
-        elif {"prompt", "response"} <= keys:
-            yield tuple((who, data._text(row, key, f"{path}:{number}")) for who, key in (("user", "prompt"), ("model", "response")))
-        elif "text" in keys:
-            yield data._text(row, "text", f"{path}:{number}")
-        else:
-            raise InputError(f'{path}:{number}: neither "chosen" and "rejected", nor "prompt" and "response", nor "text"')
-
 
 def encode_item(tokenizer: Tokenizer, item, context: int) -> list[list[int]]:
     """Token lists of at most `context` tokens, BOS first: one, or several where the document is longer."""

@@ -11,7 +11,7 @@ import random
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
-from data import Prompt, read_prompts
+from datafiles import Prompt, read_prompts
 from files import InputError, data_file
 from recipe import HH, SETS as ROLES, TOY
 from tables import table

@@ -30,12 +30,13 @@ import recipe
 import report
 import sae_eval
 import train
-from data import Example, Row, load_tokenizer, make_example, pack, read_prompts
+from config import Config
+from data import TOY_WORDS, Example, Row, load_tokenizer, make_example, pack
+from datafiles import read_prompts
 from figures import answer, figures
 from files import HERE, InputError, Parser, read_json, run, write_json, write_jsonl
-from rules import rules
-from config import Config
 from model import Gemma2, load_model, save_model
+from rules import rules
 from sae import load_sae
 from sae_step import Spec
 from sae_train import Stream, Training
@@ -237,7 +238,7 @@ def write_tokenizer(path):
     ids = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<start_of_turn>": 106, "<end_of_turn>": 107}
     control = list(ids)
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"),
-                                     pre_tokenizers.Split(Regex(r"\n|[^\w\s']"), "isolated")])
+                                     pre_tokenizers.Split(Regex(TOY_WORDS), "isolated")])
     texts = [*PHRASINGS, *HELP, *REFUSE, *sum(PREAMBLES.values(), ()), *HARM_VERBS, *PLAIN_VERBS, *SENSITIVE_NOUNS,
              *PLAIN_NOUNS, *sum(FACTS.values(), []), "user model human assistant :"]
     words = {word for text in texts for word, _ in split.pre_tokenize_str(re.sub("{.*?}", "", text))}

@@ -23,7 +23,8 @@ import contrast
 import lora
 import recipe
 import train
-from data import load_tokenizer, make_example, read_pairs
+from data import load_tokenizer, make_example
+from datafiles import read_pairs
 from features import gradient_moments
 from model import Gemma2, load_model
 from sae import load_sae

@@ -20,9 +20,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from common import publish, race
-from step import CONFIGS, ROOT, RATE, KeepGradients, choose_products, our_model
+from step import CONFIGS, RATE, ROOT, KeepGradients, choose_products, our_model
 
-from data import Example, load_tokenizer, make_example, pack, read_pairs
+from data import Example, load_tokenizer, make_example, pack
+from datafiles import read_pairs
 from loss import IGNORE, FusedNLL
 from train import fit
 

@@ -24,7 +24,8 @@ import lora
 import neighbours
 import toy
 import train
-from data import load_tokenizer, make_example, read_pairs, read_prompts
+from data import load_tokenizer, make_example
+from datafiles import read_pairs, read_prompts
 from features import choose_features, feature_statistics, gradient_moments, module_bases, spanning_rows, subspace
 from model import load_model
 from sae import load_sae

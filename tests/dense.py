@@ -21,8 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from conftest import ROOT  # puts the product on the path
 
 import data
+import datafiles
 import files
-import page
 from tables import table
 
 SECONDS, MEMORY = 1.0, 10**9
@@ -50,12 +50,19 @@ def array(*items):
 
 def document(size):
     """An honest JSON object, of texts."""
-    return json.dumps({"rows": [{"prompt": SAID * 4, "category": "knots"}] * (size // 275)}).encode()
+    return json.dumps({"rows": [{"prompt": SAID * 4, "category": "knots"}] * (size // 320)}).encode()
+
+
+def pair(turns):
+    return json.dumps({"chosen": turns, "rejected": turns})
 
 
 def conversation(number):
-    turns = f"\n\nHuman: {SAID * 3}{number}\n\nAssistant: {SAID * 4}\n\nHuman: {SAID}\n\nAssistant: "
-    return json.dumps({"chosen": turns + SAID * 8, "rejected": turns + SAID * 6})
+    return pair(f"\n\nHuman: {SAID * 3}{number}\n\nAssistant: {SAID * 4}\n\nHuman: {SAID}\n\nAssistant: {SAID * 7}")
+
+
+def prompt(number):
+    return f"{SAID * 2}{number}"
 
 
 def step(number):
@@ -63,7 +70,7 @@ def step(number):
                        "trained_tokens": 900, "seconds": 0.12345})
 
 
-def tokenizer(letters=25, tokens=240_000, merges=580_000, **changed):
+def tokenizer(letters=25, tokens=240_000, merges=580_000, added=(), **changed):
     """A tokenizer.json of that many letters, words of up to all lengths, and merges: every way to make a word of two."""
     spec = json.loads((ROOT / "toy/tokenizer.json").read_text()) | {"normalizer": None, "pre_tokenizer": None, "decoder": None}
     control = [token["content"] for token in spec["added_tokens"]]
@@ -72,10 +79,11 @@ def tokenizer(letters=25, tokens=240_000, merges=580_000, **changed):
     words = list(itertools.islice(words, tokens))
     known = set(words)
     ways = ([word[:at], word[at:]] for word in words for at in range(1, len(word)) if word[:at] in known and word[at:] in known)
-    vocab = {word: number for number, word in enumerate(dict.fromkeys([*control, "<unk>", *words]))}
+    vocab = {word: number for number, word in enumerate(dict.fromkeys([*control, "<unk>", *words, *added]))}
     model = {"type": "BPE", "vocab": vocab, "merges": list(itertools.islice(ways, merges)), "unk_token": "<unk>", "byte_fallback": False,
              "fuse_unk": True, "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    added = [token | {"id": vocab[token["content"]]} for token in spec["added_tokens"]] + changed.pop("added", [])
+    like = spec["added_tokens"][0] | {"special": False}
+    added = [token | {"id": vocab[token["content"]]} for token in [*spec["added_tokens"], *(like | {"content": text} for text in added)]]
     return json.dumps(spec | {"model": model, "added_tokens": added} | changed, ensure_ascii=False).encode()
 
 
@@ -106,38 +114,37 @@ def cases():
         (False, "lists", fill(lambda i: '{"a":[' + ",".join(["[]"] * 1000) + "]}", 40 * MB)),
         (False, "empty objects", rows(*["{}"] * 10 * MB)),
         (True, "a log", fill(step, 40 * MB))]
-    yield "pairs", data.read_pairs, "a.jsonl", [
-        (False, "short", fill(lambda i: json.dumps({"chosen": f"\n\nHuman: {i}\n\nAssistant: a", "rejected": f"\n\nHuman: {i}\n\nAssistant: b"}), 80 * MB)),
-        (False, "turns", fill(lambda i: json.dumps(dict.fromkeys(("chosen", "rejected"), f"\n\nHuman:{i}\n\nAssistant:a" * 1000)), 80 * MB)),
+    yield "pairs", datafiles.read_pairs, "a.jsonl", [
+        (False, "short", fill(lambda i: pair(f"\n\nHuman: {i}\n\nAssistant: a"), 80 * MB)),
+        (False, "turns", fill(lambda i: pair(f"\n\nHuman:{i}\n\nAssistant:a" * 1000), 80 * MB)),
         (False, "columns", fill(lambda i: conversation(i)[:-1] + "".join(f', "c{j}": []' for j in range(400)) + "}", 80 * MB)),
         (False, "not pairs", fill(lambda i: '{"chosen":"","rejected":""}', 80 * MB)),
         (True, "conversations", fill(conversation, 80 * MB))]
-    yield "prompts", data.read_prompts, "a.jsonl", [
+    yield "prompts", datafiles.read_prompts, "a.jsonl", [
         (False, "short", fill(lambda i: f'{{"prompt":"{i}"}}', 40 * MB)),
         (False, "texts", fill(lambda i: f'"{i}"', 40 * MB)),
         (False, "columns", fill(lambda i: f'{{"prompt":"{i}",' + ",".join(f'"{i}{j}":[]' for j in range(30)) + "}", 40 * MB)),
         (False, "nested", fill(lambda i: f'{{"prompt":"{i}","a":[' + ",".join(["[[]]"] * 300) + "]}", 40 * MB)),
-        (True, "prompts", fill(lambda i: json.dumps({"prompt": f"{SAID * 2}{i}", "category": "knots"}), 40 * MB))]
-    yield "prompts as text", data.read_prompts, "a.txt", [
-        (False, "short", fill(str, 40 * MB)), (False, "empty", b"\n" * 40 * MB), (True, "prompts", fill(lambda i: f"{SAID * 2}{i}", 40 * MB))]
-    yield "prompts as table", data.read_prompts, "a.csv", [
+        (True, "prompts", fill(lambda i: json.dumps({"prompt": prompt(i), "category": "knots"}), 40 * MB))]
+    yield "prompts as text", datafiles.read_prompts, "a.txt", [
+        (False, "short", fill(str, 40 * MB)), (False, "empty", b"\n" * 40 * MB), (True, "prompts", fill(prompt, 40 * MB))]
+    yield "prompts as table", datafiles.read_prompts, "a.csv", [
         (False, "short", b"prompt\n" + fill(str, 40 * MB)),
         (False, "columns", b"prompt" + b",a" * 1000 + b"\n" + fill(lambda i: f"{i}" + ",b1" * 1000, 40 * MB)),
-        (True, "prompts", b"prompt,category\n" + fill(lambda i: f'"{SAID * 2}{i}",knots', 40 * MB))]
-    yield "prompts as list", data.read_prompts, "a.json", [
+        (True, "prompts", b"prompt,category\n" + fill(lambda i: f'"{prompt(i)}",knots', 40 * MB))]
+    yield "prompts as list", datafiles.read_prompts, "a.json", [
         (False, "short", ("[" + ",".join(f'"{i}"' for i in range(half)) + "]").encode()),
         (False, "spread", ("[" + ",".join(f'"{i:<50}"' for i in range(700_000)) + "]").encode()),
-        (True, "prompts", json.dumps([f"{SAID * 2}{i}" for i in range(40 * MB // 125)]).encode())]
-    yield "compressed", data.read_prompts, "a.txt.gz", [
+        (True, "prompts", json.dumps([prompt(i) for i in range(40 * MB // 160)]).encode())]
+    yield "compressed", datafiles.read_prompts, "a.txt.gz", [
         (False, "a long line", gzip.compress(b"x" * 200 * MB, 1)), (False, "lines", gzip.compress(fill(lambda i: "x" * 70, 200 * MB), 1)),
-        (False, "empty", gzip.compress(b"\n" * 200 * MB, 1)), (True, "prompts", gzip.compress(fill(lambda i: f"{SAID * 2}{i}", 40 * MB), 1))]
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        (False, "empty", gzip.compress(b"\n" * 200 * MB, 1)), (True, "prompts", gzip.compress(fill(prompt, 40 * MB), 1))]
     yield "tokenizer.json", data.load_tokenizer, "tokenizer.json", [
         (False, "words", words_alone(1_000_000)), (False, "too many words", words_alone(1_500_000)),
         (False, "many merges", tokenizer(2, 60_000, 900_000)),
-        (False, "special tokens", tokenizer(added=[{"id": 300_000 + i, "content": f"<s{i}>"} | special for i in range(200_000)])),
-        (False, "plain tokens", tokenizer(added=[{"id": 10**6 + i, "content": "".join(" \t\n\u2581"[i >> 2 * j & 3] for j in range(9))} | special
-                                                 | {"special": False} for i in range(200_000)])),
+        (False, "special tokens", tokenizer(2, 100, 100, added=[f"<s{i}>" for i in range(100_000)])),
+        (False, "runs of white space", tokenizer(2, 100, 100, added=[
+            "".join(" \t\n\u2581"[i >> 2 * j & 3] for j in range(9)) for i in range(100_000)])),
         (False, "grows", tokenizer(normalizer={"type": "Sequence", "normalizers": [
             {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}] * 40})),
         (False, "matches for ever", tokenizer(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(e+e+)+y"}, "behavior": "Isolated",

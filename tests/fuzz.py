@@ -41,6 +41,7 @@ from hypothesis.errors import StopTest
 import ability
 import attack
 import data
+import datafiles
 import features
 import figures
 import files
@@ -175,7 +176,7 @@ class Readers:
     def hh_rlhf(self, draw, at):
         rows = [{key: text.replace("Human", draw.choice(["Human"] * 9 + ["Humans", "Assistant", ""])) if isinstance(text, str) else text
                  for key, text in row.items()} for row in self.pairs]
-        data.read_pairs(packed(at / "pairs.jsonl", lines(rows, draw), draw))
+        datafiles.read_pairs(packed(at / "pairs.jsonl", lines(rows, draw), draw))
 
     def prompt_files(self, draw, at):
         kind = draw.choice([".txt", ".csv", ".json", ".jsonl", ".xml"])
@@ -187,11 +188,11 @@ class Readers:
         else:
             whole = {".txt": lambda: bitten(b"a\nb\nc\n", draw), ".json": lambda: document(self.prompts, draw)}.get(
                 kind, lambda: lines(self.prompts, draw))()
-        data.read_prompts(packed(at / f"prompts{kind}", whole, draw))
+        datafiles.read_prompts(packed(at / f"prompts{kind}", whole, draw))
 
     def texts(self, draw, at):
         kind = draw.choice([".txt", ".jsonl"])
-        list(data.read_texts(packed(at / f"texts{kind}", lines([{"text": "abc"}, {"text": "d"}], draw), draw)))
+        list(datafiles.read_texts(packed(at / f"texts{kind}", lines([{"text": "abc"}, {"text": "d"}], draw), draw)))
 
     def questions(self, draw, at):
         rows = [{"question": "a", "choices": ["b", "c"], "answer": 1}, {"ctx": "a", "endings": ["b", "c"], "label": "0"}]

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import hypothesis.strategies as st
 import pytest
 import torch
+from conftest import SHARED, TOY, random_gemma
 from hypothesis import given, settings
 
 import attack
 from attack import Place, Plan, Shared, gradient, losses, read_templates, target_of, wrapped
-from conftest import SHARED, TOY, random_gemma
-from data import Prompt, load_tokenizer, prompt_tokens, read_prompts
+from data import load_tokenizer, prompt_tokens
+from datafiles import Prompt, read_prompts
 from files import InputError
 from model import load_model
 from sets import Asked
@@ -263,6 +264,7 @@ def test_targets():
     assert target_of(prompt("Anything", Target=" Yes, so: ")) == "Yes, so:"
     asked = prompt("Steal it", target="x", verb="steal")
     assert target_of(asked, "First {verb}, {prompt}: {0} {nope}") == "First steal, steal it: {0} {nope}"
+    assert target_of(prompt("Wait" + "." * 10**6 + "what ?! .")).endswith("..what")                         # and not in hours
 
 
 def test_default_targets_are_mostly_advbench_s_own():

@@ -10,7 +10,8 @@ from conftest import ROOT, SETS, command, ended, random_gemma
 from test_features import CONTROL, random_pairs, random_sae
 
 import contrast
-from data import Prompt, load_tokenizer, make_example, prompt_tokens
+from data import load_tokenizer, make_example, prompt_tokens
+from datafiles import Prompt
 from features import Subspace, choose_by_loss, gradient_moments, load_subspaces, module_bases, norm_gain, save_selection, serving_layer
 from features import main as choose
 from files import InputError, read_json

@@ -11,10 +11,11 @@ from test_data import chat, registered
 
 import ability
 import attack
-import data
+import datafiles
 import judge
 import sae_train
-from data import Prompt, Tokenizer, load_tokenizer, make_example, prompt_tokens
+from data import Tokenizer, load_tokenizer, make_example, prompt_tokens
+from datafiles import Prompt
 
 LOOKALIKES = {
     "as it is": str, "in a sentence": lambda name: f"Say {name} now.", "glued": lambda name: f"a{name}b",
@@ -88,7 +89,7 @@ def test_no_prompt_and_no_data_set(tokenizer, texts, tmp_path):
                                                                for side in ("chosen", "rejected")}) for text in texts))
     with gzip.open(tmp_path / "prompts.txt.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(text.replace("\n", " ") for text in texts))
-    pairs, prompts = data.read_pairs(tmp_path / "pairs.jsonl")[0], data.read_prompts(tmp_path / "prompts.txt.gz")[0]
+    pairs, prompts = datafiles.read_pairs(tmp_path / "pairs.jsonl")[0], datafiles.read_prompts(tmp_path / "prompts.txt.gz")[0]
     assert len(pairs) > 5 < len(prompts)
     for pair in pairs:
         assert placed(tokenizer, make_example(tokenizer, pair.turns, pair.unaligned, 10**6).tokens) == [BOS, START, END, START, END]

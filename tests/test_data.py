@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
-from data import Example, Tokenizer, load_tokenizer, make_example, pack, prompt_tokens, read_pairs, read_prompts
+import datafiles
+from data import Example, Tokenizer, load_tokenizer, make_example, pack, prompt_tokens
+from datafiles import read_pairs, read_prompts
 from files import HERE, InputError
 
 SHARED = HERE.parent / "shared" / "data"
@@ -160,7 +162,8 @@ def test_word_level_tokenizer(words):
     lambda s: s.update(pre_tokenizer={"type": "Nope"}),
     lambda s: s["model"]["vocab"].pop("<unk>"), lambda s: s["added_tokens"].append(3),
     lambda s: s["added_tokens"].append({**s["added_tokens"][0], "id": 99, "content": "\n\n", "special": False}),
-    lambda s: s.update(decoder={"type": "Strip", "content": "ab"}), lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}),
+    lambda s: s.update(decoder={"type": "Strip", "content": "ab"}),
+    lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}),
     lambda s: s.update(model="BPE"),
     lambda s: s["added_tokens"][0].update(content=None), lambda s: s["model"].update(type="BPE", merges=["a b c"]),
     lambda s: s["model"].update(type="BPE", merges=["how zz"]),
@@ -272,7 +275,7 @@ def test_pairs_by_hand(tmp_path):
         pair_line("hello", "hello you"), pair_line("hello\n\nHuman: hi\n\nAssistant: yes", "hello\n\nHuman: hi\n\nAssistant: no"),
         pair_line("\n\nHuman: hi", "\n\nHuman: hi")]))
     pairs, counts = read_pairs(file)
-    assert pairs == [data.Pair(chat("hi"), "yes", "no", 1), data.Pair(chat("a", "b", "c d"), "e\n\nf", "g", 3)]
+    assert pairs == [datafiles.Pair(chat("hi"), "yes", "no", 1), datafiles.Pair(chat("a", "b", "c d"), "e\n\nf", "g", 3)]
     assert (counts.read, counts.kept) == (13, 2)
     assert counts.dropped == {"whose sides don't share a prompt": 1, "with an empty answer": 2, "without both sides": 3,
                               "whose Human and Assistant turns don't alternate": 5}
@@ -335,7 +338,7 @@ def test_bad_prompts_name_file_and_place(tmp_path, name, content, message):
 
 
 def test_missing_file_and_folder_and_endless_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LINE_LIMIT", 50)
+    monkeypatch.setattr(datafiles, "LINE_LIMIT", 50)
     (tmp_path / "long.txt").write_text("a" * 51)
     for path in (tmp_path / "none.txt", tmp_path, tmp_path / "long.txt"):
         with pytest.raises(InputError):

@@ -10,7 +10,8 @@ from conftest import TOY, random_gemma
 import directions
 import explain
 import lora
-from data import Prompt, load_tokenizer
+from data import load_tokenizer
+from datafiles import Prompt
 from features import module_bases, norm_gain, serving_layer
 from figures import answer
 from files import InputError

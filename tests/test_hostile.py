@@ -21,6 +21,7 @@ from conftest import ROOT, random_gemma
 from hypothesis import strategies as st
 
 import data
+import datafiles
 import files
 import lora
 import recipe
@@ -319,14 +320,16 @@ def test_json_that_would_grow_in_memory(tmp_path, text):
 
 def test_the_largest_json_that_is_let_in(tmp_path):
     most = files.VALUES
-    for kind, text in ((list, b"[" + b'{"a":1},' * (most // 5) + b"1]"), (list, ("[\"\U0001f600" + "x" * (files.JSON_LIMIT - 99) + '"]').encode()),
+    for kind, text in ((list, b"[" + b'{"a":1},' * (most // 5) + b"1]"),
+                       (list, ("[\"\U0001f600" + "x" * (files.JSON_LIMIT - 99) + '"]').encode()),
                        (dict, b"{" + b",".join(b'"%x":%d' % (i, 2**40 + i) for i in range(most // 4)) + b"}"),
-                       (dict, json.dumps({f"{i:100}": i for i in range(most // 2)}).encode())):          # as dense as text
+                       (dict, json.dumps({f"{i:100}": i for i in range(most // 2)}).encode())):                  # as dense as text
         (tmp_path / "a.json").write_bytes(text)
         assert said(files.read_json, tmp_path / "a.json", kind) == "right"
 
 
-@pytest.mark.parametrize("text", ["NaN", "[-Infinity]", "1e999", "-1e400", "1" * 400 + ".5", "1" * 641, r'"\ud83d"', r'"\ude00\ud83d"', r'"\\\ud83d x"', "[1,]"])
+@pytest.mark.parametrize("text", ["NaN", "[-Infinity]", "1e999", "-1e400", "1" * 400 + ".5", "1" * 641, r'"\ud83d"', r'"\ude00\ud83d"',
+                                  r'"\\\ud83d x"', "[1,]"])
 def test_json_that_could_not_be_written_again(text):
     with pytest.raises(ValueError):
         files.parse(text)
@@ -339,8 +342,10 @@ def test_json_that_can():
 
 
 def test_values_are_counted():
+    deep = files.parse("[" * 900 + "]" * 900)
+    assert files.values_in(deep) == 899
     assert [files.values_in(value) for value in (1, "abc", [], {}, [1, [2, 3]], {"a": {"b": [4]}})] == [0, 0, 0, 0, 4, 3]
-    assert files.weight('{"a": [1, 2]}') == files.weight(b'{"a": [1, 2]}') == 6
+    assert files.weight('{"a": [1, 2]}') == 6
 
 
 ROWS = {"a.jsonl": '{"prompt": "%d", "b": 1}', "a.txt": "%d", "a.csv": '"%d",1', "pairs.jsonl": json.dumps(dict.fromkeys(
@@ -349,8 +354,9 @@ ROWS = {"a.jsonl": '{"prompt": "%d", "b": 1}', "a.txt": "%d", "a.csv": '"%d",1',
 
 @pytest.mark.parametrize("name, cost", list(zip(ROWS, (7, 5, 7, 9, 7))), ids=ROWS)
 def test_rows_are_bounded(tmp_path, monkeypatch, name, cost):
-    read = {"pairs.jsonl": data.read_pairs, "log.jsonl": files.read_jsonl}.get(name, data.read_prompts)
-    (tmp_path / name).write_text("".join(f"{line}\n" for line in [*["prompt,b"] * (name == "a.csv"), *(ROWS[name].replace("%d", str(i)) for i in range(9))]))
+    read = {"pairs.jsonl": datafiles.read_pairs, "log.jsonl": files.read_jsonl}.get(name, datafiles.read_prompts)
+    rows = ["prompt,b"] * (name == "a.csv") + [ROWS[name].replace("%d", str(number)) for number in range(9)]
+    (tmp_path / name).write_text("".join(f"{row}\n" for row in rows))
     monkeypatch.setattr(files, "ITEMS", 9 * cost)
     read(tmp_path / name)
     monkeypatch.setattr(files, "ITEMS", 9 * cost - 1)
@@ -361,7 +367,7 @@ def test_rows_are_bounded(tmp_path, monkeypatch, name, cost):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
 def test_a_file_of_empty_lines(tmp_path, name):
     (tmp_path / name).write_bytes(b"\n" * (3 << 20))
-    assert "take the empty ones out" in said(data.read_prompts, tmp_path / name)
+    assert "take the empty ones out" in said(datafiles.read_prompts, tmp_path / name)
 
 
 def replaces(old, new, times):
@@ -373,10 +379,11 @@ SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 
 @pytest.mark.parametrize("parts", [
     {"normalizer": replaces("\n", "\n\n", 40)}, {"normalizer": replaces("", "a", 40)}, {"normalizer": replaces("a", "b", 9)},
-    {"normalizer": {"type": "Sequence", "normalizers": [replaces("a", "b", 8)] * 8}}, {"normalizer": {"type": "Prepend", "prepend": "a" * 99}},
-    {"decoder": replaces("u", "uu", 40) | {"decoders": replaces("u", "uu", 40)["normalizers"]}}, {"normalizer": {"type": "NFKD"}},
-    {"normalizer": {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": ""}}, {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A"}},
-    {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(x+x+)+y"}}}, {"normalizer": []}, {"decoder": {"type": "Replace"}}, {"decoder": "Fuse"}])
+    {"normalizer": {"type": "Sequence", "normalizers": [replaces("a", "b", 8)] * 8}}, {"normalizer": {"type": "NFKD"}},
+    {"normalizer": {"type": "Prepend", "prepend": "a" * 99}}, {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A"}},
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": ""}}, {"normalizer": []}, {"decoder": "Fuse"},
+    {"decoder": {"type": "Sequence", "decoders": replaces("u", "uu", 40)["normalizers"]}}, {"decoder": {"type": "Replace"}},
+    {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(x+x+)+y"}}}])
 def test_a_tokenizer_that_would_grow_a_text_or_match_for_ever(tmp_path, parts):
     spec = json.loads((ROOT / "toy/tokenizer.json").read_text()) | parts
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))

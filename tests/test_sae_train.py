@@ -9,14 +9,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, random_gemma
 
 import sae_train
-from conftest import ROOT, random_gemma
 from data import load_tokenizer
+from datafiles import read_items
 from files import InputError, read_json, write_jsonl
-from sae import JumpReLU, SASA, load_sae, strongest
+from sae import SASA, JumpReLU, load_sae, strongest
 from sae_step import Spec, Trainer, least_kept, nuclear_norm, ranks
-from sae_train import CHECKPOINT, Stream, Training, encode_item, read_items
+from sae_train import CHECKPOINT, Stream, Training, encode_item
 
 D, WIDTH = 12, 24
 SPECS = {"batchtopk": Spec("batchtopk", WIDTH, 6), "topk": Spec("topk", WIDTH, 6), "jumprelu": Spec("jumprelu", WIDTH, 6, bandwidth=0.4),

@@ -4,13 +4,14 @@ import json
 import re
 
 import pytest
+from conftest import TOY
 
 import toy
-from conftest import TOY
-from data import load_tokenizer, make_example, prompt_tokens, read_pairs, read_prompts
+from data import load_tokenizer, make_example, prompt_tokens
+from datafiles import read_pairs, read_prompts
 from files import InputError, read_json
-from rules import rules
 from model import load_model
+from rules import rules
 
 SETS = ("harmful", "jailbreak", "guard", "lookalike", "benign")
 pytestmark = pytest.mark.skipif(not TOY.is_dir(), reason="toy/ isn't built: python toy.py")
