@@ -197,7 +197,7 @@ def _answered(turns):
 
 def _lines(path):
     """(number, line) of a UTF-8 text file, plain or gzip, one at a time."""
-    number, short, left = 1, 1 << 20, (32 << 20) + 20 * Path(path).stat().st_size if Path(path).exists() else 0
+    number, short, left = 1, 1 << 20, (64 << 20) + 20 * Path(path).stat().st_size if Path(path).exists() else 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             while line := file.readline(LINE_LIMIT + 1):

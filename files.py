@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -241,34 +242,43 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(part.get_shape()) for name, part in slices.items()}
 
 
-def _blocks(path, name, shape, first=0, block=64 << 20):
-    """Yield (place, rows) of tensor `name` of a safetensors file, from row `first` on as many as `shape` has, `place` their
-    slice of it; a tensor of no dimension whole. The file is mapped anew for each block, so that no more than `block` bytes
-    of it are resident."""
-    count, rows = (shape[0], max(1, block // max(1, 4 * math.prod(shape[1:])))) if shape else (1, 1)
-    for start in range(0, count, rows):
-        stop = min(start + rows, count)
-        with _opened(path) as file:
-            if shape:
-                yield slice(start, stop), file.get_slice(name)[first + start:first + stop]
-            else:
-                yield ..., file.get_tensor(name)
+def _blocks(path, wanted, block=64 << 20):
+    """Yield (name, place, rows) of tensors of a safetensors file; wanted: {name: (shape, first row)}. Of each, as many rows as
+    its shape has come in pieces of at most `block` bytes, `place` a piece's slice of it; one of no dimension whole. After so
+    many bytes the file is mapped anew, so that no more of it are resident."""
+    with contextlib.ExitStack() as mapped:
+        room, file = block, mapped.enter_context(_opened(path))
+        for name, (shape, first) in wanted.items():
+            count, width = (shape[0], 4 * math.prod(shape[1:])) if shape else (1, 4)
+            rows = max(1, block // max(1, width))
+            for start in range(0, max(1, count), rows):
+                if room <= 0:
+                    mapped.close()
+                    room, file = block, mapped.enter_context(_opened(path))
+                stop = min(start + rows, count)
+                room -= (stop - start) * width
+                if shape:
+                    yield name, slice(start, stop), file.get_slice(name)[first + start:first + stop]
+                else:
+                    yield name, ..., file.get_tensor(name)
 
 
-def read_into(path, name, out, first=0, block=64 << 20):
-    """Copy tensor `name` of a safetensors file into `out` (same shape, any float dtype, any device), or its rows from
-    `first` on, as many as `out` has, by blocks of at most `block` bytes."""
-    for place, rows in _blocks(path, name, out.shape, first, block):
-        out[place].copy_(rows)
+def read_into(path: str | Path, places: dict[str, tuple[torch.Tensor, int]], block=64 << 20) -> Iterator[int]:
+    """Copy tensors of a safetensors file into {name: (tensor, first row)}: as many rows as each has (any float dtype, any
+    device), by pieces of at most `block` bytes. Yields how many values a piece had."""
+    for name, place, rows in _blocks(path, {name: (out.shape, first) for name, (out, first) in places.items()}, block):
+        places[name][0][place].copy_(rows)
+        yield rows.numel()
 
 
 def verify(path: str | Path) -> None:
     """Raise InputError where a safetensors file carries our checksum and isn't what was written: for weights, which
     `read_into` takes in piece by piece. What others wrote has no checksum, and isn't read."""
     with _opened(path) as file:
-        if "sha256" in (metadata := file.metadata() or {}):     # the tensors are mapped: of each, a block at a time is read
-            _compare(path, {name: file.get_tensor(name) for name in file.keys()}, metadata,
-                     lambda name, tensor: (rows for _, rows in _blocks(path, name, tensor.shape)))
+        if "sha256" in (metadata := file.metadata() or {}):     # the tensors are mapped: a piece at a time is read
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            pieces = _blocks(path, {name: (tensor.shape, 0) for name, tensor in tensors.items()})
+            _compare(path, tensors, metadata, ((name, rows) for name, _, rows in pieces))
 
 
 def read_tensors(path: str | Path, device="cpu") -> dict[str, torch.Tensor]:
@@ -281,8 +291,8 @@ def read_tensors(path: str | Path, device="cpu") -> dict[str, torch.Tensor]:
         return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
 
-def _compare(path, tensors, metadata, *blocks):
-    if "sha256" in metadata and metadata["sha256"] != checksum(tensors, metadata, *blocks):
+def _compare(path, tensors, metadata, pieces=None):
+    if "sha256" in metadata and metadata["sha256"] != checksum(tensors, metadata, pieces):
         raise InputError(f"{path} is damaged: its checksum isn't that of what was written; take the file away, or write it again")
 
 
@@ -292,12 +302,13 @@ def hash_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checksum(tensors, metadata, blocks=lambda name, tensor: [tensor]):
-    """SHA-256 over all names, dtypes, shapes and bytes of tensors on the CPU, and over the other metadata."""
+def checksum(tensors, metadata, pieces=None):
+    """SHA-256 over all names, dtypes, shapes and bytes of tensors on the CPU, and over the other metadata. `pieces`: (name,
+    rows) of all tensors, names in order, where they aren't to be in memory at once."""
     total = hashlib.sha256(json.dumps({key: text for key, text in metadata.items() if key != "sha256"}, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        for part in blocks(name, tensor):
+    for name, parts in itertools.groupby(pieces or sorted(tensors.items()), key=lambda piece: piece[0]):
+        total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
+        for _, part in parts:
             total.update(raw(part.contiguous()))
     return total.hexdigest()
 

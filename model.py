@@ -329,15 +329,14 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, device="cpu
         parallel.shard(model, device)
     model.to_empty(device=device)
     weights = model.state_dict()
-    progress = tqdm(total=sum(weight.numel() for weight in weights.values()), desc=f"loading {source}", delay=2,
+    progress = tqdm(total=sum(parallel.own_rows(weight)[0].numel() for weight in weights.values()), desc=f"loading {source}", delay=2,
                     unit="", unit_scale=True, leave=False, disable=None)
     for file, names in files.items():
         if parallel.rank() == 0:                                 # of many processes, one reads all of it
             verify(file)
-        for name in names:
-            out, first = parallel.own_rows(weights[name.removeprefix("model.")])
-            read_into(file, name, out, first)
-            progress.update(weights[name.removeprefix("model.")].numel())
+        places = {name: parallel.own_rows(weights[name.removeprefix("model.")]) for name in names}
+        for count in read_into(file, places):
+            progress.update(count)
     progress.close()
     return model
 

@@ -8,21 +8,27 @@ conversations, texts, a run's log, and a vocabulary and merges as many as Gemma'
 """
 
 import gzip
+import io
 import itertools
 import json
 import os
 import re
+import struct
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-from conftest import ROOT  # puts the product on the path
+import numpy as np
+import torch
+from conftest import ROOT, random_gemma  # puts the product on the path
 
 import data
 import datafiles
 import files
+import sae
+from model import load_model, save_model
 from tables import table
 
 SECONDS, MEMORY = 1.0, 10**9
@@ -95,7 +101,37 @@ def words_alone(count):
     return json.dumps(spec).encode()
 
 
-def cases():
+def deepest(folder):
+    """The bytes of a checkpoint of as many layers as config.json may ask for, as small as they get; its config stays in `folder`."""
+    save_model(random_gemma((1, 1, 2, 8, 2.0), num_hidden_layers=256, intermediate_size=8, vocab_size=8), folder)
+    return (folder / "model.safetensors").read_bytes()
+
+
+def many_tensors(folder, count):
+    files.write_tensors(folder / "many", {f"{number:x}": torch.zeros(1) for number in range(count)})
+    return (folder / "many").read_bytes()
+
+
+def directory(count):
+    """A zip of nothing but names."""
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0) + b"W_enc.npy"
+    return entry * count + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, min(count, 65535), min(count, 65535), len(entry) * count, 0, 0)
+
+
+def params(features, compressed=False):
+    arrays = {"W_enc": (256, features), "b_enc": features, "threshold": features, "W_dec": (features, 256), "b_dec": 256}
+    out, save = io.BytesIO(), np.savez_compressed if compressed else np.savez
+    save(out, **{name: np.zeros(shape, "f4") if compressed else np.random.default_rng(0).normal(size=shape).astype("f4")
+                 for name, shape in arrays.items()})
+    return out.getvalue()
+
+
+def whole_sae(path):
+    for array in sae.read_params(path).values():
+        array.read()
+
+
+def cases(folder):
     """(reader, what is read, name of the file, [(honest?, what it is, bytes)])"""
     half = files.VALUES - 8
     yield "JSON object", files.read_json, "a.json", [
@@ -150,6 +186,11 @@ def cases():
         (False, "matches for ever", tokenizer(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(e+e+)+y"}, "behavior": "Isolated",
                                                              "invert": False})),
         (True, "as large as Gemma's", tokenizer())]
+    yield "checkpoint", lambda path: load_model(path.parent), "model.safetensors", [(False, "256 layers", deepest(folder))]
+    yield "adapter", files.read_tensors, "a.safetensors", [(False, "many tensors", many_tensors(folder, 12_000))]
+    yield "params.npz", whole_sae, "params.npz", [
+        (False, "many members", directory(1_000_000)), (False, "zeros, packed", params(32_000, True)),
+        (False, "more of them", params(64_000, True)), (True, "random numbers", params(32_000))]
 
 
 def read(reader, path):
@@ -181,7 +222,7 @@ def read(reader, path):
 def main():
     lines, failed = [], 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        for what, reader, name, made in cases():
+        for what, reader, name, made in cases(Path(folder)):
             path, speeds = Path(folder) / name, []
             for honest, kind, whole in sorted(made, key=lambda case: not case[0]):
                 path.write_bytes(whole)
@@ -189,7 +230,7 @@ def main():
                 path.unlink()
                 if honest:
                     speeds.append(seconds / len(whole))
-                allowed = SECONDS + min(speeds) * len(whole)
+                allowed = SECONDS + min(speeds, default=0) * len(whole)
                 holds = honest or (end == "right" or end.startswith("refused")) and seconds <= allowed and memory <= MEMORY + len(whole)
                 failed += not holds
                 lines.append([what, kind, f"{len(whole) / MB:.0f}", f"{seconds:.2f}", "honest" if honest else f"{allowed:.2f}",

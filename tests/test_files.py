@@ -39,10 +39,24 @@ def test_tensors_come_back_by_blocks(tmp_path):
     files.write_tensors(tmp_path / "a.safetensors", tensors, {"step": "3"})
     assert files.tensor_shapes(tmp_path / "a.safetensors") == {"x": (37, 5), "scalar": (), "half": (4, 2)}
     assert files.read_metadata(tmp_path / "a.safetensors")["step"] == "3"
-    for name, tensor in tensors.items():
-        out = torch.empty(tensor.shape)
-        files.read_into(tmp_path / "a.safetensors", name, out, block=64)
-        assert torch.equal(out, tensor.float())
+    for block in (1, 64, 64 << 20):
+        places = {name: (torch.empty(tensor.shape), 0) for name, tensor in tensors.items()} | {"half": (torch.empty(2, 2), 1)}
+        assert sum(files.read_into(tmp_path / "a.safetensors", places, block)) == 37 * 5 + 1 + 4
+        wanted = tensors | {"half": tensors["half"][1:3]}
+        assert all(torch.equal(out, wanted[name].float()) for name, (out, _) in places.items())
+
+
+def test_a_file_is_mapped_once_for_many_small_tensors(tmp_path, monkeypatch):
+    """It was mapped and its header read for each: minutes, for the 256 layers that a config.json may ask for."""
+    tensors = {f"{number}": torch.full((2, 3), float(number)) for number in range(100)} | {"empty": torch.zeros(0, 3)}
+    files.write_tensors(tmp_path / "a.safetensors", tensors)
+    opened, times = files._opened, []
+    monkeypatch.setattr(files, "_opened", lambda path: times.append(1) or opened(path))
+    places = {name: (torch.empty(tensor.shape), 0) for name, tensor in tensors.items()}
+    assert sum(files.read_into(tmp_path / "a.safetensors", places)) == 600 and len(times) == 1
+    assert all(torch.equal(places[name][0], tensor) for name, tensor in tensors.items())
+    files.verify(tmp_path / "a.safetensors")
+    assert len(times) == 3
 
 
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../x", "owner/..", "https://huggingface.co/google/gemma-2-2b", "owner/na me", ""])
