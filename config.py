@@ -101,7 +101,7 @@ def _checked(key, value, where):
     elif key in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"):
         good = number((int, float), 0 if key == "rms_norm_eps" else 1e-3, 1e12)
     else:
-        good = number(int, 1, 256 if key == "num_hidden_layers" else 1 << 24)
+        good = number(int, 1, 128 if key == "num_hidden_layers" else 1 << 24)
     if not good:
         raise InputError(f"{where}: {key} is {value!r}, which no Gemma-2 has")
     return value

@@ -18,12 +18,14 @@ import files
 from files import InputError
 
 LINE_LIMIT = files.JSON_LIMIT  # bytes; a longer line is a wrong or hostile file (a tokenizer.json can be one line of 20 MB)
+VALUES = 1_000_000              # in a file of rows, as `_collect` counts: all of HH-RLHF has 2.0 million, and may have 3.4
+MARKER, SPEAKERS = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistant": "model"}
 PROMPT_KEYS = ("prompt", "goal", "behavior", "instruction", "forbidden_prompt")  # the first that a row has holds its prompt
 
 Turn = tuple[str, str]  # ("user" | "model", text)
 
 
-@dataclass
+@dataclass(slots=True)
 class Pair:
     turns: tuple[Turn, ...]   # ends with a user turn
     aligned: str              # the chosen answer
@@ -31,7 +33,7 @@ class Pair:
     line: int                 # where it stands in its file
 
 
-@dataclass
+@dataclass(slots=True)
 class Prompt:
     turns: tuple[Turn, ...]   # ends with a user turn
     fields: dict              # the row's other columns
@@ -151,11 +153,13 @@ def read_items(path: str | Path) -> Iterator:
 
 
 def _collect(rows, make, path, what):
-    """All rows of a file, as `make` has them. One counts for four of what `files.ITEMS` allows, each value and turn for one."""
-    items, counts, room = [], Counts(), files.ITEMS
+    """All rows of a file, as `make` has them. A row costs six, each value in it and each turn one: of a million, and as many
+    more as honest files hold, one in 128 bytes."""
+    items, counts = [], Counts()
+    room = VALUES + _size(path) * (4 if str(path).endswith(".gz") else 1) // 128
     for line, row in rows:
         counts.read += 1
-        room -= 4 + files.values_in(row)
+        room -= 6 + files.values_in(row)
         try:
             items.append(item := make(row, f"{path}:{line}", line))
             room -= len(item.turns)
@@ -181,9 +185,9 @@ def _text(row, key, where):
 
 def _split(text):
     """Turns of "\\n\\nHuman: …\\n\\nAssistant: …", trimmed; text before the first marker is a turn of nobody's."""
-    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    turns = tuple(({"Human": "user", "Assistant": "model"}[who], said.strip()) for who, said in zip(parts[::2], parts[1::2]))
-    return (("", before.strip()),) * bool(before.strip()) + turns
+    before, *parts = MARKER.split(text)
+    turns = tuple([(SPEAKERS[who], said.strip()) for who, said in zip(parts[::2], parts[1::2])])
+    return (("", before.strip()), *turns) if before.strip() else turns
 
 
 def _answered(turns):
@@ -195,9 +199,14 @@ def _answered(turns):
     return turns[:-1], turns[-1][1]
 
 
+def _size(path):
+    """Bytes of a file; 0 where there is none, which whoever opens it will say."""
+    return Path(path).stat().st_size if Path(path).is_file() else 0
+
+
 def _lines(path):
     """(number, line) of a UTF-8 text file, plain or gzip, one at a time."""
-    number, short, left = 1, 1 << 20, (64 << 20) + 20 * Path(path).stat().st_size if Path(path).exists() else 0
+    number, short, left = 1, 1 << 20, (64 << 20) + 20 * _size(path)
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             while line := file.readline(LINE_LIMIT + 1):

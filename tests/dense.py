@@ -103,7 +103,7 @@ def words_alone(count):
 
 def deepest(folder):
     """The bytes of a checkpoint of as many layers as config.json may ask for, as small as they get; its config stays in `folder`."""
-    save_model(random_gemma((1, 1, 2, 8, 2.0), num_hidden_layers=256, intermediate_size=8, vocab_size=8), folder)
+    save_model(random_gemma((1, 1, 2, 8, 2.0), num_hidden_layers=128, intermediate_size=8, vocab_size=8), folder)
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -149,7 +149,7 @@ def cases(folder):
         (False, "numbers", fill(lambda i: '{"a":[' + ",".join(["1.5e-300"] * 1000) + "]}", 40 * MB)),
         (False, "lists", fill(lambda i: '{"a":[' + ",".join(["[]"] * 1000) + "]}", 40 * MB)),
         (False, "empty objects", rows(*["{}"] * 10 * MB)),
-        (True, "a log", fill(step, 40 * MB))]
+        (True, "a log", fill(step, 20 * MB))]
     yield "pairs", datafiles.read_pairs, "a.jsonl", [
         (False, "short", fill(lambda i: pair(f"\n\nHuman: {i}\n\nAssistant: a"), 80 * MB)),
         (False, "turns", fill(lambda i: pair(f"\n\nHuman:{i}\n\nAssistant:a" * 1000), 80 * MB)),
@@ -161,20 +161,20 @@ def cases(folder):
         (False, "texts", fill(lambda i: f'"{i}"', 40 * MB)),
         (False, "columns", fill(lambda i: f'{{"prompt":"{i}",' + ",".join(f'"{i}{j}":[]' for j in range(30)) + "}", 40 * MB)),
         (False, "nested", fill(lambda i: f'{{"prompt":"{i}","a":[' + ",".join(["[[]]"] * 300) + "]}", 40 * MB)),
-        (True, "prompts", fill(lambda i: json.dumps({"prompt": prompt(i), "category": "knots"}), 40 * MB))]
+        (True, "prompts", fill(lambda i: json.dumps({"prompt": prompt(i), "category": "knots"}), 20 * MB))]
     yield "prompts as text", datafiles.read_prompts, "a.txt", [
-        (False, "short", fill(str, 40 * MB)), (False, "empty", b"\n" * 40 * MB), (True, "prompts", fill(prompt, 40 * MB))]
+        (False, "short", fill(str, 40 * MB)), (False, "empty", b"\n" * 40 * MB), (True, "prompts", fill(prompt, 20 * MB))]
     yield "prompts as table", datafiles.read_prompts, "a.csv", [
         (False, "short", b"prompt\n" + fill(str, 40 * MB)),
         (False, "columns", b"prompt" + b",a" * 1000 + b"\n" + fill(lambda i: f"{i}" + ",b1" * 1000, 40 * MB)),
-        (True, "prompts", b"prompt,category\n" + fill(lambda i: f'"{prompt(i)}",knots', 40 * MB))]
+        (True, "prompts", b"prompt,category\n" + fill(lambda i: f'"{prompt(i)}",knots', 15 * MB))]
     yield "prompts as list", datafiles.read_prompts, "a.json", [
         (False, "short", ("[" + ",".join(f'"{i}"' for i in range(half)) + "]").encode()),
         (False, "spread", ("[" + ",".join(f'"{i:<50}"' for i in range(700_000)) + "]").encode()),
-        (True, "prompts", json.dumps([prompt(i) for i in range(40 * MB // 160)]).encode())]
+        (True, "prompts", json.dumps([prompt(i) for i in range(20 * MB // 160)]).encode())]
     yield "compressed", datafiles.read_prompts, "a.txt.gz", [
         (False, "a long line", gzip.compress(b"x" * 200 * MB, 1)), (False, "lines", gzip.compress(fill(lambda i: "x" * 70, 200 * MB), 1)),
-        (False, "empty", gzip.compress(b"\n" * 200 * MB, 1)), (True, "prompts", gzip.compress(fill(prompt, 40 * MB), 1))]
+        (False, "empty", gzip.compress(b"\n" * 200 * MB, 1)), (True, "prompts", gzip.compress(fill(prompt, 20 * MB), 1))]
     yield "tokenizer.json", data.load_tokenizer, "tokenizer.json", [
         (False, "words", words_alone(1_000_000)), (False, "too many words", words_alone(1_500_000)),
         (False, "many merges", tokenizer(2, 60_000, 900_000)),
@@ -186,7 +186,7 @@ def cases(folder):
         (False, "matches for ever", tokenizer(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(e+e+)+y"}, "behavior": "Isolated",
                                                              "invert": False})),
         (True, "as large as Gemma's", tokenizer())]
-    yield "checkpoint", lambda path: load_model(path.parent), "model.safetensors", [(False, "256 layers", deepest(folder))]
+    yield "checkpoint", lambda path: load_model(path.parent), "model.safetensors", [(False, "128 layers", deepest(folder))]
     yield "adapter", files.read_tensors, "a.safetensors", [(False, "many tensors", many_tensors(folder, 12_000))]
     yield "params.npz", whole_sae, "params.npz", [
         (False, "many members", directory(1_000_000)), (False, "zeros, packed", params(32_000, True)),
@@ -231,7 +231,8 @@ def main():
                 if honest:
                     speeds.append(seconds / len(whole))
                 allowed = SECONDS + min(speeds, default=0) * len(whole)
-                holds = honest or (end == "right" or end.startswith("refused")) and seconds <= allowed and memory <= MEMORY + len(whole)
+                good = end == "right" if honest else (end == "right" or end.startswith("refused")) and seconds <= allowed
+                holds = good and memory <= MEMORY + len(whole)
                 failed += not holds
                 lines.append([what, kind, f"{len(whole) / MB:.0f}", f"{seconds:.2f}", "honest" if honest else f"{allowed:.2f}",
                               f"{memory / MB:,.0f}", "" if holds else "✗", end])

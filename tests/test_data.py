@@ -1,5 +1,6 @@
 """data.py: parity with transformers, text that attacks the turns, masks, readers of good and of hostile files, packing."""
 
+import dataclasses
 import gzip
 import json
 import random
@@ -369,7 +370,7 @@ def test_only_input_errors_escape(tmp_path_factory, name, edits, end):
             assert name in str(error)
         else:
             if name != "tokenizer.json":
-                json.dumps([vars(item) for item in result[0]], allow_nan=False, ensure_ascii=False).encode()
+                json.dumps([dataclasses.asdict(item) for item in result[0]], allow_nan=False, ensure_ascii=False).encode()
 
 
 # -------------------------------------------------------------------------------------------------- packing
