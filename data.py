@@ -32,6 +32,7 @@ from files import InputError
 FORMATS = ("chat", "plain")
 TOKENIZER_VALUES = 4 << 20  # as files.weight counts in a tokenizer.json; Gemma's has 2.8 million where its merges are written as lists
 TOKENS = 1 << 20  # tokens and merges of one; Gemma's has 840,000
+REGISTERED = 1 << 16  # characters of its registered tokens that are plain text, which take 80 bytes each; Gemma's has 700
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -44,19 +45,26 @@ PLAIN = re.compile(r"[\s▁]+|</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6
 TOY_WORDS = r"\n|[^\w\s']"  # where the toy's tokenizer splits a text, besides spaces
 
 
-def bounded(part: dict | None) -> bool:
-    """Whether a normalizer, pre-tokenizer or decoder is of the kinds that Gemma's and the toy's tokenizers have. Others could
-    make three letters fill the memory (a Replace by something longer, thirty times over), or match for ever (a Regex)."""
+PARTS = {"normalizer": {"Sequence": {"normalizers"}, "Replace": {"pattern", "content"}, "Lowercase": set()},
+         "pre_tokenizer": {"Sequence": {"pretokenizers"}, "Split": {"pattern", "behavior", "invert"}},
+         "decoder": {"Sequence": {"decoders"}, "Replace": {"pattern", "content"}, "ByteFallback": set(), "Fuse": set(),
+                     "WordPiece": {"prefix", "cleanup"}}}
+
+
+def bounded(kind: str, part: dict | None) -> bool:
+    """Whether a tokenizer's normalizer, pre-tokenizer or decoder is one that Gemma's or the toy's has, or a few of these. Others
+    could make three letters fill the memory (a Replace by something longer, thirty times over), or match for ever (a Regex)."""
     if part is None:
         return True
-    if part["type"] == "Sequence":
-        parts = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), ())
-        return len(parts) <= 8 and all(other["type"] != "Sequence" and bounded(other) for other in parts)
-    if part["type"] == "Replace":
+    type, fields = part["type"], PARTS[kind].get(part["type"])
+    if fields is None or not part.keys() <= fields | {"type"}:   # what doesn't fit its type, the package reads as another
+        return False
+    if type == "Sequence":
+        parts = part[next(iter(fields))]
+        return len(parts) <= 8 and all(one["type"] != "Sequence" and bounded(kind, one) for one in parts)
+    if type == "Replace":
         return "String" in part["pattern"] and len(part["content"]) <= len(part["pattern"]["String"])
-    if part["type"] == "Split":
-        return part["pattern"].get("Regex", TOY_WORDS) == TOY_WORDS
-    return part["type"] in ("Lowercase", "ByteFallback", "Fuse", "WordPiece")
+    return type != "Split" or part["pattern"].get("Regex", TOY_WORDS) == TOY_WORDS
 
 
 class Tokenizer:
@@ -78,7 +86,7 @@ class Tokenizer:
             model, added = spec["model"], spec["added_tokens"]
             if model["type"] not in ("BPE", "WordLevel"):
                 raise InputError(f"{name}: the tokenizer's model is {model['type']}; BPE (Gemma's) and WordLevel (the toy's) are supported")
-            if not all(bounded(spec.get(kind)) for kind in ("normalizer", "pre_tokenizer", "decoder")):
+            if not all(bounded(kind, spec.get(kind)) for kind in PARTS):
                 raise InputError(f"{name}: its normalizer, pre-tokenizer or decoder is of no kind that Gemma's tokenizer or the toy's has")
             if (size := len(model["vocab"]) + len(model.get("merges", ())) + len(added)) > TOKENS:
                 raise InputError(f"{name}: {size:,} tokens and merges are more than {TOKENS:,}; Gemma's tokenizer has 840,000")
@@ -111,6 +119,8 @@ class Tokenizer:
 
             gone = control | {unk}
             kept = [token for token in added if token["content"] not in gone]
+            if (size := sum(len(token["content"]) for token in kept)) > REGISTERED:
+                raise InputError(f"{name}: its registered tokens have {size:,} characters, more than {REGISTERED:,}")
             model["vocab"] = {content: i for content, i in model["vocab"].items() if content not in control}
             if model["type"] == "BPE":
                 pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])

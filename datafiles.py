@@ -7,6 +7,7 @@ what they unpack to, their values and their number are bounded by what honest fi
 import csv
 import gzip
 import itertools
+import math
 import re
 import zlib
 from collections import Counter
@@ -17,8 +18,9 @@ from pathlib import Path
 import files
 from files import InputError
 
-LINE_LIMIT = files.JSON_LIMIT  # bytes; a longer line is a wrong or hostile file (a tokenizer.json can be one line of 20 MB)
-VALUES = 1_000_000              # in a file of rows, as `_collect` counts: all of HH-RLHF has 2.0 million, and may have 3.4
+LINE_LIMIT = files.JSON_LIMIT  # bytes; a longer line is a wrong or hostile file
+ROOM = 900_000                 # for rows, as `_collect` counts: all of HH-RLHF takes 2.0 million, and may take 3.3
+SPARE = 1 << 17                # lines, and values in JSON lines, that a file may have beyond one in 32 bytes
 MARKER, SPEAKERS = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistant": "model"}
 PROMPT_KEYS = ("prompt", "goal", "behavior", "instruction", "forbidden_prompt")  # the first that a row has holds its prompt
 
@@ -96,7 +98,7 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
             elif "chosen" in row:
                 turns, _ = _answered(_split(_text(row, "chosen", where)))
             else:
-                raise InputError(f"{where}: no field named {', '.join(PROMPT_KEYS)} or chosen, only: {', '.join(row) or 'nothing'}")
+                raise InputError(f"{where}: no field named {', '.join(PROMPT_KEYS)} or chosen, only: {_some(row) or 'nothing'}")
         elif not isinstance(row, str):
             raise InputError(f"{where}: a prompt is a string or an object, not a {type(row).__name__}")
         turns = turns or _answered((("user", row.strip()), ("model", "")))[0]
@@ -153,10 +155,10 @@ def read_items(path: str | Path) -> Iterator:
 
 
 def _collect(rows, make, path, what):
-    """All rows of a file, as `make` has them. A row costs six, each value in it and each turn one: of a million, and as many
+    """All rows of a file, as `make` has them. A row costs six, each value in it and each turn one: of 900,000, and as many
     more as honest files hold, one in 128 bytes."""
     items, counts = [], Counts()
-    room = VALUES + _size(path) * (4 if str(path).endswith(".gz") else 1) // 128
+    room = ROOM + _size(path) * (4 if str(path).endswith(".gz") else 1) // 128
     for line, row in rows:
         counts.read += 1
         room -= 6 + files.values_in(row)
@@ -204,9 +206,14 @@ def _size(path):
     return Path(path).stat().st_size if Path(path).is_file() else 0
 
 
-def _lines(path):
-    """(number, line) of a UTF-8 text file, plain or gzip, one at a time."""
-    number, short, left = 1, 1 << 20, (64 << 20) + 20 * _size(path)
+def _some(names):
+    """The first of what can be very many names, and long."""
+    return ", ".join(name[:40] for name in itertools.islice(names, 20))
+
+
+def _lines(path, whole=False):
+    """(number, line) of a UTF-8 text file, plain or gzip, one at a time; `whole`: of one value, whose lines may be short."""
+    number, spare, left = 1, math.inf if whole else SPARE, (64 << 20) + 20 * _size(path)
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             while line := file.readline(LINE_LIMIT + 1):
@@ -214,8 +221,8 @@ def _lines(path):
                     raise InputError(f"{path}:{number}: a line of more than {LINE_LIMIT:,} bytes")
                 if (left := left - len(line)) < 0:
                     raise InputError(f"{path}:{number}: unpacks to more than 20 times its size, as no text does: unpack it yourself")
-                if (short := short + len(line) / 12 - 1) < 0:
-                    raise InputError(f"{path}:{number}: a million lines more than a text of that size has: take the empty ones out")
+                if (spare := spare + len(line) / 32 - 1) < 0:
+                    raise InputError(f"{path}:{number}: {SPARE:,} lines more than a text of that size has: take the empty ones out")
                 text = line.decode()
                 yield number, text.removeprefix("\ufeff") if number == 1 else text  # Excel's byte order mark
                 number += 1
@@ -234,7 +241,7 @@ def _json(text, where, most=files.VALUES):
 
 def _whole(path):
     text, size = [], 0
-    for _, line in _lines(path):
+    for _, line in _lines(path, whole=True):
         text.append(line)
         if (size := size + len(line)) > files.JSON_LIMIT:
             raise InputError(f"{path} is more than {files.JSON_LIMIT:,} characters long: as one JSON value that is too much; use .jsonl")
@@ -252,7 +259,11 @@ def _text_lines(path):
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
     """(number, value) of a JSON lines file, plain or .gz, one at a time. Raises InputError, with the line."""
-    return ((number, _json(text, f"{path}:{number}")) for number, text in _text_lines(path))
+    spare = SPARE
+    for number, text in _text_lines(path):
+        yield number, (row := _json(text, f"{path}:{number}"))
+        if (spare := spare + len(text) / 32 - files.values_in(row)) < 0:
+            raise InputError(f"{path}:{number}: {SPARE:,} values more than a text of that size has: keep the columns that count")
 
 
 def _json_items(path):
@@ -267,7 +278,9 @@ def _csv_rows(path):
     try:
         header = next(rows, [])
         if header and not {name.lower() for name in header} & set(PROMPT_KEYS):
-            raise InputError(f"{path}:1: no column named {', '.join(PROMPT_KEYS)}, only: {', '.join(header)}")
+            raise InputError(f"{path}:1: no column named {', '.join(PROMPT_KEYS)}, only: {_some(header)}")
+        if len(header) > 1000:
+            raise InputError(f"{path}:1: {len(header):,} columns; a set of prompts has at most 1,000")
         for row in filter(None, rows):
             if len(row) != len(header):
                 raise InputError(f"{path}:{rows.line_num}: {len(row)} columns, where the header has {len(header)}")

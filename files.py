@@ -28,8 +28,8 @@ UMASK = os.umask(0)  # can only be read by setting it
 os.umask(UMASK)
 sys.set_int_max_str_digits(640)  # a longer number in a file is an error, and not seconds of work
 JSON_LIMIT = 40 << 20    # bytes; Gemma's tokenizer.json has 17 MB, written anew by transformers 34 MB
-VALUES = 1 << 19         # in a JSON text, as `weight` counts: half a second to read
-ITEMS = 1 << 21          # in a file of rows, where a row counts for four and each of its values for one
+VALUES = 1 << 20         # in a JSON text, as `weight` counts: half a second to read
+ITEMS = 1 << 20          # in a file of JSON lines, where a line counts for four and each of its values for one
 HEADER_LIMIT = 1 << 20   # bytes of a safetensors header; a shard of 27b has 40,000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -57,7 +57,7 @@ def run(main):
     try:
         code = main()
     except InputError as error:
-        line = " ".join(str(error).split())
+        line = " ".join(str(error)[:2000].split())               # what it names can be a stranger's, and long
     except BrokenPipeError:  # the reader of our output has gone (`| head`): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -144,7 +144,7 @@ def is_file_name(name: object) -> bool:
 # Reading
 
 def weight(text: str) -> int:
-    """At least how many values a JSON text holds. A key counts for four: it takes as long, and as much memory."""
+    """How many values a JSON text holds, by its punctuation. A key counts for four: it takes as long, and as much memory."""
     return sum(map(text.count, ",[{")) + 3 * text.count(":")
 
 
@@ -162,11 +162,11 @@ DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_constant)
 
 
 def parse(text: str | bytes, most=VALUES):
-    """The JSON value in a text. Raises ValueError or RecursionError, also for what couldn't be written again: NaN, half a
-    surrogate pair, and where it weighs more than `most` and what honest texts have, one value in 24 bytes."""
+    """The JSON value in a text. Raises ValueError or RecursionError, also for what couldn't be written again (NaN, half a
+    surrogate pair), and where it weighs more than `most` + 1 in 24 characters."""
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     if (found := weight(text)) > most + len(text) // 24:
-        raise ValueError(f"more values ({found:,}) than a text of {len(text):,} characters may have here")
+        raise ValueError(f"{found:,} values in {len(text):,} characters are more than are read at once")
     value = DECODER.decode(text)
     if re.search(r"\\u[dD][89a-fA-F]", text):  # a surrogate: are all in pairs?
         json.dumps(value, ensure_ascii=False).encode()
@@ -180,7 +180,7 @@ def values_in(value) -> int:
         value = left.pop()
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         found += len(parts)
-        left += [part for part in parts if isinstance(part, dict | list)]
+        left += [part for part in parts if part and isinstance(part, (dict, list))]
     return found
 
 
@@ -199,9 +199,12 @@ def read_json(path: str | Path, kind: type = dict):
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """The JSON objects in a file that `write_jsonl` wrote, a line each."""
-    rows, room = [], ITEMS
+    rows, room, number = [], ITEMS + Path(path).stat().st_size // 24, 0
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        while line := file.readline(JSON_LIMIT + 1):
+            number += 1
+            if len(line) > JSON_LIMIT:
+                raise InputError(f"{path}:{number}: a line of more than {JSON_LIMIT:,} bytes")
             try:
                 rows.append(parse(line))
             except (ValueError, RecursionError) as error:
@@ -209,7 +212,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
             if not isinstance(rows[-1], dict):
                 raise InputError(f"{path}:{number} is no JSON object")
             if (room := room - 4 - values_in(rows[-1])) < 0:
-                raise InputError(f"{path}:{number}: more lines and values than files of ours have")
+                raise InputError(f"{path}:{number}: more lines and values than are read here: split the file")
     return rows
 
 
@@ -265,7 +268,7 @@ def _blocks(path, wanted, block=64 << 20):
 
 def read_into(path: str | Path, places: dict[str, tuple[torch.Tensor, int]], block=64 << 20) -> Iterator[int]:
     """Copy tensors of a safetensors file into {name: (tensor, first row)}: as many rows as each has (any float dtype, any
-    device), by pieces of at most `block` bytes. Yields how many values a piece had."""
+    device), by pieces of at most `block` bytes. Yields how many values a piece had; whoever doesn't iterate copies nothing."""
     for name, place, rows in _blocks(path, {name: (out.shape, first) for name, (out, first) in places.items()}, block):
         places[name][0][place].copy_(rows)
         yield rows.numel()

@@ -115,7 +115,9 @@ def many_tensors(folder, count):
 def directory(count):
     """A zip of nothing but names."""
     entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0) + b"W_enc.npy"
-    return entry * count + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, min(count, 65535), min(count, 65535), len(entry) * count, 0, 0)
+    entries, last = entry * count, entry[:32] + struct.pack("<H", 60_000) + entry[34:] + b"c" * 60_000       # with a long comment
+    entries += last * 5 * (count > 10_000)
+    return entries + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, min(count, 65535), min(count, 65535), len(entries), 0, 0)
 
 
 def params(features, compressed=False):
@@ -149,6 +151,7 @@ def cases(folder):
         (False, "numbers", fill(lambda i: '{"a":[' + ",".join(["1.5e-300"] * 1000) + "]}", 40 * MB)),
         (False, "lists", fill(lambda i: '{"a":[' + ",".join(["[]"] * 1000) + "]}", 40 * MB)),
         (False, "empty objects", rows(*["{}"] * 10 * MB)),
+        (False, "one line", json.dumps({"a": "x" * 150 * MB + "\U0001f600"}, ensure_ascii=False).encode()),
         (True, "a log", fill(step, 20 * MB))]
     yield "pairs", datafiles.read_pairs, "a.jsonl", [
         (False, "short", fill(lambda i: pair(f"\n\nHuman: {i}\n\nAssistant: a"), 80 * MB)),
@@ -162,11 +165,21 @@ def cases(folder):
         (False, "columns", fill(lambda i: f'{{"prompt":"{i}",' + ",".join(f'"{i}{j}":[]' for j in range(30)) + "}", 40 * MB)),
         (False, "nested", fill(lambda i: f'{{"prompt":"{i}","a":[' + ",".join(["[[]]"] * 300) + "]}", 40 * MB)),
         (True, "prompts", fill(lambda i: json.dumps({"prompt": prompt(i), "category": "knots"}), 20 * MB))]
+    for what, reader in (("texts", datafiles.read_texts), ("items", datafiles.read_items)):
+        yield what, lambda path, reader=reader: list(reader(path)), "a.jsonl", [
+            (False, "short", fill(lambda i: f'{{"text":"{i}"}}', 40 * MB)),
+            (False, "values", fill(lambda i: f'{{"text":"{i}","a":[' + ",".join(["[]"] * 1000) + "]}", 40 * MB)),
+            (True, "texts", fill(lambda i: json.dumps({"text": SAID * 12}), 40 * MB))]
+    yield "texts, plain", lambda path: list(datafiles.read_texts(path)), "a.txt", [
+        (False, "one of short lines", fill(lambda i: "abcdefghijk", 60 * MB)), (False, "one of lines", fill(lambda i: SAID[:31], 60 * MB)),
+        (True, "texts", fill(lambda i: SAID * 3 + "\n", 60 * MB))]
     yield "prompts as text", datafiles.read_prompts, "a.txt", [
         (False, "short", fill(str, 40 * MB)), (False, "empty", b"\n" * 40 * MB), (True, "prompts", fill(prompt, 20 * MB))]
     yield "prompts as table", datafiles.read_prompts, "a.csv", [
         (False, "short", b"prompt\n" + fill(str, 40 * MB)),
-        (False, "columns", b"prompt" + b",a" * 1000 + b"\n" + fill(lambda i: f"{i}" + ",b1" * 1000, 40 * MB)),
+        (False, "columns", b"prompt" + b",a" * 999 + b"\n" + fill(lambda i: f"{i}" + ",b1" * 999, 40 * MB)),
+        (False, "many columns", b"prompt" + b"," * 10 * MB + b"\n" + (b"a" + b"," * 10 * MB + b"\n") * 2),
+        (False, "no prompt", b",".join(b"%d" % i for i in range(5 * MB)) + b"\n"),
         (True, "prompts", b"prompt,category\n" + fill(lambda i: f'"{prompt(i)}",knots', 15 * MB))]
     yield "prompts as list", datafiles.read_prompts, "a.json", [
         (False, "short", ("[" + ",".join(f'"{i}"' for i in range(half)) + "]").encode()),
@@ -174,13 +187,14 @@ def cases(folder):
         (True, "prompts", json.dumps([prompt(i) for i in range(20 * MB // 160)]).encode())]
     yield "compressed", datafiles.read_prompts, "a.txt.gz", [
         (False, "a long line", gzip.compress(b"x" * 200 * MB, 1)), (False, "lines", gzip.compress(fill(lambda i: "x" * 70, 200 * MB), 1)),
-        (False, "empty", gzip.compress(b"\n" * 200 * MB, 1)), (True, "prompts", gzip.compress(fill(prompt, 20 * MB), 1))]
+        (False, "empty", gzip.compress(b"\n" * 200 * MB, 1)), (True, "prompts", gzip.compress(fill(prompt, 12 * MB), 1))]
     yield "tokenizer.json", data.load_tokenizer, "tokenizer.json", [
         (False, "words", words_alone(1_000_000)), (False, "too many words", words_alone(1_500_000)),
         (False, "many merges", tokenizer(2, 60_000, 900_000)),
         (False, "special tokens", tokenizer(2, 100, 100, added=[f"<s{i}>" for i in range(100_000)])),
         (False, "runs of white space", tokenizer(2, 100, 100, added=[
-            "".join(" \t\n\u2581"[i >> 2 * j & 3] for j in range(9)) for i in range(100_000)])),
+            "".join(" \t\n\u2581"[i >> 2 * j & 3] for j in range(9)) for i in range(7_000)])),
+        (False, "long ones", tokenizer(2, 100, 100, added=[" " * (1 + i % 2000) + "\t" * (i // 2000) for i in range(10_000)])),
         (False, "grows", tokenizer(normalizer={"type": "Sequence", "normalizers": [
             {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}] * 40})),
         (False, "matches for ever", tokenizer(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(e+e+)+y"}, "behavior": "Isolated",

@@ -1,5 +1,6 @@
 """Files that nobody honest wrote, by name: each is refused in one line, and no reader does more than read. Drawn ones: fuzz.py."""
 
+import itertools
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import dense
 import fuzz
 import hypothesis
 import numpy as np
@@ -323,7 +325,7 @@ def test_the_largest_json_that_is_let_in(tmp_path):
     for kind, text in ((list, b"[" + b'{"a":1},' * (most // 5) + b"1]"),
                        (list, ("[\"\U0001f600" + "x" * (files.JSON_LIMIT - 99) + '"]').encode()),
                        (dict, b"{" + b",".join(b'"%x":%d' % (i, 2**40 + i) for i in range(most // 4)) + b"}"),
-                       (dict, json.dumps({f"{i:100}": i for i in range(most // 2)}).encode())):                  # as dense as text
+                       (dict, json.dumps({f"{i:60}": i for i in range(most // 2)}).encode())):                  # as dense as text
         (tmp_path / "a.json").write_bytes(text)
         assert said(files.read_json, tmp_path / "a.json", kind) == "right"
 
@@ -355,15 +357,61 @@ ROWS = {"a.jsonl": '{"prompt": "%d", "b": 1}', "a.txt": "%d", "a.csv": '"%d",1',
 @pytest.mark.parametrize("name, cost", list(zip(ROWS, (9, 7, 9, 11, 7))), ids=ROWS)
 def test_rows_are_bounded(tmp_path, monkeypatch, name, cost):
     read = {"pairs.jsonl": datafiles.read_pairs, "log.jsonl": files.read_jsonl}.get(name, datafiles.read_prompts)
-    module, most = (files, "ITEMS") if name == "log.jsonl" else (datafiles, "VALUES")
+    module, most = (files, "ITEMS") if name == "log.jsonl" else (datafiles, "ROOM")
     rows = ["prompt,b"] * (name == "a.csv") + [ROWS[name].replace("%d", str(number)) for number in range(9)]
     (tmp_path / name).write_text("".join(f"{row}\n" for row in rows))
-    cost -= 0 if module is files else (tmp_path / name).stat().st_size // 128 / 9
+    cost -= (tmp_path / name).stat().st_size // (24 if module is files else 128) / 9
     monkeypatch.setattr(module, most, 9 * cost)
     read(tmp_path / name)
     monkeypatch.setattr(module, most, 9 * cost - 1)
     with pytest.raises(InputError, match=rf"{name}:{10 if name == 'a.csv' else 9}: more "):
         read(tmp_path / name)
+
+
+def test_a_corpus_of_nothing_but_short_rows_or_values(tmp_path, monkeypatch):
+    monkeypatch.setattr(datafiles, "SPARE", 100)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 400)
+    (tmp_path / "b.jsonl").write_text('{"text": "a", "b": [' + "[], " * 150 + "1]}\n")
+    (tmp_path / "c.txt").write_text("abc\n" * 300)
+    for name, read in itertools.product(("a.jsonl", "b.jsonl", "c.txt"), (datafiles.read_texts, datafiles.read_items)):
+        with pytest.raises(InputError, match="more than a text of that size has"):
+            list(read(tmp_path / name))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * 60, "b": 1}) + "\n" * 50)
+    assert list(datafiles.read_texts(tmp_path / "a.jsonl")) == ["a" * 60]
+
+
+def test_names_of_many_columns_are_cut(tmp_path):
+    (tmp_path / "a.csv").write_text(",".join(f"column{number}" for number in range(10**5)) + "\n")
+    (tmp_path / "b.csv").write_text("prompt," + "," * 10**5 + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps(dict.fromkeys(map(str, range(10**5)))))
+    for name, message in (("a.csv", "no column named"), ("b.csv", "columns; a set"), ("a.jsonl", "no field named")):
+        line = said(datafiles.read_prompts, tmp_path / name)
+        assert message in line and len(line) < 1000
+
+
+def test_a_run_s_log_of_one_long_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "JSON_LIMIT", 50)
+    (tmp_path / "metrics.jsonl").write_text('{"a": "%s"}' % ("x" * 50))
+    with pytest.raises(InputError, match="metrics.jsonl:1: a line of more than 50 bytes"):
+        files.read_jsonl(tmp_path / "metrics.jsonl")
+
+
+def test_a_packed_sae_and_a_zip_of_many_names(tmp_path):
+    place = tmp_path / "layer_1/width_1024/average_l0_9"
+    place.mkdir(parents=True)
+    weights = {name: torch.randn(shape).bfloat16().float().numpy() for name, shape in
+               {"W_enc": (512, 1024), "b_enc": 1024, "W_dec": (1024, 512), "b_dec": 512}.items()} | {"threshold": np.ones(1024, "f4")}
+    np.savez_compressed(place / "params.npz", **weights)                                   # half a float32 is noise here, half zeros
+    assert said(sae.load_sae, tmp_path, 1, "1024") == "right"
+    entry, last = dense.directory(2000), (place / "params.npz").read_bytes()
+    (place / "params.npz").write_bytes(entry)
+    assert "holds many members" in said(sae.load_sae, tmp_path, 1, "1024")
+    record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 2000, 2000, 2000 * 55, 0)   # the same, as for a file over 4 GB
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, 2000 * 55, 1)
+    (place / "params.npz").write_bytes(entry[:-22] + record + locator + entry[-22:-10] + bytes(4) + entry[-6:])
+    assert "holds many members" in said(sae.load_sae, tmp_path, 1, "1024")
+    (place / "params.npz").write_bytes(last)
+    assert said(sae.load_sae, tmp_path, 1, "1024") == "right"
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
@@ -385,7 +433,11 @@ SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
     {"normalizer": {"type": "Prepend", "prepend": "a" * 99}}, {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "A"}},
     {"normalizer": {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": ""}}, {"normalizer": []}, {"decoder": "Fuse"},
     {"decoder": {"type": "Sequence", "decoders": replaces("u", "uu", 40)["normalizers"]}}, {"decoder": {"type": "Replace"}},
-    {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(x+x+)+y"}}}])
+    {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(x+x+)+y"}}}, {"normalizer": replaces("e", "ee", 22) | {"type": "Fuse"}},
+    {"pre_tokenizer": {"type": "Sequence", "normalizers": [], "pretokenizers": [SPLIT | {"pattern": {"Regex": "(x+x+)+y"}}]}},
+    {"decoder": {"type": "Sequence", "normalizers": [], "decoders": replaces("u", "uu", 40)["normalizers"]}},
+    {"decoder": {"type": "WordPiece", "pattern": {"String": "u"}, "content": "u" * 999}}, {"pre_tokenizer": {"type": "Replace"}},
+    {"normalizer": {"type": "Fuse"}}])
 def test_a_tokenizer_that_would_grow_a_text_or_match_for_ever(tmp_path, parts):
     spec = json.loads((ROOT / "toy/tokenizer.json").read_text()) | parts
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
@@ -396,6 +448,14 @@ def test_a_tokenizer_of_too_many_tokens(tmp_path, monkeypatch):
     spec = json.loads((ROOT / "toy/tokenizer.json").read_text())
     monkeypatch.setattr(data, "TOKENS", len(spec["model"]["vocab"]) + len(spec["added_tokens"]) - 1)
     assert "tokens and merges are more than" in said(data.load_tokenizer, ROOT / "toy")
+
+
+def test_long_registered_tokens(tmp_path):
+    """The package builds an automaton of them, at 80 bytes a character."""
+    spec = json.loads((ROOT / "toy/tokenizer.json").read_text())
+    spec["added_tokens"] += [spec["added_tokens"][0] | {"content": " " * 300 * n, "id": 500 + n, "special": False} for n in range(1, 30)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert "registered tokens have 130,5" in said(data.load_tokenizer, tmp_path)
 
 
 def test_many_registered_tokens_take_no_longer_than_others(tmp_path):
