@@ -4,10 +4,10 @@ A stranger's file either reads right or raises InputError with one line that nam
 what they unpack to, their values and their number are bounded by what honest files have.
 """
 
+import contextlib
 import csv
 import gzip
 import itertools
-import math
 import re
 import zlib
 from collections import Counter
@@ -211,25 +211,32 @@ def _some(names):
     return ", ".join(name[:40] for name in itertools.islice(names, 20))
 
 
-def _lines(path, whole=False):
-    """(number, line) of a UTF-8 text file, plain or gzip, one at a time; `whole`: of one value, whose lines may be short."""
-    number, spare, left = 1, math.inf if whole else SPARE, (64 << 20) + 20 * _size(path)
+@contextlib.contextmanager
+def _opened(path):
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            while line := file.readline(LINE_LIMIT + 1):
-                if len(line) > LINE_LIMIT:
-                    raise InputError(f"{path}:{number}: a line of more than {LINE_LIMIT:,} bytes")
-                if (left := left - len(line)) < 0:
-                    raise InputError(f"{path}:{number}: unpacks to more than 20 times its size, as no text does: unpack it yourself")
-                if (spare := spare + len(line) / 32 - 1) < 0:
-                    raise InputError(f"{path}:{number}: {SPARE:,} lines more than a text of that size has: take the empty ones out")
-                text = line.decode()
-                yield number, text.removeprefix("\ufeff") if number == 1 else text  # Excel's byte order mark
-                number += 1
+            yield file
     except (OSError, EOFError, zlib.error) as error:  # what gzip raises
         raise InputError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text ({error.reason})") from None
+
+
+def _lines(path):
+    """(number, line) of a UTF-8 text file, plain or gzip, one at a time."""
+    number, spare, left = 1, SPARE, (64 << 20) + 20 * _size(path)
+    with _opened(path) as file:
+        while line := file.readline(LINE_LIMIT + 1):
+            if len(line) > LINE_LIMIT:
+                raise InputError(f"{path}:{number}: a line of more than {LINE_LIMIT:,} bytes")
+            if (left := left - len(line)) < 0:
+                raise InputError(f"{path}:{number}: unpacks to more than 20 times its size, as no text does: unpack it yourself")
+            if (spare := spare + len(line) / 32 - 1) < 0:
+                raise InputError(f"{path}:{number}: {SPARE:,} lines more than a text of that size has: take the empty ones out")
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}:{number}: not UTF-8 text ({error.reason})") from None
+            yield number, text.removeprefix("\ufeff") if number == 1 else text  # Excel's byte order mark
+            number += 1
 
 
 def _json(text, where, most=files.VALUES):
@@ -240,12 +247,11 @@ def _json(text, where, most=files.VALUES):
 
 
 def _whole(path):
-    text, size = [], 0
-    for _, line in _lines(path, whole=True):
-        text.append(line)
-        if (size := size + len(line)) > files.JSON_LIMIT:
-            raise InputError(f"{path} is more than {files.JSON_LIMIT:,} characters long: as one JSON value that is too much; use .jsonl")
-    return "".join(text)
+    with _opened(path) as file:
+        text = file.read(files.JSON_LIMIT + 1)
+    if len(text) > files.JSON_LIMIT:
+        raise InputError(f"{path} is more than {files.JSON_LIMIT:,} bytes long: as one JSON value that is too much; use .jsonl")
+    return text
 
 
 def json_file(path: str | Path, most=files.VALUES) -> object:
@@ -267,7 +273,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
 
 
 def _json_items(path):
-    items = _json(_whole(path) or "[]", path)
+    items = _json(_whole(path) or b"[]", path)
     if not isinstance(items, list):
         raise InputError(f"{path} holds a JSON {type(items).__name__}, not a list of prompts")
     return enumerate(items, 1)

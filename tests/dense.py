@@ -183,6 +183,7 @@ def cases(folder):
         (True, "prompts", b"prompt,category\n" + fill(lambda i: f'"{prompt(i)}",knots', 15 * MB))]
     yield "prompts as list", datafiles.read_prompts, "a.json", [
         (False, "short", ("[" + ",".join(f'"{i}"' for i in range(half)) + "]").encode()),
+        (False, "empty", b"\n" * 40 * MB),
         (False, "spread", ("[" + ",".join(f'"{i:<50}"' for i in range(700_000)) + "]").encode()),
         (True, "prompts", json.dumps([prompt(i) for i in range(20 * MB // 160)]).encode())]
     yield "compressed", datafiles.read_prompts, "a.txt.gz", [
