@@ -248,18 +248,18 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 def _blocks(path, wanted, block=64 << 20):
     """Yield (name, place, rows) of tensors of a safetensors file; wanted: {name: (shape, first row)}. Of each, as many rows as
     its shape has come in pieces of at most `block` bytes, `place` a piece's slice of it; one of no dimension whole. After so
-    many bytes the file is mapped anew, so that no more of it are resident."""
+    many bytes the file is mapped anew: only what was read since is resident."""
     with contextlib.ExitStack() as mapped:
         room, file = block, mapped.enter_context(_opened(path))
         for name, (shape, first) in wanted.items():
             count, width = (shape[0], 4 * math.prod(shape[1:])) if shape else (1, 4)
             rows = max(1, block // max(1, width))
             for start in range(0, max(1, count), rows):
-                if room <= 0:
+                stop = min(start + rows, count)
+                if (size := (stop - start) * width) > room:
                     mapped.close()
                     room, file = block, mapped.enter_context(_opened(path))
-                stop = min(start + rows, count)
-                room -= (stop - start) * width
+                room -= size
                 if shape:
                     yield name, slice(start, stop), file.get_slice(name)[first + start:first + stop]
                 else:

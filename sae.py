@@ -365,6 +365,9 @@ def _archive(path):
         raise InputError(f"{path} is not a complete .npz file ({error}): fetch or write it again") from None
 
 
+UNPACKED = 64 << 20  # bytes that an .npz may always claim
+
+
 def _directory(path):
     """Bytes of a zip's directory, by the records that can end it: PK56, and for more than 4 GB one 76 bytes before that."""
     with open(path, "rb") as file:
@@ -396,7 +399,7 @@ def read_params(path: Path) -> dict[str, Array]:
         raise InputError(f"{path} lacks {', '.join(missing)}; an SAE has {', '.join(ARRAYS)}")
     claimed = sum(array.member.file_size for array in arrays.values())
     held = sum(array.member.compress_size for array in arrays.values())
-    if held > Path(path).stat().st_size or claimed > max(64 << 20, 4 * held):  # weights compress to a half at best
+    if held > Path(path).stat().st_size or claimed > max(UNPACKED, 4 * held):  # weights compress to a half at best
         raise InputError(f"{path} claims {claimed:,} bytes, more than it can hold: fetch or write it again")
     _check_shapes(path, {name: array.shape for name, array in arrays.items()})
     return arrays

@@ -396,11 +396,13 @@ def test_a_run_s_log_of_one_long_line(tmp_path, monkeypatch):
         files.read_jsonl(tmp_path / "metrics.jsonl")
 
 
-def test_a_packed_sae_and_a_zip_of_many_names(tmp_path):
+def test_a_packed_sae_and_a_zip_of_many_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(sae, "UNPACKED", 0)
     place = tmp_path / "layer_1/width_1024/average_l0_9"
     place.mkdir(parents=True)
     weights = {name: torch.randn(shape).bfloat16().float().numpy() for name, shape in
                {"W_enc": (512, 1024), "b_enc": 1024, "W_dec": (1024, 512), "b_dec": 512}.items()} | {"threshold": np.ones(1024, "f4")}
+    weights["W_dec"][:200] = 0
     np.savez_compressed(place / "params.npz", **weights)                                   # half a float32 is noise here, half zeros
     assert said(sae.load_sae, tmp_path, 1, "1024") == "right"
     entry, last = dense.directory(2000), (place / "params.npz").read_bytes()
