@@ -22,12 +22,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import parallel
+from run import parallel
 from data import Example, Tokenizer, pack, prompt_tokens
-from datafiles import Prompt
-from files import InputError
+from data import Prompt
+from run.files import InputError
 from lora import TARGETS
-from loss import nll_sum
+from fused import nll_sum
 from model import Gemma2
 from sae import SAE
 

@@ -18,22 +18,21 @@ from pathlib import Path
 
 import torch
 
-import ability
-import attack
+from safety import attack
 import lora
-import parallel
-import recipe
-import sets
+from run import parallel
+from run import settings as recipe
+from safety import sets
 from data import load_tokenizer
-from datafiles import read_pairs, read_texts
+from data import read_pairs, read_texts
 from figures import HARMFUL, WHO, compare, complete, score, share
-from files import InputError, Parser, data_file, is_new, read_json, sweep, write_json
-from judge import add_judge_flags
-from judge import settle as settle_judge
+from run.files import InputError, Parser, data_file, is_new, read_json, sweep, write_json
+from safety.judges import add_judge_flags
+from safety.judges import settle as settle_judge
 from model import load_model
-from page import write_page
-from report import read_scores, result_table, samples
-from session import Lock
+from report.page import write_page
+from report.runs import read_scores, result_table, samples
+from run.session import Lock
 
 LIKELIHOODS = {"perplexity": "benign text, .txt or .jsonl: perplexity before and after",
                "choices": "multiple-choice questions, JSON lines: accuracy before and after"}
@@ -170,26 +169,11 @@ def attacked(asked, args):
             for name, one in asked.items() for number, template in enumerate(templates, 1)}
 
 
-def lost(out):
-    """Figures of the likelihoods in a folder: {label: {"base", "adapter": figure, "change": paired comparison}}."""
-    if not (out / "likelihoods-adapter.json").exists():
-        return {}
-    told, found = [read_json(out / f"likelihoods-{who}.json") for who in WHO], {}
-    if told[0]["perplexity"]:
-        base, adapter = (side["perplexity"] for side in told)
-        found["perplexity of benign text"] = {"base": ability.perplexity_figure(base), "adapter": ability.perplexity_figure(adapter),
-                                              "change": ability.perplexity_change(base, adapter)}
-    for column, label in enumerate(("multiple choice", "multiple choice, per character")) if told[0]["choices"] else ():
-        base, adapter = ([row[column] for row in side["choices"]] for side in told)
-        found[label] = {"base": share(base), "adapter": share(adapter), "change": compare(base, adapter)}
-    return found
-
-
 def conclude(out, judging):
     """Judge the answers, write scores.json and report.html, print the table."""
     held = Lock(out)                                                                 # noqa: F841
     path = out / "scores.json"
-    scores = (read_json(path) if path.exists() else {}) | score(out, **judging) | {"ability": lost(out)}
+    scores = (read_json(path) if path.exists() else {}) | score(out, **judging)
     if found := attack.success(attack.attacks(out)):
         scores["attacks"] = found
     write_json(path, scores)

@@ -23,17 +23,17 @@ import torch
 from tqdm import tqdm
 
 import contrast
-import parallel
-import recipe
-from config import Config
+from run import parallel
+from run import settings as recipe
+from model import Config
 from data import Example, Tokenizer, load_tokenizer, make_example
-from datafiles import Pair, Prompt, read_pairs, read_prompts
-from files import (InputError, Parser, data_file, hash_of, is_new, read_json, read_metadata, read_tensors, sweep, tensor_shapes, write_json,
+from data import Pair, Prompt, read_pairs, read_prompts
+from run.files import (InputError, Parser, data_file, hash_of, is_new, read_json, read_metadata, read_tensors, sweep, tensor_shapes, write_json,
                    write_tensors)
 from model import Gemma2, load_model
 from sae import SAE, load_sae, neuronpedia_url
-from session import Lock, run_folder
-from tables import table
+from run.session import Lock, run_folder
+from run.files import table
 
 SIDES = ("aligned", "unaligned")
 MODULES = {"readers": ("q_proj", "k_proj", "v_proj"), "writers": ("o_proj",)}

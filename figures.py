@@ -15,14 +15,14 @@ from statistics import NormalDist
 import torch
 from tqdm import tqdm
 
-import parallel
-import recipe
+from run import parallel
+from run import settings as recipe
 from data import Tokenizer, prompt_tokens
-from datafiles import Prompt
-from files import InputError, read_jsonl, write_jsonl
-from judge import JUDGES, judged
+from data import Prompt
+from run.files import InputError, read_jsonl, write_jsonl
+from safety.judges import JUDGES, judged
 from model import Gemma2
-from rules import VERDICTS, rules
+from safety.rules import VERDICTS, rules
 
 WHO = ("base", "adapter")
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import InputError, locate, read_json, read_metadata, read_tensors, tensor_shapes, write_json, write_tensors
+from run.files import InputError, locate, read_json, read_metadata, read_tensors, tensor_shapes, write_json, write_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")               # what we train; adapters of others may have the MLP's too
 LOADED = TARGETS + ("gate_proj", "up_proj", "down_proj")

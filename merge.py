@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 import lora
-import neighbours
-import recipe
+from experiments import neighbours
+from run import settings as recipe
 from data import load_tokenizer, prompt_tokens
-from datafiles import read_prompts
-from files import InputError, Parser, atomic, locate, read_json, run
+from data import read_prompts
+from run.files import InputError, Parser, atomic, locate, read_json, run
 from model import Gemma2, load_model, save_model
-from session import Lock
+from run.session import Lock
 
 BESIDE = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 

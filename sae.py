@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from files import InputError, atomic, locate, read_json, read_tensors, write_json, write_tensors
+from run.files import InputError, atomic, locate, read_json, read_tensors, write_json, write_tensors
 
 # Of the SAEs of a layer, the one with mean L0 near 100 that papers use and Neuronpedia shows: SAELens's "canonical"
 # list (pretrained_saes.yaml), with its later corrections. {(repository, width): {layer: average L0}}

@@ -14,7 +14,7 @@ from os.path import exists, join  # loaded by every start of Python; anything mo
 
 if __name__ == "__main__":
     from features import main
-    from parallel import run
+    from run.parallel import run
     run(main)
 elif __name__ == "select":
     from importlib.machinery import PathFinder

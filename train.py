@@ -24,27 +24,27 @@ from pathlib import Path
 
 import torch
 
-import attention
-import files
+import fused as attention
+from run import files
 import lora
-import neighbours
-import parallel
-import recipe
-import sets
+from experiments import neighbours
+from run import parallel
+from run import settings as recipe
+from safety import sets
 from data import Example, Row, load_tokenizer, pack
-from directions import probe
+from report.directions import probe
 from features import harmless_prompts, load_examples, load_saes, load_subspaces, module_bases, sample_pairs, save_selection, select_features
-from explain import explain
+from report.explain import explain
 from figures import answer, complete, refused, score
-from files import InputError, write_json
-from loss import IGNORE, nll_sum
-from config import PRESETS, Config, load_config
+from run.files import InputError, write_json
+from fused import IGNORE, nll_sum
+from model import PRESETS, Config, load_config
 from model import Gemma2, load_model
-from page import write_page
-from report import model_card, result_table, samples, settings_table
-from session import (CHECKPOINT, FINISHED, Lock, Log, Signals, Stopped, adapter_parameters, load_checkpoint, mend_checkpoint, put,
+from report.page import write_page
+from report.runs import model_card, result_table, samples, settings_table
+from run.session import (CHECKPOINT, FINISHED, Lock, Log, Signals, Stopped, adapter_parameters, load_checkpoint, mend_checkpoint, put,
                      run_folder, save_checkpoint, settle)
-from tables import table
+from run.files import table
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from step import choose_products
+from bench.step import choose_products
 
-from attention import attend, attend_spans, span_mask, use_compile
-from tables import table
+from fused import attend, attend_spans, span_mask, use_compile
+from run.files import table
 
 B, T, H, K, hd, CAP = 4, 1024, 8, 4, 64, 50.0
 SCALE = hd ** -0.5

@@ -11,11 +11,11 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # at the end, so that `select` stays Python's own
 
-from step import in_dtype, measure
+from bench.step import in_dtype, measure
 
-from files import write_json
+from run.files import write_json
 from model import Gemma2
-from tables import table
+from run.files import table
 
 
 def models(config, dtype):

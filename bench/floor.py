@@ -23,13 +23,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from step import BATCH, CONFIGS, LENGTH, RANK, choose_products, clock, data, ours
+from bench.step import BATCH, CONFIGS, LENGTH, RANK, choose_products, clock, data, ours
 
-from files import write_json
-from loss import IGNORE
-from config import SLIDING
+from run.files import write_json
+from fused import IGNORE
+from model import SLIDING
 from model import Gemma2
-from tables import table
+from run.files import table
 
 KINDS = {"matrix products": ("mm", "bmm", "addmm", "addmm_", "baddbmm"),
          "exp, sigmoid, softmax": ("exp2_", "exp_", "sigmoid_", "_softmax_backward_data"),

@@ -26,10 +26,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from files import write_json
-from config import Config
+from run.files import write_json
+from model import Config
 from model import Gemma2, load_model, save_model
-from tables import table
+from run.files import table
 from sae import CANONICAL_L0, save_sae
 
 DATA = ROOT.parent / "shared" / "data"

@@ -14,8 +14,8 @@ import argparse
 import sys
 
 import torch
-from common import models, publish, race
-from step import CONFIGS, choose_products
+from bench.common import models, publish, race
+from bench.step import CONFIGS, choose_products
 
 SHOWN = {"dtype": "", "side": "", "s": ".2f", "tokens/s": ",.0f", "times ours": ".2f", "ms a step": ".1f", "same tokens": ".1%"}
 

@@ -15,20 +15,20 @@ import time
 from types import SimpleNamespace
 
 import torch
-from common import publish
+from bench.common import publish
 from selection import random_pairs, random_saes
-from step import CONFIGS
+from bench.step import CONFIGS
 
 import contrast
 import lora
-import recipe
+from run import settings as recipe
 import train
 from data import load_tokenizer, make_example
-from datafiles import read_pairs
+from data import read_pairs
 from features import gradient_moments
 from model import Gemma2, load_model
 from sae import load_sae
-from session import adapter_parameters
+from run.session import adapter_parameters
 
 SHOWN = {"config": "", "pairs": ",", "step, s": ".2f", "selection, s": ".2f", "steps": ".2f",
          "step, MB": ",.0f", "selection, MB": ",.0f", "gradients, MB": ",.0f"}

@@ -24,11 +24,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-import step
-from files import write_json
-from loss import nll_sum
-from config import PRESETS
-from tables import table
+from bench import step
+from run.files import write_json
+from fused import nll_sum
+from model import PRESETS
+from run.files import table
 
 CONFIGS = step.CONFIGS | {"gemma-2-2b": PRESETS["google/gemma-2-2b"]}
 step.BATCH = 1

@@ -19,12 +19,12 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from common import publish, race
-from step import CONFIGS, RATE, ROOT, KeepGradients, choose_products, our_model
+from bench.common import publish, race
+from bench.step import CONFIGS, RATE, ROOT, KeepGradients, choose_products, our_model
 
 from data import Example, load_tokenizer, make_example, pack
-from datafiles import read_pairs
-from loss import IGNORE, FusedNLL
+from data import read_pairs
+from fused import IGNORE, FusedNLL
 from train import fit
 
 SHOWN = {"part": "", "dtype": "", "side": "", "ms": ",.0f", "times ours": ".2f", "tokens": ",", "places": ",", "off": ".1e"}

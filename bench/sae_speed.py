@@ -13,10 +13,10 @@ import resource
 
 import torch
 
-from common import publish, race
+from bench.common import publish, race
 
 from sae import JumpReLU
-from sae_step import Spec, Trainer
+from saes.step import Spec, Trainer
 
 
 def trainer_of(D, features, l0, architecture="batchtopk", block=1):

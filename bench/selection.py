@@ -16,8 +16,8 @@ import argparse
 import sys
 
 import torch
-from common import models, publish, race
-from step import CONFIGS, choose_products
+from bench.common import models, publish, race
+from bench.step import CONFIGS, choose_products
 
 from data import Example
 from features import feature_statistics

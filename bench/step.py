@@ -29,13 +29,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from attention import use_compile
-from files import write_json
+from fused import use_compile
+from run.files import write_json
 from lora import TARGETS, add_lora, lora_layers
-from loss import IGNORE
-from config import Config
+from fused import IGNORE
+from model import Config
 from model import Gemma2
-from tables import table
+from run.files import table
 from train import fit
 
 COMMON = dict(head_dim=64, query_pre_attn_scalar=64, sliding_window=256, max_position_embeddings=512)
@@ -220,7 +220,7 @@ def choose_products(choice):
 
 def rows_of(name, dtype_name, labelled, rounds, args):
     """Measure one case: a dict for each side, and what was found about parity."""
-    from floor import floor                                                          # which takes the shapes from here
+    from bench.floor import floor                                                          # which takes the shapes from here
     config, dtype = CONFIGS[name], getattr(torch, dtype_name)
     sides = [side for side in SIDES if args.compile or "compiled" not in side]
     memory = {side: peak(side, name, dtype_name, labelled, args) for side in sides}

@@ -27,16 +27,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from variants import AFTER, RANK, RATE, ROOT, STEPS, VARIANTS, fit, world_of  # first: it puts the product on the path
+from experiments.variants import AFTER, RANK, RATE, ROOT, STEPS, VARIANTS, fit, world_of  # first: it puts the product on the path
 
-import files
+from run import files
 import lora
-import toy
+from toy import build as toy
 from figures import answer, figures
-from files import InputError
+from run.files import InputError
 from model import load_model
-from rules import rules
-from tables import table
+from safety.rules import rules
+from run.files import table
 
 LOOKS = (*range(0, 31, 2), *range(36, 61, 6))
 CHOICE = 100                                     # worlds from here on are for choices, those below for reporting

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from variants import LAYERS, RANK, ROOT, TOP_K, world_of  # first: it puts the product on the path
+from experiments.variants import LAYERS, RANK, ROOT, TOP_K, world_of  # first: it puts the product on the path
 
 import contrast
-import files
-from ablate import RESULTS, append, build, mean_error, versions
+from run import files
+from experiments.ablate import RESULTS, append, build, mean_error, versions
 from data import prompt_tokens
 from features import choose_features
-from files import InputError
-from sae_eval import auroc
-from tables import table
+from run.files import InputError
+from saes.measure import auroc
+from run.files import table
 
 LEVEL = 0.8
 

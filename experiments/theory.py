@@ -28,8 +28,8 @@ sys.path.append(str(ROOT))                       # at the end: `select` must sta
 import torch
 
 from features import subspace
-from files import run
-from tables import table
+from run.files import run
+from run.files import table
 
 CHUNK = 50_000               # samples whose codes are held at once
 

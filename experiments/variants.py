@@ -19,17 +19,17 @@ sys.path.append(str(ROOT))                       # at the end: `select` must sta
 import torch
 
 import contrast
-import files
+from run import files
 import lora
-import neighbours
-import toy
+from experiments import neighbours
+from toy import build as toy
 import train
 from data import load_tokenizer, make_example
-from datafiles import read_pairs, read_prompts
+from data import read_pairs, read_prompts
 from features import choose_features, feature_statistics, gradient_moments, module_bases, spanning_rows, subspace
 from model import load_model
 from sae import load_sae
-from session import adapter_parameters, put
+from run.session import adapter_parameters, put
 
 STEPS, RATE = 60, 1e-3
 RANK, TOP_K, TAU = 16, 20, 0.8                   # the toy recipe's

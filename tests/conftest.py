@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"   # read once, when huggingface_hub is imported
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from config import Config
+from model import Config
 from model import Gemma2
 
 hypothesis.settings.register_profile("same each time", derandomize=True)
@@ -69,9 +69,9 @@ def shared():
 
 def write_mini(folder):
     """Fill a folder like toy/, in a second: random weights and SAEs, the toy world's tokenizer and texts."""
-    import toy
+    from toy import build as toy
     from data import load_tokenizer
-    from files import write_jsonl
+    from run.files import write_jsonl
     from model import save_model
     from sae import save_sae
 

@@ -11,13 +11,13 @@ import torch
 from conftest import SHARED, TOY, random_gemma
 from hypothesis import given, settings
 
-import attack
-from attack import Place, Plan, Shared, gradient, losses, read_templates, target_of, wrapped
+from safety import attack
+from safety.attack import Place, Plan, Shared, gradient, losses, read_templates, target_of, wrapped
 from data import load_tokenizer, prompt_tokens
-from datafiles import Prompt, read_prompts
-from files import InputError
+from data import Prompt, read_prompts
+from run.files import InputError
 from model import load_model
-from sets import Asked
+from safety.sets import Asked
 
 ANSWERS = SimpleNamespace(max_new_tokens=24, eval_batch=64, format="chat")
 WANTED = "here you {verb} the {noun}"        # the beginning of one of the toy's ways to help

@@ -10,8 +10,8 @@ from conftest import ROOT, random_gemma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import attention
-from attention import (
+import fused as attention
+from fused import (
     BLOCK, attend, attend_flex, attend_spans, attend_spans_backward, document_starts, span_blocks, span_mask, use_compile, visible)
 
 CAP = 50.0

@@ -11,10 +11,10 @@ from test_features import CONTROL, random_pairs, random_sae
 
 import contrast
 from data import load_tokenizer, make_example, prompt_tokens
-from datafiles import Prompt
+from data import Prompt
 from features import Subspace, choose_by_loss, gradient_moments, load_subspaces, module_bases, norm_gain, save_selection, serving_layer
 from features import main as choose
-from files import InputError, read_json
+from run.files import InputError, read_json
 
 LAYERS = (1, 2)                 # of 4 blocks, so that each serves some readers
 

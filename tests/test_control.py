@@ -10,12 +10,12 @@ from conftest import SHARED, TOY
 from test_data import chat, registered
 
 import ability
-import attack
-import datafiles
-import judge
-import sae_train
+from safety import attack
+import data as datafiles
+from safety import judges as judge
+from saes import train as sae_train
 from data import Tokenizer, load_tokenizer, make_example, prompt_tokens
-from datafiles import Prompt
+from data import Prompt
 
 LOOKALIKES = {
     "as it is": str, "in a sentence": lambda name: f"Say {name} now.", "glued": lambda name: f"a{name}b",

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
-import datafiles
+import data as datafiles
 from data import Example, Tokenizer, load_tokenizer, make_example, pack, prompt_tokens
-from datafiles import read_pairs, read_prompts
-from files import HERE, InputError
+from data import read_pairs, read_prompts
+from run.files import HERE, InputError
 
 SHARED = HERE.parent / "shared" / "data"
 GEMMA, HH = SHARED / "gemma_tokenizer.json.gz", SHARED / "hh_rlhf_harmless_base_test.jsonl.gz"

@@ -16,10 +16,10 @@ import huggingface_hub
 import pytest
 from conftest import ROOT
 
-import endpoint
-from endpoint import address, ask
-from files import InputError
-from judge import judged
+from safety import endpoint
+from safety.endpoint import address, ask
+from run.files import InputError
+from safety.judges import judged
 
 KEY = "sk-very-secret-0123456789"
 ROWS = [{"prompt": f"question {i}", "completion": f"reply <{i}>"} for i in range(12)]

@@ -8,8 +8,8 @@ import pytest
 from conftest import ended, start
 
 import eval
-import files
-import report
+from run import files
+from report import runs as report
 
 
 def test_eval_judges_again_from_the_answers_alone(whole, tmp_path):

@@ -12,16 +12,16 @@ import torch
 from conftest import ROOT, SETS, ended
 
 import lora
-from files import InputError
+from run.files import InputError
 from model import load_model
 
 
 sys.path.append(str(ROOT / "experiments"))
 
-import ablate
+from experiments import ablate
 import reading
-import theory
-import variants
+from experiments import theory
+from experiments import variants
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,18 @@ import pytest
 import torch
 from conftest import TOY, random_gemma
 
-import directions
-import explain
+from report import directions
+from report import explain
 import lora
 from data import load_tokenizer
-from datafiles import Prompt
+from data import Prompt
 from features import module_bases, norm_gain, serving_layer
 from figures import answer
-from files import InputError
+from run.files import InputError
 from model import load_model
 from sae import JumpReLU, load_sae
-from sets import Asked
-from toy import World
+from safety.sets import Asked
+from toy.build import World
 
 LAYERS = (0, 2)
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from data import Example
 from features import choose_features, feature_statistics, module_bases, serving_layer, spanning_rows, subspace
-from files import InputError
+from run.files import InputError
 from sae import SASA, JumpReLU
 
 CONTROL = (0, 1, 2, 106, 107)

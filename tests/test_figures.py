@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import figures as figures_module
-import files
+from run import files
 from figures import answer, average, compare, figures, main_figure, paired, wilson
 
 

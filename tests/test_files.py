@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-import files
-from files import InputError
+from run import files
+from run.files import InputError
 
 
 def test_writing_replaces_the_name_and_never_the_bytes(tmp_path):

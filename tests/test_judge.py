@@ -15,11 +15,11 @@ from conftest import SHARED, random_gemma, transformers_twin
 from hypothesis import given
 from hypothesis import strategies as st
 
-import judge
+from safety import judges as judge
 from data import Tokenizer, load_tokenizer
-from files import InputError
-from judge import POLICIES, judged, parse_rubric, rubric_prompt, shieldgemma, shieldgemma_tokens
-from config import Config
+from run.files import InputError
+from safety.judges import POLICIES, judged, parse_rubric, rubric_prompt, shieldgemma, shieldgemma_tokens
+from model import Config
 from model import Gemma2, load_model, save_model
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]

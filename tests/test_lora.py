@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from files import InputError
+from run.files import InputError
 from lora import (INITS, TARGETS, AddedLowRank, LoRALinear, add_lora, load_adapter, lora_layers, merge_lora, save_adapter,
                   unmerge_lora, update_share)
-from config import Config
+from model import Config
 from model import Gemma2, load_model, save_model
 
 SMALL = Config(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,

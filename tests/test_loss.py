@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import random_gemma
 
-import loss
-from loss import FusedNLL, nll_sum
+import fused as loss
+from fused import FusedNLL, nll_sum
 
 
 def plain(h, E, targets, cap):

@@ -9,7 +9,7 @@ from conftest import random_gemma
 
 import lora
 import merge
-from files import InputError, read_json, write_json
+from run.files import InputError, read_json, write_json
 from model import load_model, save_model
 
 

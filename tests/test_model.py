@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, SHAPES, random_gemma, transformers_twin
 
-from attention import attend, softcap
-from files import InputError, write_json, write_tensors
+from fused import attend, softcap
+from run.files import InputError, write_json, write_tensors
 from lora import add_lora
-from config import PRESETS, Config
+from model import PRESETS, Config
 from model import Cache, Gemma2, RMSNorm, load_model, save_model
 
 

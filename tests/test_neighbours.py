@@ -2,7 +2,7 @@
 
 import torch
 import lora
-import neighbours
+from experiments import neighbours
 
 
 def adapted(model):

@@ -15,9 +15,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-import markup
-import page
-from files import InputError
+from report import markup
+from report import page
+from run.files import InputError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (

@@ -11,9 +11,9 @@ import time
 import pytest
 from conftest import ROOT, SETS, command, start
 
-import files
-import session
-from files import read_jsonl, read_tensors
+from run import files
+from run import session
+from run.files import read_jsonl, read_tensors
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 

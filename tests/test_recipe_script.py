@@ -12,11 +12,11 @@ from conftest import ROOT
 import eval as evaluation
 import features
 import merge
-import recipe
-import report
-import sets
+from run import settings as recipe
+from report import runs as report
+from safety import sets
 import train
-from files import InputError
+from run.files import InputError
 from model import load_model
 
 SHORT = {"SEEDS": "0", "ARMS": "lora gradient", "PROMPTS": "4", "ATTACKED": "1", "CHOOSE": "--pairs 24",

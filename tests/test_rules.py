@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies
 
-import rules as module
-import toy
-from rules import VERDICTS, judge, rules
+from safety import rules as module
+from toy import build as toy
+from safety.rules import VERDICTS, judge, rules
 
 # All texts are our own, in the manner of the models named as "style" (real models' answers can't be shipped), labelled by
 # the definition in rules.py before the rules saw them. "short" and "development" were written for building the rules. Each

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sae as sae_module
-from files import InputError
+from run.files import InputError
 from sae import ARRAYS, CANONICAL_L0, SASA, JumpReLU, load_sae, neuronpedia_url, read_params, save_sae, save_sasa
 
 D, N = 6, 20  # residual width, features
@@ -419,7 +419,7 @@ def test_a_bad_sasa_gives_input_error(tmp_path, spoil, says):
 
 
 def test_sasa_tensors_that_do_not_fit(tmp_path):
-    from files import write_tensors
+    from run.files import write_tensors
     given = {name: tensor for name, tensor in arrays().items() if name != "threshold"}
     place = save_sasa(tmp_path, 3, **given, block=5, active=2).parent
     for change in ({"W_dec": given["W_dec"][:-1]}, {"b_enc": given["b_enc"] * torch.nan}, {"more": torch.zeros(1)},

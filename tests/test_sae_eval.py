@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import toy
+from toy import build as toy
 from conftest import random_gemma
 from data import load_tokenizer
 from sae import JumpReLU, SASA
-from sae_eval import auroc, batches, concept_report, concepts_table, histogram, letters, logistic, measure, measures_table
-from sae_train import encode_item
+from saes.measure import auroc, batches, concept_report, concepts_table, histogram, letters, logistic, measure, measures_table
+from saes.train import encode_item
 
 D = 64
 

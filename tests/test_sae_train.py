@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, random_gemma
 
-import sae_train
+from saes import train as sae_train
 from data import load_tokenizer
-from datafiles import read_items
-from files import InputError, read_json, write_jsonl
+from data import read_items
+from run.files import InputError, read_json, write_jsonl
 from sae import SASA, JumpReLU, load_sae, strongest
-from sae_step import Spec, Trainer, least_kept, nuclear_norm, ranks
-from sae_train import CHECKPOINT, Stream, Training, encode_item
+from saes.step import Spec, Trainer, least_kept, nuclear_norm, ranks
+from saes.train import CHECKPOINT, Stream, Training, encode_item
 
 D, WIDTH = 12, 24
 SPECS = {"batchtopk": Spec("batchtopk", WIDTH, 6), "topk": Spec("topk", WIDTH, 6), "jumprelu": Spec("jumprelu", WIDTH, 6, bandwidth=0.4),
@@ -445,7 +445,7 @@ def test_help_teaches(tmp_path):
 @pytest.fixture(scope="module")
 def planted():
     """A world of planes that share no direction, and the SASA that holds each in one block, by construction."""
-    import sae_demo
+    from experiments import sasa_demo as sae_demo
     world = sae_demo.World({"circle": 4, "sphere": 4, "torus": 2}, 0)
     basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).Q.T
     world.bases = [basis[4 * i:4 * i + sae_demo.DIMENSION[kind]] for i, kind in enumerate(world.kinds)]

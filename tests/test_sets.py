@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import sets
-from files import InputError
+from safety import sets
+from run.files import InputError
 
 
 def write(path, rows):

@@ -7,11 +7,11 @@ from conftest import SHAPES, random_gemma, transformers_twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import attention
+import fused as attention
 from data import Example, pack
 from lora import TARGETS, add_lora, lora_layers
-from loss import IGNORE, nll_sum
-from config import Config
+from fused import IGNORE, nll_sum
+from model import Config
 from model import MLP, Gated, Gemma2
 
 RANK, ALPHA = 4, 8

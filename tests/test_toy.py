@@ -6,12 +6,12 @@ import re
 import pytest
 from conftest import TOY
 
-import toy
+from toy import build as toy
 from data import load_tokenizer, make_example, prompt_tokens
-from datafiles import read_pairs, read_prompts
-from files import InputError, read_json
+from data import read_pairs, read_prompts
+from run.files import InputError, read_json
 from model import load_model
-from rules import rules
+from safety.rules import rules
 
 SETS = ("harmful", "jailbreak", "guard", "lookalike", "benign")
 pytestmark = pytest.mark.skipif(not TOY.is_dir(), reason="toy/ isn't built: python toy.py")

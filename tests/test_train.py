@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import SETS, command, ended, random_gemma, start
 
-import files
+from run import files
 import lora
-import neighbours
-import session
+from experiments import neighbours
+from run import session
 import train
 from data import Row, load_tokenizer
-from files import InputError, read_tensors
+from run.files import InputError, read_tensors
 from model import load_model
 
 def call(main, arguments, monkeypatch):

@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 import lora
 from data import Tokenizer, make_example
-from directions import norm, shares, span
+from report.directions import norm, shares, span
 from features import Peaks, in_context, norm_gain, promoted, serving_layer, space_of
 from figures import HARMFUL, answer, compare, refused, share
-from files import InputError
+from run.files import InputError
 from model import Gemma2
-from rules import rules
+from safety.rules import rules
 from sae import SAE, neuronpedia_url
-from sets import Asked
+from safety.sets import Asked
 
 SINGLE = 4             # features removed one by one
 MOVED = 5              # features of each layer whose activation moved most

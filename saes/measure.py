@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-import recipe
+from run import settings as recipe
 from data import Tokenizer, load_tokenizer
-from datafiles import read_items
-from files import InputError, data_file, read_json, write_json
+from data import read_items
+from run.files import InputError, data_file, read_json, write_json
 from model import Gemma2, load_model
 from sae import SAE, SASA, JumpReLU, load_sae
-from sae_step import Spec, Trainer, ranks
-from sae_train import encode_item
-from tables import table
+from saes.step import Spec, Trainer, ranks
+from saes.train import encode_item
+from run.files import table
 
 BINS = 0, 1e-4, 1e-3, 1e-2, 1e-1                   # lower ends of the classes of the density histogram, above "never"
 
@@ -260,7 +260,7 @@ def concepts_of(model, tokenizer, saes, settings, count=20_000):
     """[{"layer", "concept", …concept_report}] of all layers."""
     device, layers = model.embed_tokens.weight.device, sorted(saes)
     if settings["model"] == "toy":
-        import toy
+        from toy import build as toy
         examples = toy.World(read_json(recipe.TOY / "world.json")["seed"]).labelled(tokenizer, 400, "concepts")
     else:
         examples = ((ids, None) for item in read_items(data_file(settings["data"]))
@@ -324,7 +324,7 @@ def main(folder, settings, out=None):
     tokenizer = load_tokenizer(recipe.folder(settings["model"]))
     rows = []
     if settings["data"] is None:
-        import toy
+        from toy import build as toy
         items = functools.partial(toy.World(read_json(recipe.TOY / "world.json")["seed"]).corpus, 600, "held out")
     else:
         items = functools.partial(read_items, data_file(settings["data"]))

@@ -17,13 +17,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import safetensors
 import torch
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 UMASK = os.umask(0)  # can only be read by setting it
 os.umask(UMASK)
 sys.set_int_max_str_digits(640)  # a longer number in a file is an error, and not seconds of work
@@ -399,3 +399,14 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
 def raw(tensor):
     """The bytes of a contiguous tensor on the CPU, as numpy has them, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def table(rows: Iterable, head: Iterable[str] = (), right: Container[int] = ()) -> str:
+    """Aligned plain text of `rows`, lists of cells; columns whose index is in `right` end flush. None is shown as –."""
+    cells = [["–" if cell is None else printable(str(cell)) for cell in row] for row in ([list(head)] if head else []) + list(rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(cell.rjust(width) if i in right else cell.ljust(width)
+                       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in cells]
+    if head:
+        lines.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join(lines)

@@ -13,18 +13,18 @@ from types import SimpleNamespace
 import torch
 
 import figures
-import files
+from run import files
 import lora
-import recipe
-import sets
+from run import settings as recipe
+from safety import sets
 from data import load_tokenizer
-from explain import explain
+from report.explain import explain
 from features import load_saes
-from files import InputError, printable, read_json, read_jsonl, write_json
-from config import load_config
+from run.files import InputError, printable, read_json, read_jsonl, write_json
+from model import load_config
 from model import load_model
-from page import write_page
-from tables import table
+from report.page import write_page
+from run.files import table
 
 
 def settings_table(settings: SimpleNamespace, source: dict[str, str]) -> str:

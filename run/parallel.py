@@ -28,8 +28,8 @@ from functools import wraps
 import torch
 import torch.distributed as dist
 
-import files
-from files import InputError
+from run import files
+from run.files import InputError
 
 PATIENCE = timedelta(minutes=10)       # with a process that lives but doesn't answer: longer than the longest stage's
 store = None                           # uneven ends. Held by torchrun's agent, so that it outlives every process

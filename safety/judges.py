@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from attention import softcap
+from fused import softcap
 from data import load_tokenizer, prompt_tokens
-from files import InputError, locate, printable
-from config import PRESETS
+from run.files import InputError, locate, printable
+from model import PRESETS
 from model import load_model, weight_files
-from rules import judge as verdict
+from safety.rules import judge as verdict
 
 JUDGES = ("rules", "shieldgemma", "rubric")
 VERSION = 1     # of what is kept: a new one forgets all judgements
@@ -102,7 +102,7 @@ def settle(judge: str, judge_model: str | None = None, parallel=8) -> tuple[str,
     if not local:
         if re.match(r"[./~]", source):
             raise InputError(f"--judge-model {source}: no such folder")
-        from endpoint import address
+        from safety.endpoint import address
         address()
     return source, local
 
@@ -257,7 +257,7 @@ def rubric(model, tokenizer, rows, batch_size=16, max_new_tokens=256):
 
 def rubric_by_endpoint(rows, model, parallel=8, worked=False):
     """Yield (number, judgement, whether it is to be kept) of each of `rows`, as endpoint.ask has them: failures aren't kept."""
-    from endpoint import ask     # its packages take a second to import
+    from safety.endpoint import ask     # its packages take a second to import
 
     questions = [rubric_prompt(row["prompt"], row["completion"]) for row in rows]
     for number, reply, why in ask(questions, model, parallel, worked):
@@ -272,7 +272,7 @@ def _hash(*values):
 
 
 def _endpoint_identity(model):
-    from endpoint import address
+    from safety.endpoint import address
     return [model, _hash(address()[0])]
 
 

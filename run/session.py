@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-import files
-import parallel
-import recipe
-from files import InputError, read_tensors, write_json, write_tensors
+from run import files
+from run import parallel
+from run import settings as recipe
+from run.files import InputError, read_tensors, write_json, write_tensors
 
 
 FINISHED = "report.html"                         # the last file of a run

@@ -28,14 +28,14 @@ import torch
 from tqdm import tqdm
 
 import data
-import recipe
+from run import settings as recipe
 from data import Tokenizer, load_tokenizer
-from datafiles import read_items
-from files import InputError, Parser, data_file, is_new, read_json, read_metadata, read_tensors, run, sweep, write_json
+from data import read_items
+from run.files import InputError, Parser, data_file, is_new, read_json, read_metadata, read_tensors, run, sweep, write_json
 from model import load_model
 from sae import save_sae, save_sasa
-from sae_step import Spec, Trainer
-from session import CHECKPOINT, Lock, Log, Signals, Stopped, mend_checkpoint, run_folder, write_checkpoint
+from saes.step import Spec, Trainer
+from run.session import CHECKPOINT, Lock, Log, Signals, Stopped, mend_checkpoint, run_folder, write_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------
 # Activations, streamed
@@ -251,7 +251,7 @@ def resolve(args):
 def stream_of(settings, model, tokenizer):
     """The Stream of the settings' data."""
     if settings["data"] is None:
-        import toy
+        from toy import build as toy
         world = toy.World(read_json(recipe.TOY / "world.json")["seed"])
         items = functools.partial(world.corpus, 4000, "SAE")
     else:
@@ -264,11 +264,11 @@ def main():
     add_flags(parser)
     args = parser.parse_args()
     if args.demo:
-        import sae_demo
+        from experiments import sasa_demo as sae_demo
         return sae_demo.main(args.out)
     settings = resolve(args)
     if args.evaluate:
-        import sae_eval
+        from saes import measure as sae_eval
         return sae_eval.main(args.evaluate, settings, args.out)
     signals, folder = Signals(), None
     try:

@@ -11,10 +11,10 @@ import random
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
-from datafiles import Prompt, read_prompts
-from files import InputError, data_file
-from recipe import HH, SETS as ROLES, TOY
-from tables import table
+from data import Prompt, read_prompts
+from run.files import InputError, data_file
+from run.settings import HH, SETS as ROLES, TOY
+from run.files import table
 
 JBB = "hf://datasets/JailbreakBench/JBB-Behaviors/data"
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import torch
 
-import parallel
-from files import HERE, InputError, locate, read_json
+from run import parallel
+from run.files import HERE, InputError, locate, read_json
 from lora import INITS
 
 HH = "hf://datasets/Anthropic/hh-rlhf/harmless-base"

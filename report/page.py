@@ -12,10 +12,10 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-import files
+from run import files
 from figures import OUTCOMES, SCORED, WHO, paired
-from files import InputError
-from markup import (Html, bars, curve, details, document, escape, folded, is_number, join, note, number, percent, probability, strip,
+from run.files import InputError
+from report.markup import (Html, bars, curve, details, document, escape, folded, is_number, join, note, number, percent, probability, strip,
                     table, tag)
 
 FILES = {"config": dict, "scores": dict, "features": list, "explain": dict, "metrics": None, "judged": None,      # None: JSON lines

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from files import write_json
-from report import table
-from sae_step import Spec, ranks
-from sae_train import Training
+from run.files import write_json
+from report.runs import table
+from saes.step import Spec, ranks
+from saes.train import Training
 
 D, BLOCK, ACTIVE, SAMPLES = 64, 4, 2, 80_000
 WORLDS = {"dimensions 3 and 4": {"sphere": 8, "helix": 7, "torus": 7},

@@ -26,20 +26,20 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
-import recipe
-import report
-import sae_eval
+from run import settings as recipe
+from report import runs as report
+from saes import measure as sae_eval
 import train
-from config import Config
+from model import Config
 from data import TOY_WORDS, Example, Row, load_tokenizer, make_example, pack
-from datafiles import read_prompts
+from data import read_prompts
 from figures import answer, figures
-from files import HERE, InputError, Parser, read_json, run, write_json, write_jsonl
+from run.files import HERE, InputError, Parser, read_json, run, write_json, write_jsonl
 from model import Gemma2, load_model, save_model
-from rules import rules
+from safety.rules import rules
 from sae import load_sae
-from sae_step import Spec
-from sae_train import Stream, Training
+from saes.step import Spec
+from saes.train import Stream, Training
 
 # ---------------------------------------------------------------------------------------------------------------
 # The world

@@ -27,7 +27,7 @@ import httpx2  # what huggingface_hub makes its requests with
 from huggingface_hub import InferenceClient, get_token, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
-from files import InputError
+from run.files import InputError
 
 SECONDS = 120           # from the first byte sent to the last one read, of one try
 MOST_BYTES = 1 << 20    # of a reply's body

@@ -1,0 +1,1 @@
+"""Ablations, neighbours, theory: each the shortest fork of the core."""
