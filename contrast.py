@@ -49,7 +49,7 @@ def contrast_gradients(model: Gemma2, pairs: Sequence[tuple[Example, Example]], 
     """
     if not pairs:
         raise InputError("no pairs: nothing to contrast")
-    if parallel.in_step(model):
+    if parallel.is_sharded(model):
         raise InputError("--select gradient needs whole weights on each card: leave --shard out of selection")
     device = model.embed_tokens.weight.device
     weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.endswith(TARGETS)}
@@ -61,7 +61,7 @@ def contrast_gradients(model: Gemma2, pairs: Sequence[tuple[Example, Example]], 
     model.requires_grad_(False)
     hooks = [weight.requires_grad_().register_post_accumulate_grad_hook(_into(sums[name])) for name, weight in weights.items()]
     try:
-        for weight, row in tqdm(parallel.mine(rows), "contrasting", unit="row", leave=False, delay=1, disable=None):
+        for weight, row in tqdm(parallel.own_share(rows), "contrasting", unit="row", leave=False, delay=1, disable=None):
             tokens, documents, labels = (part[None].to(device) for part in (row.tokens, row.documents, row.labels))
             with torch.enable_grad():
                 (weight * nll_sum(model, model.hidden(tokens, documents)[0], labels)[0]).backward()
@@ -70,7 +70,7 @@ def contrast_gradients(model: Gemma2, pairs: Sequence[tuple[Example, Example]], 
             hook.remove()
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
-    parallel.add(*sums.values())
+    parallel.sum_tensors(*sums.values())
     return sums
 
 
@@ -102,7 +102,7 @@ def fits(model: Gemma2) -> bool:
         free = torch.cuda.mem_get_info(weights[0].device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return not parallel.largest(int(4 * sum(weight.numel() for weight in weights) >= free / 2))
+    return not parallel.maximum(int(4 * sum(weight.numel() for weight in weights) >= free / 2))
 
 
 def gram(parts):
@@ -220,7 +220,7 @@ def attribution(model: Gemma2, saes: dict[int, SAE], pairs: Sequence[tuple[Examp
     for side, sign in ((0, 1), (1, -1)):
         examples = [pair[side] for pair in pairs]
         count = sum(len(example.tokens) - example.start for example in examples)
-        for row in tqdm(parallel.mine(pack(examples, batch_tokens, 0, 0)), "attributing", unit="row", leave=False, delay=1, disable=None):
+        for row in tqdm(parallel.own_share(pack(examples, batch_tokens, 0, 0)), "attributing", unit="row", leave=False, delay=1, disable=None):
             tokens, documents, labels = (part[None].to(device) for part in (row.tokens, row.documents, row.labels))
             with torch.enable_grad():                            # the weights are frozen: the graph begins at the embeddings
                 hidden, residuals = model.hidden(model.embed_tokens(tokens).detach().requires_grad_(), documents, capture=layers)
@@ -231,7 +231,7 @@ def attribution(model: Gemma2, saes: dict[int, SAE], pairs: Sequence[tuple[Examp
                 sae, x, g = saes[layer], residuals[layer].detach()[0, kept], slope[0, kept].float()
                 part = sae.encode(x) * (g @ sae.W_dec.T.to(g))                           # (T, F)
                 total[layer] += part.double().sum(0).unflatten(0, (-1, sae.block)).sum(1)
-    parallel.add(*total.values())
+    parallel.sum_tensors(*total.values())
     return total
 
 

@@ -557,7 +557,7 @@ def main():
     parser = files.Parser(__doc__)
     parser.add_argument("file", help="the data file")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="examples to print (default 3; 0: only the counts)")
-    parser.add_argument("--tokenizer", default=files.HERE / "toy", metavar="SOURCE",
+    parser.add_argument("--tokenizer", default=files.ROOT / "toy", metavar="SOURCE",
                         help="folder, hub repository, or tokenizer.json[.gz] file (default: the toy's)")
     parser.add_argument("--max-length", type=int, default=1024, metavar="TOKENS",
                         help="longer examples are cut at the end of the answer (default 1024)")
@@ -597,4 +597,4 @@ def main():
 
 
 if __name__ == "__main__":
-    files.run(main)
+    files.run_command(main)

@@ -25,7 +25,7 @@ from run import settings as recipe
 from safety import sets
 from data import load_tokenizer
 from data import read_pairs, read_texts
-from figures import HARMFUL, WHO, compare, complete, score, share
+from figures import HARMFUL, WHO, complete, score
 from run.files import InputError, Parser, data_file, is_new, read_json, sweep, write_json
 from safety.judges import add_judge_flags
 from safety.judges import settle as settle_judge
@@ -107,7 +107,7 @@ def main():
         if args.attack:
             this |= {"attack": args.attack, "template": args.template and recipe.absolute(args.template), "plan": vars(plan)}
         ask(out, folder, settings, places, likelihoods, args, plan, this)
-    parallel.first(conclude, out, judging)
+    parallel.on_rank_zero(conclude, out, judging)
 
 
 def settle(out, this):
@@ -150,10 +150,10 @@ def ask(out, folder, settings, places, likelihoods, args, plan, this):
         else:
             complete(out, who, model, tokenizer, asked, settings)
         path = out / f"likelihoods-{who}.json"
-        if likelihoods and not parallel.first(path.exists):
+        if likelihoods and not parallel.on_rank_zero(path.exists):
             told = {"perplexity": ability.perplexity(model, tokenizer, texts, f"{who}, perplexity"),
                     "choices": ability.choices(model, tokenizer, questions, f"{who}, choices")}
-            parallel.first(write_json, path, told)
+            parallel.on_rank_zero(write_json, path, told)
 
 
 def attacked(asked, args):

@@ -122,9 +122,9 @@ class Sums:
 
     def merge(self):
         """Add up what all processes have streamed."""
-        if parallel.world() > 1:
+        if parallel.world_size() > 1:
             pairs = torch.tensor(self.pairs)
-            parallel.add(self.z, self.zz, self.fired, pairs)
+            parallel.sum_tensors(self.z, self.zz, self.fired, pairs)
             self.pairs = int(pairs)
             self.peaks.merge()
         return self
@@ -175,9 +175,9 @@ def feature_statistics(model: Gemma2, saes: dict[int, SAE], pairs: Sequence[tupl
         size = max(1, batch_tokens // (2 * longest))
         batches.append((longest, counted[:size]))
         counted = counted[size:]
-    if parallel.in_step(model):                                                      # as many forwards for each process
-        batches += [(1, [])] * (-len(batches) % parallel.world())
-    batches = parallel.mine(batches)
+    if parallel.is_sharded(model):                                                      # as many forwards for each process
+        batches += [(1, [])] * (-len(batches) % parallel.world_size())
+    batches = parallel.own_share(batches)
     progress = tqdm(total=sum(len(batch) for _, batch in batches), desc="selecting", unit="pair", leave=False, delay=1, disable=None)
     for longest, batch in batches:
         ids = torch.zeros(max(1, 2 * len(batch)), longest, dtype=torch.long)         # pads on the right: never seen
@@ -561,12 +561,12 @@ def main():
         tokenizer = load_tokenizer(recipe.folder(settings.model))
         examples, _ = load_examples(settings, tokenizer)
         harmless = harmless_prompts(settings)
-    out = Path(parallel.first(run_folder, args.out, f"select-{Path(settings.model).name}"))
+    out = Path(parallel.on_rank_zero(run_folder, args.out, f"select-{Path(settings.model).name}"))
     with parallel.agreed():
         held = Lock(out) if parallel.rank() == 0 else None      # noqa: F841
-    parallel.first(begin, out, settings, source)
+    parallel.on_rank_zero(begin, out, settings, source)
     spaces, features = select_features(
         model, saes, tokenizer, sample_pairs(settings, examples), settings.top_k, settings.tau, settings.rank, settings.tokens,
         settings.batch_tokens, settings.select, settings.norm_aware, harmless, settings.format)
-    parallel.first(save_selection, out, spaces, features)
+    parallel.on_rank_zero(save_selection, out, spaces, features)
     print(f"selection: {out}")

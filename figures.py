@@ -46,13 +46,13 @@ def complete(folder: str | Path, who: str, model: Gemma2, tokenizer: Tokenizer, 
     A row: model, set, role, file, line, prompt, completion, and what the prompt's own row said (category, answer, …).
     """
     for name, asked in sets.items():
-        rows = parallel.first(completions, folder)
+        rows = parallel.on_rank_zero(completions, folder)
         if any((row["model"], row["set"]) == (who, name) for row in rows):
             continue
         texts = answer(model, tokenizer, asked.prompts, settings.max_new_tokens, settings.eval_batch, settings.format, f"{who}, {name}")
         rows += [{"model": who, "set": name, "role": asked.role, "file": asked.file, "line": prompt.line, "prompt": _text(prompt.turns),
                   "completion": text, "fields": prompt.fields} for prompt, text in zip(asked.prompts, texts)]
-        parallel.first(write_jsonl, Path(folder) / "completions.jsonl", rows)
+        parallel.on_rank_zero(write_jsonl, Path(folder) / "completions.jsonl", rows)
 
 
 def _text(turns):
@@ -70,8 +70,8 @@ def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_n
     """
     ids = [prompt_tokens(tokenizer, prompt.turns, format) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    in_step = parallel.in_step(model)                           # what FSDP gathers must be fit for training afterwards
-    order = order if in_step else parallel.mine(order)
+    in_step = parallel.is_sharded(model)                           # what FSDP gathers must be fit for training afterwards
+    order = order if in_step else parallel.own_share(order)
     texts, stop = {}, (tokenizer.end_of_turn, tokenizer.eos)
     with tqdm(total=len(order), desc=label, leave=False, disable=None) as bar, torch.inference_mode(not in_step):
         for start in range(0, len(order), batch_size):

@@ -20,7 +20,7 @@ from experiments import neighbours
 from run import settings as recipe
 from data import load_tokenizer, prompt_tokens
 from data import read_prompts
-from run.files import InputError, Parser, atomic, locate, read_json, run
+from run.files import InputError, Parser, atomic, locate, read_json, run_command
 from model import Gemma2, load_model, save_model
 from run.session import Lock
 
@@ -91,4 +91,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -442,7 +442,7 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, device="cpu
                        f"has shape {shapes[name]}, where config.json asks for {wanted[name]}")
             raise InputError(f"{source}: tensor {name} {problem}")
     model.requires_grad_(False)
-    if shard and parallel.world() > 1:
+    if shard and parallel.world_size() > 1:
         parallel.shard(model, device)
     model.to_empty(device=device)
     weights = model.state_dict()

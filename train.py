@@ -80,13 +80,13 @@ def fit(model: Gemma2, optimizer: torch.optim.Optimizer, batches: Iterable[list[
         loss = torch.zeros((), device=device)
         if 0 in counts:
             print(f"step {step + 1}: a micro-batch without a trained token", file=sys.stderr)
-        for row in parallel.mine(rows) if sum(counts) else ():
+        for row in parallel.own_share(rows) if sum(counts) else ():
             tokens, documents, labels = (torch.atleast_2d(t).to(device) for t in (row.tokens, row.documents, row.labels))
             part = nll_sum(model, hidden(tokens, documents), labels)[0] / sum(counts)
             part.backward()
             loss += part.detach()
         if sum(counts):
-            parallel.add_gradients(parameters, loss)
+            parallel.sum_gradients(parameters, loss)
             norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
             if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
                 raise Diverged(step + 1, rows, loss.item(), norm.item())
@@ -112,7 +112,7 @@ def batches_of(examples, settings):
     function of data, seed and number of processes."""
     rows = itertools.chain.from_iterable(pack(examples, settings.batch_tokens, settings.seed, epoch) for epoch in itertools.count())
     while True:
-        yield list(itertools.islice(rows, settings.accumulate * parallel.world()))
+        yield list(itertools.islice(rows, settings.accumulate * parallel.world_size()))
 
 
 def count_steps(examples: Sequence[Example], settings) -> int:
@@ -120,7 +120,7 @@ def count_steps(examples: Sequence[Example], settings) -> int:
     if settings.steps:
         return settings.steps
     rows = len(pack(examples, settings.batch_tokens, settings.seed, 0))
-    return max(1, round(rows * settings.epochs / (settings.accumulate * parallel.world())))
+    return max(1, round(rows * settings.epochs / (settings.accumulate * parallel.world_size())))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def select(settings, model, saes, tokenizer, examples, folder):
         spaces, found = select_features(model, saes, tokenizer, sample_pairs(settings, examples), settings.top_k, settings.tau,
                                         settings.rank, settings.tokens, settings.batch_tokens, settings.select,
                                         settings.norm_aware, harmless_prompts(settings), settings.format)
-        parallel.first(save_selection, folder, spaces, found)
+        parallel.on_rank_zero(save_selection, folder, spaces, found)
     return load_subspaces(path)
 
 
@@ -164,8 +164,8 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
     steps, named = count_steps(examples, settings), adapter_parameters(adapters)
     optimizer = torch.optim.AdamW([parameter for _, parameter in named], settings.lr, weight_decay=settings.weight_decay)
     average = {}                                                       # of the factors, with --ema
-    parallel.copy_from_first([parameter for _, parameter in named])    # for the case that their machines draw differently
-    parallel.first(mend_checkpoint, folder)
+    parallel.broadcast([parameter for _, parameter in named])    # for the case that their machines draw differently
+    parallel.on_rank_zero(mend_checkpoint, folder)
     with parallel.agreed():
         first = load_checkpoint(folder, adapters, optimizer, average if settings.ema else None)
     log.keep(first)
@@ -179,7 +179,7 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
         log.add({"step": 0, "probe": look(settings, model, tokenizer, asked, adapters, bases)})
 
     def keep(what, step, rows):
-        return parallel.first(keep_step, folder, what, step, rows, adapters, optimizer, average)
+        return parallel.on_rank_zero(keep_step, folder, what, step, rows, adapters, optimizer, average)
 
     def spike(step, rows, norm):
         print(f"step {step}: gradient norm {norm:.3g}, clipped to {settings.clip:g}; what went in is in {keep('spike', step, rows)}, the "
@@ -197,9 +197,9 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
             print(f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
                   f"grad {metrics['grad_norm']:.2f}  {1000 * seconds:6.0f} ms  {metrics['tokens'] / seconds:7,.0f} tokens/s  "
                   f"{(steps - step) * seconds:5.0f} s left", flush=True)
-            stop = parallel.largest(signals.caught or 0)       # a signal to one process stops all, after the same step
+            stop = parallel.maximum(signals.caught or 0)       # a signal to one process stops all, after the same step
             if step % settings.save_every == 0 or step == steps or stop:
-                parallel.first(save_checkpoint, folder, step, adapters, optimizer, average)
+                parallel.on_rank_zero(save_checkpoint, folder, step, adapters, optimizer, average)
             if stop:
                 raise Stopped(stop)
     except Diverged as error:
@@ -208,7 +208,7 @@ def train(settings, model, tokenizer, adapters, bases, examples, asked, folder, 
     signals.wait = False
     if settings.ema:
         put(named, average)
-    parallel.first(lora.save_adapter, model, folder, settings.model)
+    parallel.on_rank_zero(lora.save_adapter, model, folder, settings.model)
 
 
 def keep_step(folder, what, step, rows, adapters, optimizer, average):
@@ -272,7 +272,7 @@ def dry_run(settings):
     trained = sum(settings.rank * (out + inner) for out, inner in sizes)
     D, T, L, b = config.hidden_size, settings.batch_tokens, config.num_hidden_layers, getattr(torch, settings.dtype).itemsize
     blocks = whole - config.vocab_size * D
-    held = whole - blocks * (1 - 1 / parallel.world()) * settings.shard + 2 * blocks / L * settings.shard
+    held = whole - blocks * (1 - 1 / parallel.world_size()) * settings.shard + 2 * blocks / L * settings.shard
     # What a block keeps for its backward (bench/memory.py measures the same): the inputs of its four norms and of q, k, v; q, k, v
     # and the attention's output; two of the MLP's width; in float32 a number a norm and a head. With --recompute its
     # input alone, and all of one block at a time.
@@ -287,7 +287,7 @@ def dry_run(settings):
         examples, pairs = load_examples(settings, tokenizer)
         asked_sets(settings, pairs)
         steps = count_steps([aligned for aligned, _ in examples], settings)
-        rows += [["steps", f"{steps:,} of {settings.accumulate * parallel.world()} × {T:,} tokens"]]
+        rows += [["steps", f"{steps:,} of {settings.accumulate * parallel.world_size()} × {T:,} tokens"]]
     except InputError as error:
         rows += [["steps", f"{settings.steps:,}" if settings.steps else f"unknown: {error}"]]
     print(table(rows))
@@ -313,13 +313,13 @@ def main():
         return dry_run(settings)
     signals, folder = Signals(), None
     try:
-        folder = Path(parallel.first(run_folder, args.resume or args.out, Path(settings.model).name))
+        folder = Path(parallel.on_rank_zero(run_folder, args.resume or args.out, Path(settings.model).name))
         with parallel.agreed():
             held = Lock(folder) if parallel.rank() == 0 else None    # noqa: F841
-        new = parallel.first(settle, folder, settings, source)
+        new = parallel.on_rank_zero(settle, folder, settings, source)
         return run(settings, folder, new, signals)
     except Stopped as stop:
-        start = "python" if parallel.world() == 1 else f"torchrun --nproc-per-node {parallel.world()}"
+        start = "python" if parallel.world_size() == 1 else f"torchrun --nproc-per-node {parallel.world_size()}"
         how = f": go on with `{start} train.py --resume {folder}`" if folder and folder.exists() else ""
         if parallel.last_word():
             print(f"\nstopped by {signal.Signals(stop.args[0]).name}{how}", file=sys.stderr)
@@ -351,13 +351,13 @@ def run(settings, folder, new, signals):
     spaces = adapt(settings, model, saes, tokenizer, examples, asked, folder, log, signals)
     with log.stage("answers after"):
         complete(folder, "adapter", model, tokenizer, asked, settings)
-    if settings.explain and not parallel.first((folder / "explain.json").exists):
+    if settings.explain and not parallel.on_rank_zero((folder / "explain.json").exists):
         with log.stage("explaining"):
             found = explain(model, load_saes(settings, config), tokenizer, asked, files.read_json(folder / "features.json", list), spaces,
                             settings.norm_aware, settings.format, settings.max_new_tokens, settings.eval_batch, settings.explain)
             named = {"adapter": folder.name, "model": settings.model, "sae": settings.sae}
-            parallel.first(write_json, folder / "explain.json", named | found)
-    parallel.first(conclude, settings, folder, model, spaces, log)
+            parallel.on_rank_zero(write_json, folder / "explain.json", named | found)
+    parallel.on_rank_zero(conclude, settings, folder, model, spaces, log)
 
 
 def conclude(settings, folder, model, spaces, log):

@@ -380,4 +380,4 @@ def main():
 
 
 if __name__ == "__main__":
-    files.run(main)
+    files.run_command(main)

@@ -28,7 +28,7 @@ sys.path.append(str(ROOT))                       # at the end: `select` must sta
 import torch
 
 from features import subspace
-from run.files import run
+from run.files import run_command
 from run.files import table
 
 CHUNK = 50_000               # samples whose codes are held at once
@@ -219,4 +219,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -334,4 +334,4 @@ def main():
 
 
 if __name__ == "__main__":
-    files.run(main)
+    files.run_command(main)

@@ -1,7 +1,7 @@
 """Every file passes here: found in a folder or on the hub, read without trust, written whole or not at all.
 
 A reader either returns what the file says or raises InputError with one line that names the file, the value and
-what to do; `run` turns that line into exit code 2. Nothing is ever unpickled. Writers write to a temporary name,
+what to do; `run_command` turns that line into exit code 2. Nothing is ever unpickled. Writers write to a temporary name,
 flush it to the disk and rename it, so that a name holds the old bytes or the new ones, never a part. Tensors carry a
 checksum, which `read_tensors` and `verify` hold them against.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 UMASK = os.umask(0)  # can only be read by setting it
 os.umask(UMASK)
 sys.set_int_max_str_digits(640)  # a longer number in a file is an error, and not seconds of work
@@ -52,7 +52,7 @@ class InputError(Exception):
 NO_MEMORY = "out of memory|not enough memory|[Cc]an(no|')t allocate|failed to map segment|can't start new thread"
 
 
-def run(main):
+def run_command(main):
     """Run a command's `main`; what the user can mend ends in one line on stderr and exit code 2, no traceback."""
     try:
         code = main()

@@ -35,22 +35,22 @@ PATIENCE = timedelta(minutes=10)       # with a process that lives but doesn't a
 store = None                           # uneven ends. Held by torchrun's agent, so that it outlives every process
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """This process's number among them, from 0."""
-    return dist.get_rank() if world() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def run(main):
-    """files.run(main), in each of the processes that torchrun started or in the only one."""
+    """files.run_command(main), in each of the processes that torchrun started or in the only one."""
     if not (dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1):
-        files.run(main)
+        files.run_command(main)
     try:
-        files.run(lambda: _one_of_many(main))
+        files.run_command(lambda: _one_of_many(main))
     except SystemExit as end:
         with suppress(OSError):
             sys.stdout.flush()
@@ -73,7 +73,7 @@ def _one_of_many(main):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", store=store, rank=me, world_size=size, timeout=PATIENCE)
         code = main()
         if not code:
-            largest(0)                                     # all have come this far
+            maximum(0)                                     # all have come this far
             dist.destroy_process_group()
         return code
     except (InputError, OSError, KeyboardInterrupt):
@@ -107,25 +107,25 @@ def _all(operation):
             return operation(*args, **kwargs)
         except RuntimeError as error:
             raise ConnectionError(errno.ECONNRESET, "another process has died, or didn't answer for 10 minutes: the run goes "
-                                  "on from its last checkpoint by --resume", f"process {rank()} of {world()}") from error
+                                  "on from its last checkpoint by --resume", f"process {rank()} of {world_size()}") from error
     return told
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Shares, and what becomes of them
 
-def mine(items: Sequence) -> Sequence:
-    """This process's share of a list that all have: every world()-th."""
-    return items[rank()::world()]
+def own_share(items: Sequence) -> Sequence:
+    """This process's share of a list that all have: every world_size()-th."""
+    return items[rank()::world_size()]
 
 
 @_all
 def gather(value):
     """The values of all processes, a list by rank: what JSON can say, and paths as text. (PyTorch's own would pickle.)"""
-    if world() == 1:
+    if world_size() == 1:
         return [value]
     text = torch.frombuffer(bytearray(json.dumps(value, default=str).encode()), dtype=torch.uint8)
-    size = largest(len(text))
+    size = maximum(len(text))
     padded = torch.nn.functional.pad(text, (0, size - len(text)), value=ord(" "))
     return [json.loads(bytes(part.tolist())) for part in gather_tensors(padded)]
 
@@ -133,8 +133,8 @@ def gather(value):
 @_all
 def gather_tensors(tensor):
     """The tensors, of one shape, of all processes, a list by rank."""
-    parts = [torch.empty_like(tensor) for _ in range(world())] if world() > 1 else [tensor]
-    if world() > 1:
+    parts = [torch.empty_like(tensor) for _ in range(world_size())] if world_size() > 1 else [tensor]
+    if world_size() > 1:
         dist.all_gather(parts, tensor.contiguous())
     return parts
 
@@ -142,7 +142,7 @@ def gather_tensors(tensor):
 @contextmanager
 def agreed():
     """A block that every process runs, and that holds no collective. InputError or OSError in one is raised by all."""
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     error = None
@@ -154,7 +154,7 @@ def agreed():
         raise error or InputError(errors[0])
 
 
-def first(action: Callable, *arguments):
+def on_rank_zero(action: Callable, *arguments):
     """What action(*arguments) returns on rank 0, which alone calls it; what it raises, all raise. The others wait."""
     result = None
     with agreed():
@@ -164,40 +164,40 @@ def first(action: Callable, *arguments):
 
 
 @_all
-def largest(number: float) -> float:
+def maximum(number: float) -> float:
     """The largest of the processes' integers."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(number := torch.tensor(number), dist.ReduceOp.MAX)
     return int(number)
 
 
 @_all
-def add(*tensors: torch.Tensor) -> None:
+def sum_tensors(*tensors: torch.Tensor) -> None:
     """Sum each tensor over the processes, in place."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def add_gradients(parameters, *more):
+def sum_gradients(parameters, *more):
     """Sum the parameters' gradients, and the float32 tensors `more`, over the processes, in place: one buffer, one sum."""
-    if world() == 1:
+    if world_size() == 1:
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     tensors = [parameter.grad for parameter in parameters] + list(more)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    add(flat)
+    sum_tensors(flat)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(part.view_as(tensor))
 
 
 @_all
 @torch.no_grad()
-def copy_from_first(tensors: Iterable[torch.Tensor]) -> None:
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """Put rank 0's values into all processes' tensors."""
-    if world() > 1:
+    if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
@@ -211,12 +211,12 @@ def shard(model, device):
     A block is gathered when it runs, forward and backward, and let go after it: a card holds its share, the embedding,
     and about two blocks. The model may lie on the meta device: model.load_model then reads only this process's rows.
     Adapters are put in afterwards (lora.add_lora), so FSDP doesn't know them: they are whole everywhere, and their
-    gradients are summed like any others. Each forward is now one of all processes together: `in_step` says so.
+    gradients are summed like any others. Each forward is now one of all processes together: `is_sharded` says so.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(torch.device(device).type, (world(),))
+    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
     whole = {weight for weight in model.parameters() if weight.dim() == 1 or weight is model.embed_tokens.weight}
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, ignored_params=whole)
@@ -224,7 +224,7 @@ def shard(model, device):
     return model
 
 
-def in_step(model: torch.nn.Module) -> bool:
+def is_sharded(model: torch.nn.Module) -> bool:
     """Whether the model is sharded, so that all processes must make the same number of forwards."""
     return hasattr(model, "set_requires_gradient_sync")    # a method of FSDPModule, whose import takes a second
 
@@ -233,5 +233,5 @@ def own_rows(weight):
     """(this process's rows of a weight, as a plain tensor, and the number of the first); all of them if it isn't split."""
     if not hasattr(weight, "to_local"):
         return weight, 0
-    rows = -(-weight.shape[0] // world())                  # FSDP cuts as torch.chunk does
+    rows = -(-weight.shape[0] // world_size())                  # FSDP cuts as torch.chunk does
     return weight.to_local(), min(rank() * rows, weight.shape[0])

@@ -41,7 +41,7 @@ class Signals:
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        if self.caught and parallel.world() > 1:
+        if self.caught and parallel.world_size() > 1:
             return
         waited, self.caught = self.wait and not self.caught, number
         if not waited:
@@ -63,8 +63,8 @@ def settle(folder, settings, source):
         raise InputError(f"{folder} holds a finished run, which is never overwritten: give another --out "
                          f"(`python eval.py {folder}` shows its figures)")
     if (folder / "config.json").exists():
-        if (processes := files.read_json(folder / "config.json").get("processes", 1)) != parallel.world():
-            raise InputError(f"{folder} holds an unfinished run of {processes} processes, not {parallel.world()}: start as many, "
+        if (processes := files.read_json(folder / "config.json").get("processes", 1)) != parallel.world_size():
+            raise InputError(f"{folder} holds an unfinished run of {processes} processes, not {parallel.world_size()}: start as many, "
                              "by torchrun")
         there = vars(recipe.saved(folder))
         for name, value in vars(settings).items():
@@ -78,7 +78,7 @@ def settle(folder, settings, source):
         raise InputError(f"{folder} is there and holds no run: give another --out")
     files.sweep(folder)
     write_json(folder / "config.json", {"settings": vars(settings), "source": source, "command": sys.argv,
-                                        "processes": parallel.world(), "versions":
+                                        "processes": parallel.world_size(), "versions":
                                         {"python": platform.python_version(), "torch": torch.__version__}})
     return True
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import torch
 
 from run import parallel
-from run.files import HERE, InputError, locate, read_json
+from run.files import ROOT, InputError, locate, read_json
 from lora import INITS
 
 HH = "hf://datasets/Anthropic/hh-rlhf/harmless-base"
-TOY = HERE / "toy"
+TOY = ROOT / "toy"
 SETS = {  # the evaluation sets, each a file of prompts
     "harmful": "harmful prompts: the safety rate", "jailbreak": "harmful prompts behind a jailbreak",
     "lookalike": "harmless prompts that look harmful: over-refusal",
@@ -281,9 +281,9 @@ def _check(values):
         raise InputError(f"--dtype {values['dtype']}: Gemma-2's residual stream outgrows float16's 65504; use bfloat16 or float32"
                          if values["dtype"] in ("float16", "fp16", "half") else
                          f"--dtype {values['dtype']}: give float32 or bfloat16")
-    if values["shard"] and parallel.world() == 1:
+    if values["shard"] and parallel.world_size() == 1:
         raise InputError("--shard splits the model over processes: start them with `torchrun --nproc-per-node N`")
-    if parallel.world() > 1 and values["device"].startswith("cuda:"):
+    if parallel.world_size() > 1 and values["device"].startswith("cuda:"):
         raise InputError(f"--device {values['device']}: each process of torchrun has a card of its own; give cuda or cpu")
     check_device(values["device"])
 

@@ -31,7 +31,7 @@ import data
 from run import settings as recipe
 from data import Tokenizer, load_tokenizer
 from data import read_items
-from run.files import InputError, Parser, data_file, is_new, read_json, read_metadata, read_tensors, run, sweep, write_json
+from run.files import InputError, Parser, data_file, is_new, read_json, read_metadata, read_tensors, run_command, sweep, write_json
 from model import load_model
 from sae import save_sae, save_sasa
 from saes.step import Spec, Trainer
@@ -334,4 +334,4 @@ def train(settings, folder, signals):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

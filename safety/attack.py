@@ -305,7 +305,7 @@ def gcg(folder: str | Path, who: str, model: Gemma2, tokenizer: Tokenizer, sets:
     answered as it is has all of these steps 0. Each search draws from a generator of its own, so that neither order nor
     interruptions change a row. Under torchrun each process searches for prompts of its own; all meet every plan.check steps.
     """
-    path, rows = Path(folder) / "attacks.jsonl", parallel.first(attacks, folder)
+    path, rows = Path(folder) / "attacks.jsonl", parallel.on_rank_zero(attacks, folder)
     if any(row["search"] != asdict(plan) for row in rows):
         raise InputError(f"{path} holds attacks of other settings: give another --out")
     done = {(row["model"], row["set"], row["line"], row["plain"]) for row in rows}
@@ -329,7 +329,7 @@ def gcg(folder: str | Path, who: str, model: Gemma2, tokenizer: Tokenizer, sets:
                              "prompt": found.pop("turns")[-1][1], "plain": prompt.turns[-1][1], "fields": prompt.fields, **found,
                              "search": asdict(plan)}
 
-    in_step, busy = parallel.in_step(model), None               # processes of a sharded model search for one prompt together
+    in_step, busy = parallel.is_sharded(model), None               # processes of a sharded model search for one prompt together
     with tqdm(total=len(queue), desc=f"{who}, suffixes", leave=False, disable=None) as bar:
         while True:
             idle = parallel.gather(busy is None)[:1 if in_step else None]
@@ -345,7 +345,7 @@ def gcg(folder: str | Path, who: str, model: Gemma2, tokenizer: Tokenizer, sets:
             new = [row for row in parallel.gather(row)[:len(idle)] if row]
             if new:
                 rows += new
-                parallel.first(write_jsonl, path, rows)
+                parallel.on_rank_zero(write_jsonl, path, rows)
                 here = [row["complied"] is not None for row in rows if row["model"] == who]
                 bar.set_postfix(complied=f"{sum(here)} of {len(here)}", refresh=False)
                 bar.update(len(new))

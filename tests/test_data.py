@@ -15,9 +15,9 @@ import data
 import data as datafiles
 from data import Example, Tokenizer, load_tokenizer, make_example, pack, prompt_tokens
 from data import read_pairs, read_prompts
-from run.files import HERE, InputError
+from run.files import ROOT, InputError
 
-SHARED = HERE.parent / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
 GEMMA, HH = SHARED / "gemma_tokenizer.json.gz", SHARED / "hh_rlhf_harmless_base_test.jsonl.gz"
 needs_shared = pytest.mark.skipif(not GEMMA.exists(), reason="needs ../shared/data")
 
@@ -418,7 +418,7 @@ def test_packing_is_full_shuffled_and_refuses_what_does_not_fit():
 
 def test_show_as_a_person_runs_it(tmp_path):
     def show(*arguments):
-        return subprocess.run([sys.executable, HERE / "data.py", *map(str, arguments)], capture_output=True, text=True,
+        return subprocess.run([sys.executable, ROOT / "data.py", *map(str, arguments)], capture_output=True, text=True,
                               encoding="utf-8", timeout=60)
 
     (tmp_path / "tokenizer.json").write_text(json.dumps(word_spec()))

@@ -87,6 +87,6 @@ def test_run_ends_in_one_line(capsys, raised, code, words):
     def main():
         raise raised
     with pytest.raises(SystemExit) as end:
-        files.run(main)
+        files.run_command(main)
     err = capsys.readouterr().err
     assert end.value.code == code and words in err and len(err.splitlines()) == 1

@@ -335,7 +335,7 @@ def refused(arguments, monkeypatch, capsys, main=train.main):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as end:
-        files.run(main)
+        files.run_command(main)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]

@@ -34,7 +34,7 @@ from model import Config
 from data import TOY_WORDS, Example, Row, load_tokenizer, make_example, pack
 from data import read_prompts
 from figures import answer, figures
-from run.files import HERE, InputError, Parser, read_json, run, write_json, write_jsonl
+from run.files import ROOT, InputError, Parser, read_json, run_command, write_json, write_jsonl
 from model import Gemma2, load_model, save_model
 from safety.rules import rules
 from sae import load_sae
@@ -392,7 +392,7 @@ def build(seed, out):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=HERE / "toy", help="folder to write or replace (default toy/)")
+    parser.add_argument("--out", type=Path, default=ROOT / "toy", help="folder to write or replace (default toy/)")
     parser.add_argument("--seed", type=int, default=0, help="of facts, splits and weights (default 0)")
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))  # such small tensors gain nothing from more
@@ -405,4 +405,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)
