@@ -27,7 +27,6 @@ from data import Example, Tokenizer, pack, prompt_tokens
 from data import Prompt
 from run.files import InputError
 from lora import TARGETS
-from fused import nll_sum
 from model import Gemma2
 from sae import SAE
 
@@ -64,7 +63,7 @@ def contrast_gradients(model: Gemma2, pairs: Sequence[tuple[Example, Example]], 
         for weight, row in tqdm(parallel.own_share(rows), "contrasting", unit="row", leave=False, delay=1, disable=None):
             tokens, documents, labels = (part[None].to(device) for part in (row.tokens, row.documents, row.labels))
             with torch.enable_grad():
-                (weight * nll_sum(model, model.hidden(tokens, documents)[0], labels)[0]).backward()
+                (weight * model.nll_sum(model.hidden(tokens, documents)[0], labels)[0]).backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -224,7 +223,7 @@ def attribution(model: Gemma2, saes: dict[int, SAE], pairs: Sequence[tuple[Examp
             tokens, documents, labels = (part[None].to(device) for part in (row.tokens, row.documents, row.labels))
             with torch.enable_grad():                            # the weights are frozen: the graph begins at the embeddings
                 hidden, residuals = model.hidden(model.embed_tokens(tokens).detach().requires_grad_(), documents, capture=layers)
-                loss = nll_sum(model, hidden, labels)[0] * (sign / count)
+                loss = model.nll_sum(hidden, labels)[0] * (sign / count)
                 slopes = torch.autograd.grad(loss, [residuals[layer] for layer in layers])
             kept = ((documents > 0) & ~torch.isin(tokens, control))[0]
             for layer, slope in zip(layers, slopes):

@@ -117,7 +117,7 @@ def span_blocks(low):
     return create_block_mask(visible, len(low), None, low.shape[1], low.shape[1], device=low.device)
 
 
-def visible(low, cap):
+def visible_keys(low, cap):
     """The spans low (B or 1, T) in the form that `attention` is to use: a BlockMask, low itself, or a mask."""
     if low.is_cuda and compiled:
         return span_blocks(low)
@@ -127,7 +127,7 @@ def visible(low, cap):
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen, scale: float, cap: float | None) -> torch.Tensor:
-    """Attention (B, H, T, hd) of q (B, H, T, hd) to k and v (B, K, S, hd), `seen` being what `visible` gave, or a mask."""
+    """Attention (B, H, T, hd) of q (B, H, T, hd) to k and v (B, K, S, hd), `seen` being what `visible_keys` gave, or a mask."""
     if isinstance(seen, BlockMask):
         return attend_flex(q, k, v, seen, scale, cap)
     if seen.dtype == torch.bool:
@@ -322,7 +322,8 @@ LARGE = 1 << 25             # elsewhere it takes more to fill the device
 TILE = 256                  # and no tile is smaller
 
 
-def nll_sum(model, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+def nll_sum(hidden: torch.Tensor, labels: torch.Tensor, embedding: torch.Tensor, cap: float | None
+            ) -> tuple[torch.Tensor, int]:
     """Summed negative log-likelihood, nats, a float32 scalar, and the count of labelled tokens.
 
     hidden (B, T, D) after the final norm; labels (B, T) int64, the id that comes next, or -100 where there is no loss.
@@ -331,9 +332,9 @@ def nll_sum(model, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     """
     labelled = labels != IGNORE
     h, targets = hidden[labelled], labels[labelled]                                  # (N, D), (N,)
-    embedding, cap = model.embed_tokens.weight, model.config.final_logit_softcapping
     if embedding.requires_grad or cap is None or 2 * cap + math.log(len(embedding)) > 88:  # exp(88) is float32's largest
-        return F.cross_entropy(model.unembed(h), targets, reduction="sum"), len(targets)
+        logits = softcap((h @ embedding.T).float(), cap)
+        return F.cross_entropy(logits, targets, reduction="sum"), len(targets)
     return FusedNLL.apply(h, embedding, targets, cap), len(targets)
 
 
@@ -367,3 +368,123 @@ class FusedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         return upstream * ctx.saved_tensors[0], None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+def rms_norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    return Normed.apply(x, w, eps)
+
+
+class Normed(torch.autograd.Function):
+    """y = x·r·(1 + w), r = 1 / √(mean x² + eps), x (…, D). Only x and r (…, 1) are kept: autograd would keep three float32 x.
+
+        dx = r·(g − x·r²·mean(g·x)), g = dy·(1 + w)        dw = Σ dy·x·r
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        h = x.float()
+        r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, w, r)
+        return (h * r).mul_(1 + w.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, r = ctx.saved_tensors
+        h, g = x.float(), dy.float()
+        dw = (g * h * r).flatten(0, -2).sum(0).to(w.dtype) if ctx.needs_input_grad[1] else None
+        g = g * (1 + w.float())
+        shift = (g * h).mean(-1, keepdim=True).mul_(r * r)
+        return torch.addcmul(g, h, shift, value=-1).mul_(r).to(x.dtype), dw, None
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return Gated.apply(gate, up)
+
+
+class Gated(torch.autograd.Function):
+    """h = gelu(g)·u, g and u (…, inner), with the tanh form of gelu: g·σ, σ = sigmoid(√(8/π) (g + 0.044715 g³)).
+
+        du = dh·g·σ        dg = dh·u·σ (1 + (1 − σ) g·k),  k = √(8/π) (1 + 3 · 0.044715 g²)
+
+    Only g and u are kept; autograd would keep gelu(g) too, and PyTorch's gelu, which calls tanh, is slow on a CPU.
+    Computed in float32, a piece that the cache holds at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, g, u):
+        ctx.save_for_backward(g, u)
+        h = torch.empty_like(u)
+        for g, u, h_piece in pieces(g, u, h):
+            g = g.to(wide(g))
+            h_piece.copy_(gate(g).mul_(g).mul_(u))
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        g, u = ctx.saved_tensors
+        dg, du = torch.empty_like(g), torch.empty_like(u)
+        for g, u, dh, dg_piece, du_piece in pieces(g, u, dh, dg, du):
+            g = g.to(wide(g))
+            sigma, slope = gate(g), torch.mul(g, g).mul_(3 * CUBIC).add_(LINEAR).mul_(g)        # g·k
+            slope.addcmul_(slope, sigma, value=-1)
+            du_piece.copy_(sigma.mul_(dh).mul(g))
+            dg_piece.copy_(sigma.mul_(u).addcmul_(sigma, slope))
+        return dg, du
+
+
+LINEAR = (8 / math.pi) ** 0.5
+CUBIC, PIECE = 0.044715 * LINEAR, 1 << 16                                            # entries: 256 kB in float32
+
+
+def gate(g):
+    return torch.mul(g, g).mul_(CUBIC).add_(LINEAR).mul_(g).sigmoid_()
+
+
+def pieces(*tensors):
+    """Tensors of one shape in flat pieces of PIECE entries; whole where a compiler fuses, or a GPU is to be filled."""
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
+        return [tensors]
+    return zip(*(tensor.reshape(-1).split(PIECE) for tensor in tensors))
+
+
+def lora_linear(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """x·Wᵀ + scale·(x·Aᵀ)·Bᵀ, W frozen."""
+    return AddedLowRank.apply(x, W, A, B, scale)
+
+
+class AddedLowRank(torch.autograd.Function):
+    """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ with W frozen, and its backward by hand: x (…, in), W (out, in), A (r, in), B (out, r).
+
+        dx = dy·W + s·(dy·B)·A        dA = s·(dy·B)ᵀ·x        dB = s·dyᵀ·(x·Aᵀ)
+
+    All that is kept is x, which q, k and v share: x·Aᵀ is cheaper made again than read back. Both low-rank terms are
+    added in the product that makes them. A and B are rounded to x's dtype, so that no float32 copy of x is made
+    (peft's way: 15 GB at 16k tokens of the 2b); products sum in float32, and gradients add up in it over micro-batches.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, s):
+        ctx.save_for_backward(x, W, A, B)
+        ctx.s = s
+        flat = x.flatten(0, -2)                                                            # (N, in)
+        y = F.linear(flat, W)
+        y.addmm_(flat @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=s)
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, W, A, B = ctx.saved_tensors
+        for_x, _, for_A, for_B, _ = ctx.needs_input_grad
+        flat, dy = x.flatten(0, -2), dy.flatten(0, -2)                                     # (N, in), (N, out)
+        low, dx, dA, dB = A.to(x.dtype), None, None, None
+        if for_x or for_A:
+            dlow = dy @ (ctx.s * B).to(x.dtype)                                            # (N, r)
+        if for_x:
+            dx = (dy @ W).addmm_(dlow, low).view_as(x)
+        if for_A:
+            dA = (dlow.T @ flat).to(A.dtype)
+        if for_B:
+            dB = (dy.T @ (flat @ low.T)).to(B.dtype).mul_(ctx.s)
+        return dx, None, dA, dB, None

@@ -19,50 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from fused import lora_linear
+from model import TARGETS                                      # what we train; adapters of others may have the MLP's too
 from run.files import InputError, locate, read_json, read_metadata, read_tensors, tensor_shapes, write_json, write_tensors
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")               # what we train; adapters of others may have the MLP's too
 LOADED = TARGETS + ("gate_proj", "up_proj", "down_proj")
 WRITERS = {"o_proj", "down_proj"}
-
-
-class AddedLowRank(torch.autograd.Function):
-    """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ with W frozen, and its backward by hand: x (…, in), W (out, in), A (r, in), B (out, r).
-
-        dx = dy·W + s·(dy·B)·A        dA = s·(dy·B)ᵀ·x        dB = s·dyᵀ·(x·Aᵀ)
-
-    All that is kept is x, which q, k and v share: x·Aᵀ is cheaper made again than read back. Both low-rank terms are
-    added in the product that makes them. A and B are rounded to x's dtype, so that no float32 copy of x is made
-    (peft's way: 15 GB at 16k tokens of the 2b); products sum in float32, and gradients add up in it over micro-batches.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W, A, B, s):
-        ctx.save_for_backward(x, W, A, B)
-        ctx.s = s
-        flat = x.flatten(0, -2)                                                            # (N, in)
-        y = F.linear(flat, W)
-        y.addmm_(flat @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=s)
-        return y.unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, W, A, B = ctx.saved_tensors
-        for_x, _, for_A, for_B, _ = ctx.needs_input_grad
-        flat, dy = x.flatten(0, -2), dy.flatten(0, -2)                                     # (N, in), (N, out)
-        low, dx, dA, dB = A.to(x.dtype), None, None, None
-        if for_x or for_A:
-            dlow = dy @ (ctx.s * B).to(x.dtype)                                            # (N, r)
-        if for_x:
-            dx = (dy @ W).addmm_(dlow, low).view_as(x)
-        if for_A:
-            dA = (dlow.T @ flat).to(A.dtype)
-        if for_B:
-            dB = (dy.T @ (flat @ low.T)).to(B.dtype).mul_(ctx.s)
-        return dx, None, dA, dB, None
 
 
 class LoRALinear(nn.Module):
@@ -87,7 +51,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self._kept is not None:
             return self.base(x)
-        return AddedLowRank.apply(x, self.base.weight, self.A, self.B, self.scale)
+        return lora_linear(x, self.base.weight, self.A, self.B, self.scale)
 
     def plain(self, x):
         """The same as one would write it down, in float32 around the base, as peft does: what tests hold it against."""

@@ -17,16 +17,16 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from run.files import InputError, locate, read_json
-import math
 from collections.abc import Collection, Sequence
-from typing import Self
+from typing import NamedTuple, Self
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from run import parallel
-from fused import attention, document_starts, rotary, rotate, softcap, visible, wide
+import fused
+from fused import attention, document_starts, geglu, rms_norm, rotary, rotate, softcap, visible_keys
 from run.files import is_file_name, read_into, tensor_shapes, verify, write_json, write_tensors
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -130,6 +130,24 @@ def _checked(key, value, where):
     return value
 
 
+class Module(NamedTuple):
+    """A linear module of a block: its parent, which side of the residual stream it is on, and the norm in between."""
+    parent: str    # "self_attn" or "mlp"
+    side: str      # "readers" read the residual stream, "writers" write to it
+    norm: str      # name of the block's norm between the module and the residual stream
+
+
+MODULES = {
+    "q_proj": Module("self_attn", "readers", "input_layernorm"),
+    "k_proj": Module("self_attn", "readers", "input_layernorm"),
+    "v_proj": Module("self_attn", "readers", "input_layernorm"),
+    "o_proj": Module("self_attn", "writers", "post_attention_layernorm"),
+    "gate_proj": Module("mlp", "readers", "pre_feedforward_layernorm"),
+    "up_proj": Module("mlp", "readers", "pre_feedforward_layernorm"),
+    "down_proj": Module("mlp", "writers", "post_feedforward_layernorm"),
+}
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")   # what an adapter trains unless told otherwise
+
 PRESETS = {
     "google/gemma-2-2b": Config(),
     "google/gemma-2-9b": Config(hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
@@ -157,30 +175,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.zeros(size)), eps
 
     def forward(self, x):
-        return Normed.apply(x, self.weight, self.eps)
-
-
-class Normed(torch.autograd.Function):
-    """y = x·r·(1 + w), r = 1 / √(mean x² + eps), x (…, D). Only x and r (…, 1) are kept: autograd would keep three float32 x.
-
-        dx = r·(g − x·r²·mean(g·x)), g = dy·(1 + w)        dw = Σ dy·x·r
-    """
-
-    @staticmethod
-    def forward(ctx, x, w, eps):
-        h = x.float()
-        r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, w, r)
-        return (h * r).mul_(1 + w.float()).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w, r = ctx.saved_tensors
-        h, g = x.float(), dy.float()
-        dw = (g * h * r).flatten(0, -2).sum(0).to(w.dtype) if ctx.needs_input_grad[1] else None
-        g = g * (1 + w.float())
-        shift = (g * h).mean(-1, keepdim=True).mul_(r * r)
-        return torch.addcmul(g, h, shift, value=-1).mul_(r).to(x.dtype), dw, None
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -213,53 +208,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x):
-        return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-class Gated(torch.autograd.Function):
-    """h = gelu(g)·u, g and u (…, inner), with the tanh form of gelu: g·σ, σ = sigmoid(√(8/π) (g + 0.044715 g³)).
-
-        du = dh·g·σ        dg = dh·u·σ (1 + (1 − σ) g·k),  k = √(8/π) (1 + 3 · 0.044715 g²)
-
-    Only g and u are kept; autograd would keep gelu(g) too, and PyTorch's gelu, which calls tanh, is slow on a CPU.
-    Computed in float32, a piece that the cache holds at a time.
-    """
-
-    @staticmethod
-    def forward(ctx, g, u):
-        ctx.save_for_backward(g, u)
-        h = torch.empty_like(u)
-        for g, u, h_piece in pieces(g, u, h):
-            g = g.to(wide(g))
-            h_piece.copy_(gate(g).mul_(g).mul_(u))
-        return h
-
-    @staticmethod
-    def backward(ctx, dh):
-        g, u = ctx.saved_tensors
-        dg, du = torch.empty_like(g), torch.empty_like(u)
-        for g, u, dh, dg_piece, du_piece in pieces(g, u, dh, dg, du):
-            g = g.to(wide(g))
-            sigma, slope = gate(g), torch.mul(g, g).mul_(3 * CUBIC).add_(LINEAR).mul_(g)        # g·k
-            slope.addcmul_(slope, sigma, value=-1)
-            du_piece.copy_(sigma.mul_(dh).mul(g))
-            dg_piece.copy_(sigma.mul_(u).addcmul_(sigma, slope))
-        return dg, du
-
-
-LINEAR = (8 / math.pi) ** 0.5
-CUBIC, PIECE = 0.044715 * LINEAR, 1 << 16                                            # entries: 256 kB in float32
-
-
-def gate(g):
-    return torch.mul(g, g).mul_(CUBIC).add_(LINEAR).mul_(g).sigmoid_()
-
-
-def pieces(*tensors):
-    """Tensors of one shape in flat pieces of PIECE entries; whole where a compiler fuses, or a GPU is to be filled."""
-    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
-        return [tensors]
-    return zip(*(tensor.reshape(-1).split(PIECE) for tensor in tensors))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -309,7 +258,7 @@ class Gemma2(nn.Module):
         index = torch.arange(tokens.shape[1], device=tokens.device)
         starts = document_starts(tokens, documents)                                  # (B or 1, T)
         lows = {FULL: starts, SLIDING: starts.maximum(index - self.config.sliding_window + 1)}
-        seen = {kind: visible(low, self.config.attn_logit_softcapping) for kind, low in lows.items()}
+        seen = {kind: visible_keys(low, self.config.attn_logit_softcapping) for kind, low in lows.items()}
         return self._blocks(tokens, index - starts, seen, caches, capture, stop_after)
 
     def _blocks(self, tokens, positions, seen, caches=None, capture=(), stop_after=None):
@@ -331,6 +280,10 @@ class Gemma2(nn.Module):
     def unembed(self, hidden: Tensor) -> Tensor:
         """Softcapped logits (…, V), float32, of hidden states (…, D) after the final norm."""
         return softcap((hidden @ self.embed_tokens.weight.T).float(), self.config.final_logit_softcapping)
+
+    def nll_sum(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """Summed negative log-likelihood of `labels` (B, T), and their count: fused.nll_sum with this model's head."""
+        return fused.nll_sum(hidden, labels, self.embed_tokens.weight, self.config.final_logit_softcapping)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Tensor], max_new_tokens=64, temperature=0.0, stop: Collection[int] = (),

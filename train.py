@@ -37,7 +37,7 @@ from features import harmless_prompts, load_examples, load_saes, load_subspaces,
 from report.explain import explain
 from figures import answer, complete, refused, score
 from run.files import InputError, write_json
-from fused import IGNORE, nll_sum
+from fused import IGNORE
 from model import PRESETS, Config, load_config
 from model import Gemma2, load_model
 from report.page import write_page
@@ -82,7 +82,7 @@ def fit(model: Gemma2, optimizer: torch.optim.Optimizer, batches: Iterable[list[
             print(f"step {step + 1}: a micro-batch without a trained token", file=sys.stderr)
         for row in parallel.own_share(rows) if sum(counts) else ():
             tokens, documents, labels = (torch.atleast_2d(t).to(device) for t in (row.tokens, row.documents, row.labels))
-            part = nll_sum(model, hidden(tokens, documents), labels)[0] / sum(counts)
+            part = model.nll_sum(hidden(tokens, documents), labels)[0] / sum(counts)
             part.backward()
             loss += part.detach()
         if sum(counts):

@@ -26,7 +26,6 @@ sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
 from bench import step
 from run.files import write_json
-from fused import nll_sum
 from model import PRESETS
 from run.files import table
 
@@ -38,7 +37,7 @@ def ours(config, recompute=False):
     """A forward pass to the loss, with its graph."""
     model, (tokens, labels) = step.our_model(config, torch.bfloat16), step.data(config, "half")
     model.recompute = recompute
-    return lambda: nll_sum(model, model.hidden(tokens)[0], labels)[0]
+    return lambda: model.nll_sum(model.hidden(tokens)[0], labels)[0]
 
 
 SIDES = {"ours": ours, "ours, --recompute": lambda config: ours(config, True),

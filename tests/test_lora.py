@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from run.files import InputError
-from lora import (INITS, TARGETS, AddedLowRank, LoRALinear, add_lora, load_adapter, lora_layers, merge_lora, save_adapter,
+from fused import AddedLowRank
+from lora import (INITS, TARGETS, LoRALinear, add_lora, load_adapter, lora_layers, merge_lora, save_adapter,
                   unmerge_lora, update_share)
 from model import Config
 from model import Gemma2, load_model, save_model

@@ -36,7 +36,7 @@ def step(model, rows, hidden=None):
     hidden, count = hidden or (lambda *row: model.hidden(*row)[0]), sum(int((labels != IGNORE).sum()) for *_, labels in rows)
     total = 0.0
     for tokens, documents, labels in rows:
-        part = nll_sum(model, hidden(tokens, documents), labels)[0] / max(count, 1)
+        part = model.nll_sum(hidden(tokens, documents), labels)[0] / max(count, 1)
         part.backward()
         total += part.item()
     return total, {name: factor.grad for name, factor in factors(model).items()}
