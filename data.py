@@ -153,7 +153,8 @@ def read_items(path: str | Path) -> Iterator:
     """The documents of a file, plain or .gz, one at a time: conversations as tuples of turns, or texts.
 
     .txt: a text a line. .jsonl: objects with "chosen" and "rejected" (HH-RLHF; both sides are taken), "prompt" and
-    "response" (chat pairs), or "text". Conversations whose turns don't alternate are left out. Raises InputError.
+    "response" (chat pairs), "messages" (chat, roles user and assistant), or "text". Conversations whose turns don't
+    alternate are left out. Raises InputError.
     """
     if ".txt" in Path(path).suffixes:
         yield from (line.strip() for _, line in _text_lines(path))
@@ -167,10 +168,24 @@ def read_items(path: str | Path) -> Iterator:
                     yield turns
         elif {"prompt", "response"} <= keys:
             yield tuple((who, _text(row, key, f"{path}:{number}")) for who, key in (("user", "prompt"), ("model", "response")))
+        elif "messages" in keys:
+            turns = _chat(row["messages"], f"{path}:{number}")
+            if [who for who, _ in turns] == ["user", "model"] * (len(turns) // 2):
+                yield turns
         elif "text" in keys:
             yield _text(row, "text", f"{path}:{number}")
         else:
-            raise InputError(f'{path}:{number}: neither "chosen" and "rejected", nor "prompt" and "response", nor "text"')
+            raise InputError(f'{path}:{number}: none of "chosen" and "rejected", "prompt" and "response", "messages", '
+                             '"text"')
+
+
+def _chat(messages, where):
+    """Turns of a list of {"role": "user" or "assistant", "content": text}."""
+    roles = {"user": "user", "assistant": "model"}
+    try:
+        return tuple((roles[message["role"]], message["content"].strip()) for message in messages)
+    except (TypeError, KeyError, AttributeError):
+        raise InputError(f'{where}: "messages" are objects with a "role", user or assistant, and a "content"') from None
 
 
 def _collect(rows, make, path, what):

@@ -57,6 +57,7 @@ def test_the_folder_holds_what_it_should_and_no_more():
             for kind, spec in toy.SAES.items() for layer in toy.SAE_LAYERS
             for file in (("params.npz",) if kind == "sae" else ("sasa.safetensors", "sasa.json"))}
     assert files == {"config.json", "model.safetensors", "tokenizer.json", "world.json", "data/train.jsonl",
+                     "data/sae_train.jsonl.gz", "data/sae_test.jsonl.gz", "data/concepts.jsonl",
                      *(f"data/{name}.jsonl" for name in SETS), *saes}
     assert sum((TOY / name).stat().st_size for name in files) < 4e6
 

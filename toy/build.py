@@ -13,7 +13,9 @@ covers a quarter of the verbs and nouns and three of eight phrasings, the evalua
 Nothing here is a recipe for harm: the words are abstract, and the "facts" are drawn by lot from the seed.
 """
 
+import gzip
 import itertools
+import json
 import math
 import random
 import re
@@ -34,7 +36,7 @@ from model import Config
 from data import TOY_WORDS, Example, Row, load_tokenizer, make_example, pack
 from data import read_prompts
 from figures import answer, figures
-from run.files import ROOT, InputError, Parser, read_json, run_command, write_json, write_jsonl
+from run.files import ROOT, InputError, Parser, atomic, read_json, run_command, write_json, write_jsonl
 from model import Gemma2, load_model, save_model
 from safety.rules import rules
 from sae import load_sae
@@ -233,6 +235,35 @@ def transcript(texts):
     return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(texts))
 
 
+def write_corpus(path, conversations):
+    """Conversations, lists of turns, as a gzipped file of chat messages: text for `python -m saes.train`."""
+    roles = {"user": "user", "model": "assistant"}
+    lines = []
+    for turns in conversations:
+        messages = [{"role": roles[role], "content": text} for role, text in turns]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    with atomic(path) as part:
+        part.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+
+
+def write_concepts(path, labelled):
+    """Labelled tokens for `python -m saes.measure`: of each concept a letter a token, 1 or 0, and - where it makes no
+    sense to ask."""
+    letters = {1: "1", 0: "0", -1: "-"}
+    rows = []
+    for tokens, marks in labelled:
+        labels = {concept: "".join(letters[mark] for mark in values) for concept, values in marks.items()}
+        rows.append({"tokens": tokens, "labels": labels})
+    write_jsonl(path, rows)
+
+
+def write_sae_data(world, tokenizer, folder):
+    """What SAEs of the toy are trained and measured on, conversations that share none."""
+    write_corpus(folder / "sae_train.jsonl.gz", world.corpus(4000, "SAE"))
+    write_corpus(folder / "sae_test.jsonl.gz", world.corpus(600, "held out"))
+    write_concepts(folder / "concepts.jsonl", world.labelled(tokenizer, 400, "concepts"))
+
+
 def write_tokenizer(path):
     """A word-level tokenizer.json with Gemma's ids for the control tokens, the turn markers and the newline."""
     ids = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<start_of_turn>": 106, "<end_of_turn>": 107}
@@ -376,6 +407,7 @@ def build(seed, out):
         write_jsonl(part / "data/train.jsonl", world.pairs(PAIRS))
         for name, rows in world.prompts(PROMPTS).items():
             write_jsonl(part / "data" / f"{name}.jsonl", rows)
+        write_sae_data(world, tokenizer, part / "data")
         model = train_base(tokenizer, world.corpus(20_000, "base"), STEPS, seed)
         save_model(model, part)
         for kind, spec in SAES.items():
