@@ -1,18 +1,16 @@
 """Many processes as one: what those that `torchrun` started say to each other.
 
-    torchrun --nproc-per-node 4 train.py --model google/gemma-2-9b            # as one process with 4 times --accumulate
-    torchrun --nproc-per-node 8 train.py --model google/gemma-2-27b --shard   # the frozen weights split over 8 cards
+    torchrun --nproc-per-node 4 train.py --model google/gemma-2-9b
+    torchrun --nproc-per-node 8 train.py --model google/gemma-2-27b --shard
 
-Each process runs the whole program and takes its share: micro-batches of a training step, batches of pairs, prompts.
-Rank 0 alone speaks and writes; the run's folder must be one that all processes see. Started in any other way there is
-one process and no group, and each function below hands back at once what it was given.
+Each process runs the whole program and takes its share: micro-batches of a step, batches of pairs,
+prompts. Rank 0 alone speaks and writes; all processes must see the run's folder. Started in any
+other way there is one process, and each function below returns what it was given.
 
-Not DistributedDataParallel: what is trained is a few MB, so one sum of one buffer a step is all there is to say. DDP
-would average gradients where a sum is wanted, wrap the model whose `hidden` is called, and want `no_sync` around all
-micro-batches but the last, which is more to read and nothing won.
+Why not DistributedDataParallel: the adapters are a few MB, so one sum of one buffer a step is all
+there is to say. DDP would average where a sum is wanted, and wrap the model.
 
-A process that dies takes the others with it: torchrun's agent ends them (SIGTERM, 30 s later SIGKILL), and a sum that
-waits for it fails at once on a CPU. The first one to know why says it, the others are silent.
+A process that dies takes the others with it: torchrun ends them. The first that knows why says it.
 """
 
 import errno
@@ -20,7 +18,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
@@ -28,11 +26,10 @@ from functools import wraps
 import torch
 import torch.distributed as dist
 
-from run import files
-from run.files import InputError
+from run.files import InputError, run_command
 
-PATIENCE = timedelta(minutes=10)       # with a process that lives but doesn't answer: longer than the longest stage's
-store = None                           # uneven ends. Held by torchrun's agent, so that it outlives every process
+PATIENCE = timedelta(minutes=10)   # with a process that lives and doesn't answer
+store = None                       # held by torchrun's agent, so it outlives every process
 
 
 def world_size() -> int:
@@ -45,35 +42,33 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def run(main):
-    """files.run_command(main), in each of the processes that torchrun started or in the only one."""
-    if not (dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1):
-        files.run_command(main)
+def run(main: Callable) -> None:
+    """run_command(main), in each process that torchrun started or in the only one."""
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    if not launched or int(os.environ["WORLD_SIZE"]) == 1:
+        run_command(main)
     try:
-        files.run_command(lambda: _one_of_many(main))
+        run_command(lambda: _one_of_many(main))
     except SystemExit as end:
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(int(end.code or 0)) # Python's own way out now and then aborts over a thread of gloo's that is still at work
+        # Python's own way out now and then aborts over a thread of gloo's that is still at work
+        os._exit(int(end.code or 0))
 
 
 def _one_of_many(main):
     global store
-    card, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    store, me, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-    if me:
+    store, process, processes = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if process > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
-        if cards:
-            if card >= cards:
-                raise InputError(f"--nproc-per-node asks for more processes than this machine's {cards} GPUs "
-                                 "(CUDA_VISIBLE_DEVICES= hides them, to run on the CPU)")
-            torch.cuda.set_device(card)                    # from now on "cuda" is this card
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cards else "gloo", store=store, rank=me, world_size=size, timeout=PATIENCE)
+        backend = _take_card()
+        dist.init_process_group(backend, store=store, rank=process, world_size=processes,
+                                timeout=PATIENCE)
         code = main()
         if not code:
-            maximum(0)                                     # all have come this far
+            maximum(0)                             # wait until all have come this far
             dist.destroy_process_group()
         return code
     except (InputError, OSError, KeyboardInterrupt):
@@ -81,81 +76,99 @@ def _one_of_many(main):
             sys.exit(2)
         raise
     except Exception:
-        sys.stderr = sys.__stderr__                        # something unforeseen is for everybody to tell
+        sys.stderr = sys.__stderr__                # a traceback is for everybody to print
         raise
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):     # the agent's, once the first process has ended: we are ending
-            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the agent's, once the first process has ended
+
+
+def _take_card():
+    """Make "cuda" this process's own card, where there are cards; the backend to talk by."""
+    cards, card = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if not cards:
+        return "gloo"
+    if card >= cards:
+        raise InputError(f"--nproc-per-node asks for more processes than this machine's {cards} GPUs "
+                         "(CUDA_VISIBLE_DEVICES= hides them, to run on the CPU)")
+    torch.cuda.set_device(card)
+    return "cpu:gloo,cuda:nccl"
 
 
 def last_word() -> bool:
-    """Whether this process is the first that wants to say why the run ends; its stderr is open then, if it was not."""
+    """Whether this process is the first that says why the run ends; opens its stderr then."""
     try:
-        first = store is None or store.add("last word", 1) == 1
-    except RuntimeError:                                   # the agent is gone
-        first = True
-    if first:
-        sys.stderr = sys.__stderr__ if store else sys.stderr
-    return first
+        is_first = store is None or store.add("last word", 1) == 1
+    except RuntimeError:                           # the agent is gone
+        is_first = True
+    if is_first and store is not None:
+        sys.stderr = sys.__stderr__
+    return is_first
 
 
-def _all(operation):
-    """What is to be done by all processes, its failure told as what it means."""
+# ------------------------------------------------------------------------------
+# Shares, and what becomes of them
+
+def _collective(operation):
+    """An operation of all processes; its failure means that one of them has died."""
     @wraps(operation)
-    def told(*args, **kwargs):
+    def guarded(*args, **kwargs):
         try:
             return operation(*args, **kwargs)
         except RuntimeError as error:
-            raise ConnectionError(errno.ECONNRESET, "another process has died, or didn't answer for 10 minutes: the run goes "
-                                  "on from its last checkpoint by --resume", f"process {rank()} of {world_size()}") from error
-    return told
+            if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+                raise
+            message = ("another process has died, or didn't answer for 10 minutes: the run goes on "
+                       "from its last checkpoint by --resume")
+            place = f"process {rank()} of {world_size()}"
+            raise ConnectionError(errno.ECONNRESET, message, place) from error
+    return guarded
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Shares, and what becomes of them
 
 def own_share(items: Sequence) -> Sequence:
-    """This process's share of a list that all have: every world_size()-th."""
+    """This process's share of a list that all have: every world_size()-th item."""
     return items[rank()::world_size()]
 
 
-@_all
+@_collective
 def gather(value):
-    """The values of all processes, a list by rank: what JSON can say, and paths as text. (PyTorch's own would pickle.)"""
+    """The JSON-able values of all processes, a list by rank. (torch's own gather would pickle.)"""
     if world_size() == 1:
         return [value]
-    text = torch.frombuffer(bytearray(json.dumps(value, default=str).encode()), dtype=torch.uint8)
+    text = json.dumps(value, default=str).encode()
     size = maximum(len(text))
-    padded = torch.nn.functional.pad(text, (0, size - len(text)), value=ord(" "))
+    padded = torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
     return [json.loads(bytes(part.tolist())) for part in gather_tensors(padded)]
 
 
-@_all
-def gather_tensors(tensor):
+@_collective
+def gather_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors, of one shape, of all processes, a list by rank."""
-    parts = [torch.empty_like(tensor) for _ in range(world_size())] if world_size() > 1 else [tensor]
-    if world_size() > 1:
-        dist.all_gather(parts, tensor.contiguous())
+    if world_size() == 1:
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
     return parts
 
 
 @contextmanager
-def agreed():
-    """A block that every process runs, and that holds no collective. InputError or OSError in one is raised by all."""
+def agreed() -> Iterator[None]:
+    """A block of all processes, without collectives: an InputError or OSError in one ends all."""
     if world_size() == 1:
         yield
         return
-    error = None
+    own_error = None
     try:
         yield
-    except (InputError, OSError) as found:
-        error = found
-    if errors := [other for other in gather(str(error) if error else None) if other]:
-        raise error or InputError(errors[0])
+    except (InputError, OSError) as error:
+        own_error = error
+    errors = [message for message in gather(own_error and str(own_error)) if message]
+    if errors:
+        raise own_error or InputError(errors[0])
 
 
 def on_rank_zero(action: Callable, *arguments):
-    """What action(*arguments) returns on rank 0, which alone calls it; what it raises, all raise. The others wait."""
+    """action(*arguments), called by rank 0 alone: all return its value or raise its error."""
     result = None
     with agreed():
         if rank() == 0:
@@ -163,15 +176,17 @@ def on_rank_zero(action: Callable, *arguments):
     return gather(result)[0]
 
 
-@_all
-def maximum(number: float) -> float:
+@_collective
+def maximum(number: int) -> int:
     """The largest of the processes' integers."""
-    if world_size() > 1:
-        dist.all_reduce(number := torch.tensor(number), dist.ReduceOp.MAX)
-    return int(number)
+    if world_size() == 1:
+        return int(number)
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
-@_all
+@_collective
 def sum_tensors(*tensors: torch.Tensor) -> None:
     """Sum each tensor over the processes, in place."""
     if world_size() > 1:
@@ -179,8 +194,8 @@ def sum_tensors(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def sum_gradients(parameters, *more):
-    """Sum the parameters' gradients, and the float32 tensors `more`, over the processes, in place: one buffer, one sum."""
+def sum_gradients(parameters: Sequence[torch.Tensor], *more: torch.Tensor) -> None:
+    """Sum the parameters' gradients, and the tensors `more`, in place: one buffer, one sum."""
     if world_size() == 1:
         return
     for parameter in parameters:
@@ -193,7 +208,7 @@ def sum_gradients(parameters, *more):
         tensor.copy_(part.view_as(tensor))
 
 
-@_all
+@_collective
 @torch.no_grad()
 def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """Put rank 0's values into all processes' tensors."""
@@ -202,36 +217,37 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # A frozen base that doesn't fit on one card
 
-def shard(model, device):
-    """Split the matrices of a Gemma2's blocks over the processes, by rows (FSDP2); embedding and norms stay whole.
+def shard(model, device: torch.device) -> None:
+    """Split the matrices of a Gemma2's blocks over the processes, by rows (FSDP2).
 
-    A block is gathered when it runs, forward and backward, and let go after it: a card holds its share, the embedding,
-    and about two blocks. The model may lie on the meta device: model.load_model then reads only this process's rows.
-    Adapters are put in afterwards (lora.add_lora), so FSDP doesn't know them: they are whole everywhere, and their
-    gradients are summed like any others. Each forward is now one of all processes together: `is_sharded` says so.
+    Embedding and norms stay whole. A block is gathered when it runs, forward and backward, so a
+    card holds its share, the embedding, and about two blocks. The model may lie on the meta device:
+    load_model then reads only this process's rows. Adapters come in afterwards, so FSDP doesn't
+    know them: they are whole everywhere. Every forward is now one of all processes (is_sharded).
     """
+    # half a second to import, which every command would pay
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(torch.device(device).type, (world_size(),))
-    whole = {weight for weight in model.parameters() if weight.dim() == 1 or weight is model.embed_tokens.weight}
+    whole = {weight for weight in model.parameters()
+             if weight.dim() == 1 or weight is model.embed_tokens.weight}
     for module in (*model.layers, model):
         fully_shard(module, mesh=mesh, ignored_params=whole)
-    register_fsdp_forward_method(model, "hidden")          # what we call in the place of `forward`
-    return model
+    register_fsdp_forward_method(model, "hidden")  # what we call in the place of `forward`
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether the model is sharded, so that all processes must make the same number of forwards."""
-    return hasattr(model, "set_requires_gradient_sync")    # a method of FSDPModule, whose import takes a second
+    """Whether the model is sharded, so that all processes must make the same forwards."""
+    return hasattr(model, "set_requires_gradient_sync")         # a method of FSDPModule
 
 
 def own_rows(weight):
-    """(this process's rows of a weight, as a plain tensor, and the number of the first); all of them if it isn't split."""
+    """(this process's rows of a weight, number of the first)."""
     if not hasattr(weight, "to_local"):
         return weight, 0
-    rows = -(-weight.shape[0] // world_size())                  # FSDP cuts as torch.chunk does
+    rows = -(-weight.shape[0] // world_size())     # FSDP cuts as torch.chunk does
     return weight.to_local(), min(rank() * rows, weight.shape[0])

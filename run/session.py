@@ -1,39 +1,49 @@
-"""A run's folder and what keeps it whole: its settings, log and checkpoints, its lock, and the signals that end a session.
+"""A run's folder and what keeps it whole: settings, log, checkpoint, and the signals that end a session.
 
-A run may take many sessions. Whatever ends one, the next finds in the folder all that is needed to go on to the same numbers.
+A run may take many sessions. Whatever ends one, the next finds in the folder all that it needs to go
+on to the same numbers.
 """
 
-import fcntl
+import hashlib
+import importlib.util
 import itertools
 import json
 import os
 import platform
-import re
 import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from run import files
 from run import parallel
-from run import settings as recipe
-from run.files import InputError, read_tensors, write_json, write_tensors
+from run.files import (InputError, data_file, is_new, read_json, read_metadata, read_tensors, write_json,
+                       write_jsonl, write_tensors)
+from run.settings import PLACES, flag
+
+FINISHED = "scores.json"                        # the last file of a run
+CHECKPOINT = "checkpoint/state.safetensors"     # one file, so that all of it is of one step
+Parameters = Sequence[tuple[str, torch.nn.Parameter]]
 
 
-FINISHED = "report.html"                         # the last file of a run
-
+# ------------------------------------------------------------------------------
+# Ends of a session
 
 class Stopped(BaseException):
     """Ctrl-C or SIGTERM; carries the signal's number."""
 
 
 class Signals:
-    """Ctrl-C and SIGTERM raise Stopped at once or, while `wait` is set, leave their number in `caught`, for the loop to
-    finish its step and save. A second one doesn't wait; of many processes it means nothing, since torchrun passes on
-    what the terminal has sent to all, and 30 s later ends what is left."""
+    """Ctrl-C and SIGTERM raise Stopped at once or, while `wait` is set, are left in `caught`.
+
+    The training loop sets `wait`: it finishes its step and saves. A second signal does not wait.
+    Of many processes a second one means nothing: torchrun passes on what the terminal has sent to
+    all, and kills what is left after 30 s.
+    """
 
     def __init__(self):
         self.wait, self.caught = False, None
@@ -43,198 +53,233 @@ class Signals:
     def catch(self, number, frame):
         if self.caught and parallel.world_size() > 1:
             return
-        waited, self.caught = self.wait and not self.caught, number
-        if not waited:
+        waits = self.wait and not self.caught
+        self.caught = number
+        if not waits:
             raise Stopped(number)
 
 
+def limit_threads(num_parameters: int) -> None:
+    """Use one thread for a small model on a CPU, unless OMP_NUM_THREADS says otherwise.
+
+    Its matrices are too small to share: threads that wait for each other cost more than they
+    bring, many times more where other work is on the machine.
+    """
+    if num_parameters < 3e7 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------
+# The folder
+
 def run_folder(out: str | Path | None, name: str) -> Path:
-    """The folder `out`, there or made; without one, a new folder of the time and a name."""
-    if not out:
-        return own_folder(f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}")
-    folder = Path(out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def settle(folder, settings, source):
-    """Whether the run in a folder, which is locked, is new: given its config.json; else found unfinished and of the same settings."""
-    if (folder / FINISHED).exists():
-        raise InputError(f"{folder} holds a finished run, which is never overwritten: give another --out "
-                         f"(`python eval.py {folder}` shows its figures)")
-    if (folder / "config.json").exists():
-        if (processes := files.read_json(folder / "config.json").get("processes", 1)) != parallel.world_size():
-            raise InputError(f"{folder} holds an unfinished run of {processes} processes, not {parallel.world_size()}: start as many, "
-                             "by torchrun")
-        there = vars(recipe.saved(folder))
-        for name, value in vars(settings).items():
-            if there.get(name) != value and name != "device":
-                raise InputError(f"{folder} holds an unfinished run of another configuration (--{name.replace('_', '-')} "
-                                 f"{there.get(name)}, not {value}): give another --out, or go on with it by `--resume {folder}` alone")
-        print(f"going on with the unfinished run in {folder}\n")
-        files.sweep(folder)
-        return False
-    if not files.is_new(folder):
-        raise InputError(f"{folder} is there and holds no run: give another --out")
-    files.sweep(folder)
-    write_json(folder / "config.json", {"settings": vars(settings), "source": source, "command": sys.argv,
-                                        "processes": parallel.world_size(), "versions":
-                                        {"python": platform.python_version(), "torch": torch.__version__}})
-    return True
-
-
-def own_folder(name):
-    """Make a folder that nobody else has, even where two runs begin in one second: name, name-2, name-3, …"""
-    for number in itertools.count(1):
-        folder = Path(name if number == 1 else f"{name}-{number}")
+    """The folder `out`, made unless there; without one, a new folder runs/TIME-name."""
+    if out:
+        folder = Path(out).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    stem = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    for number in itertools.count(1):               # two runs may begin in one second
+        folder = Path(stem if number == 1 else f"{stem}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            pass
+            continue
 
 
-class Lock:
-    """Keeps other processes out of a folder until it is forgotten. Raises InputError where one is in it.
+def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str]) -> bool:
+    """Write the config.json of a new run, or check that an unfinished one has the same settings.
 
-    On the folder itself, which nobody replaces as files are, so that two that begin in an empty one can't both have it."""
+    Returns whether the run is new. Folders may move between two sessions; what the data file holds
+    may not change. Raises InputError for a finished run, another configuration, other data.
+    """
+    path = folder / "config.json"
+    if (folder / FINISHED).exists():
+        raise InputError(f"{folder} holds a finished run, which is never overwritten: give another "
+                         f"--out (`python -m report {folder}` shows it)")
+    data_hash = hash_of(data_file(settings.data))
+    if not path.exists():
+        if not is_new(folder):
+            raise InputError(f"{folder} is there and holds no run: give another --out")
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        write_json(path, {"settings": vars(settings), "source": source, "command": sys.argv,
+                          "data_sha256": data_hash, "processes": parallel.world_size(),
+                          "versions": versions})
+        return True
+    config = read_json(path)
+    if config["processes"] != parallel.world_size():
+        raise InputError(f"{folder} holds an unfinished run of {config['processes']} processes, not "
+                         f"{parallel.world_size()}: start as many, by torchrun")
+    for name, value in vars(settings).items():
+        saved = config["settings"].get(name, value)
+        if saved != value and name not in ("device", *PLACES):
+            raise InputError(f"{folder} holds an unfinished run with {flag(name)} {saved}, not "
+                             f"{value}: give another --out, or only `--resume {folder}`")
+    if config["data_sha256"] != data_hash:
+        raise InputError(f"{settings.data} has changed since the run in {folder} began: put the old "
+                         "file back, or start a new run with another --out")
+    print(f"going on with the unfinished run in {folder}\n")
+    return False
 
-    def __init__(self, folder):
-        self.handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is at work on this run: wait for it, or give another --out") from None
 
-    def __del__(self):
-        if hasattr(self, "handle"):
-            os.close(self.handle)
+def hash_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Log:
-    """metrics.jsonl: a line a training step and a line a stage, flushed as they come. A line cut short is dropped.
-    Rank 0 keeps it; to others it is a list. Of this session's steps, which can be many, nothing is held in memory."""
+    """metrics.jsonl: a line a training step and a line a stage, written as they come.
 
-    def __init__(self, path):
-        self.path, self.lines, self.kept = path, [], parallel.rank() == 0
-        found = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        for line in found:
+    The first process writes it. With `tensorboard`, steps go there too. A line that a crash cut
+    short is dropped.
+    """
+
+    def __init__(self, path: Path, tensorboard=False):
+        self.path, self.writes = path, parallel.rank() == 0
+        self.lines = []
+        for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
-                value = files.parse(line)
-            except (ValueError, RecursionError):
+                self.lines.append(json.loads(line))
+            except ValueError:
                 break
-            if not (line.endswith(b"\n") and isinstance(value, dict) and isinstance(value.get("step", 0), int)
-                    and isinstance(value.get("stage", ""), str)
-                    and isinstance(value.get("seconds", None if "stage" in value else 0), float | int)):
-                break
-            self.lines.append(value)
-        if self.kept and len(self.lines) < len(found):           # or the next line would be glued to what is left of the cut one
-            files.write_jsonl(path, self.lines)
+        self.board = _tensorboard(path.parent) if tensorboard and self.writes else None
 
-    def keep(self, steps):
-        """Forget the lines of steps after `steps`, which are about to be made again. To be called before the first is."""
+    def keep(self, steps: int) -> None:
+        """Forget the steps after `steps`, which are about to be made again."""
         self.lines = [line for line in self.lines if line.get("step", 0) <= steps]
-        if self.kept:
-            files.write_jsonl(self.path, self.lines)
+        if self.writes:
+            write_jsonl(self.path, self.lines)
 
-    def add(self, line):
-        if "step" not in line:
-            self.lines.append(line)
-        if not self.kept:
+    def add(self, line: dict) -> None:
+        self.lines.append(line)
+        if not self.writes:
             return
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:                                 # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board and "step" in line:
+            for name in ("loss", "lr", "grad_norm"):
+                self.board.add_scalar(name, line[name], line["step"])
+            self.board.flush()
 
     @contextmanager
-    def stage(self, name):
-        began = time.perf_counter()
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; a stage that Ctrl-C ends is timed too, and the next session adds its own."""
+        start = time.perf_counter()
         try:
             yield
-        finally:                                                 # stopped by Ctrl-C too: the next session adds its own
+        finally:
             if self.path.parent.exists():
-                self.add({"stage": name, "seconds": time.perf_counter() - began})
+                self.add({"stage": name, "seconds": time.perf_counter() - start})
 
-    def seconds(self):
+    def seconds(self) -> dict[str, float]:
         """{stage: seconds}, summed over the sessions of a run."""
-        stages = [line for line in self.lines if "stage" in line]
-        return {name: sum(line["seconds"] for line in stages if line["stage"] == name)
-                for name in dict.fromkeys(line["stage"] for line in stages)}
+        total = {}
+        for line in self.lines:
+            if "stage" in line:
+                total[line["stage"]] = total.get(line["stage"], 0.0) + line["seconds"]
+        return total
 
 
-CHECKPOINT = "checkpoint/state.safetensors"      # one file, so that it is all of one step
-PREVIOUS = "checkpoint/previous.safetensors"     # the one before it, for the case that the disk spoils one
+def _tensorboard(folder):
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--log tensorboard: the package is not here: pip install tensorboard")
+    from torch.utils.tensorboard import SummaryWriter           # optional, and slow to import
+    return SummaryWriter(folder)
 
 
-def save_checkpoint(folder: Path, step: int, adapters: dict, optimizer: torch.optim.Optimizer, average: dict) -> None:
-    """Adapters, AdamW's moments and the moving average, empty without one, as tensors; step and thread count, on which sums
-    depend, in the file's header."""
-    tensors = {}
-    for name, parameter in adapter_parameters(adapters):
-        tensors[name] = parameter
-        tensors |= {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in ("exp_avg", "exp_avg_sq")}
-    tensors |= {f"{name}.average": tensor for name, tensor in average.items()}
+# ------------------------------------------------------------------------------
+# Checkpoints
+
+def write_checkpoint(folder: Path, tensors: dict, metadata: dict[str, str]) -> None:
+    """Put a checkpoint in the place of the last one."""
+    write_tensors(folder / CHECKPOINT, tensors, metadata)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict[str, str]] | None:
+    """(tensors, metadata) of the folder's checkpoint; None where there is none yet."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    return read_tensors(path), read_metadata(path)
+
+
+def save_checkpoint(folder: Path, step: int, parameters: Parameters,
+                    optimizer: torch.optim.Optimizer) -> None:
+    """Parameters and AdamW's moments as tensors; step and number of threads in the file's header.
+
+    Sums depend on the number of threads, so the next session takes the same.
+    """
+    tensors = dict(parameters)
+    for name, parameter in parameters:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment]
     write_checkpoint(folder, tensors, {"step": str(step), "threads": str(torch.get_num_threads())})
 
 
-def write_checkpoint(folder: Path, tensors: dict, metadata: dict[str, str]) -> None:
-    """Put a checkpoint in the place of the last one, which becomes the one before it."""
-    new = folder / "checkpoint/next.safetensors"
-    write_tensors(new, tensors, metadata)
-    if (folder / CHECKPOINT).exists():
-        os.replace(folder / CHECKPOINT, folder / PREVIOUS)
-    os.replace(new, folder / CHECKPOINT)
-
-
-def mend_checkpoint(folder):
-    """Where the last checkpoint is damaged, or a crash came in between two renames, put the one before it in its place."""
-    path, previous = folder / CHECKPOINT, folder / PREVIOUS
-    try:
-        if path.exists():
-            return read_tensors(path) and None
-    except InputError as error:
-        if not previous.exists():
-            raise
-        read_tensors(previous)
-        print(f"{error}\ngoing on from the checkpoint before it, of step {files.read_metadata(previous).get('step')}", file=sys.stderr)
-    if previous.exists():
-        os.replace(previous, path)
-
-
-def load_checkpoint(folder: Path, adapters: dict, optimizer: torch.optim.Optimizer, average: dict | None = None) -> int:
-    """Put a checkpoint back, if there is one, also into the dict `average` where one is kept. The number of steps done."""
-    path = folder / CHECKPOINT
-    if not path.exists():
+@torch.no_grad()
+def load_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> int:
+    """Put the folder's checkpoint back, if there is one: the number of steps done."""
+    checkpoint = read_checkpoint(folder)
+    if checkpoint is None:
         return 0
-    tensors, metadata = read_tensors(path), files.read_metadata(path)
-    wanted = {f"{name}{part}": parameter.shape for name, parameter in adapter_parameters(adapters)
-              for part in ("", ".exp_avg", ".exp_avg_sq", *[".average"] * (average is not None))}
-    numbers = [metadata.get(name, "") for name in ("step", "threads")]
-    if ({name: tensor.shape for name, tensor in tensors.items()} != wanted
-            or not all(re.fullmatch(r"[1-9]\d{0,8}", text) for text in numbers)):
-        raise InputError(f"{path} is not a checkpoint of this run's adapters: remove the file to train from the start")
-    step, threads = map(int, numbers)
-    torch.set_num_threads(min(threads, 1024))
-    with torch.no_grad():
-        for name, parameter in adapter_parameters(adapters):
-            parameter.copy_(tensors[name])
-            optimizer.state[parameter] = {"step": torch.tensor(float(step))} | {
-                moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")}
-            if average is not None:
-                average[name] = tensors[f"{name}.average"].to(parameter.device)
+    tensors, metadata = checkpoint
+    step = int(metadata["step"])
+    torch.set_num_threads(int(metadata["threads"]))
+    for name, parameter in parameters:
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise InputError(f"{folder / CHECKPOINT} is not of this run's adapters: remove the file "
+                             "to train from the start")
+        parameter.copy_(tensors[name])
+        moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device)
+                   for moment in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step))} | moments
     return step
 
 
-@torch.no_grad()
-def put(named, values):
-    """Copy values {name: tensor} into parameters [(name, parameter)]."""
-    for name, parameter in named:
-        parameter.copy_(values[name])
+# ------------------------------------------------------------------------------
+# The model card
+
+CARD = """---
+library_name: peft
+{base_line}license: {license}
+tags: [safety, lora, sparse-autoencoder, sails, gemma-2]
+---
+
+# {name}: a SAILS safety adapter
+
+LoRA of rank {rank} on q, k, v and o of every layer, begun as `{init}` (SAILS, arXiv 2512.23260) and
+trained on the aligned answers of `{data}`, seed {seed}. {trainable:,} of {parameters:,} parameters
+are trained.
+
+```
+{results}
+```
+
+Judge: {judge}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "THIS FOLDER")
+```
+
+{terms}
+"""
+GEMMA_TERMS = ("The adapter is a derivative of Gemma: the "
+               "[Gemma Terms of Use](https://ai.google.dev/gemma/terms) apply to it.")
 
 
-def adapter_parameters(adapters: dict) -> list[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) of all factors that are trained."""
-    return [(f"{name}.{factor}", getattr(layer, factor)) for name, layer in adapters.items() for factor in ("A", "B")
-            if getattr(layer, factor).requires_grad]
+def model_card(settings: SimpleNamespace, scores: dict, results: str) -> str:
+    """The text of a run's README.md: metadata as the hub reads it, the figures, how to load it."""
+    on_hub = "/" in settings.model and not Path(settings.model).exists()
+    data = settings.data if settings.data.startswith("hf://") else Path(settings.data).name
+    return CARD.format(
+        base_line=f"base_model: {settings.model}\n" if on_hub else "",
+        license="gemma" if on_hub else "other", name=Path(settings.model).name,
+        rank=settings.rank, init=settings.init, data=data, seed=settings.seed, results=results,
+        trainable=scores["trainable"], parameters=scores["parameters"], judge=scores["judge"], base=settings.model if on_hub else "BASE MODEL",
+        terms=GEMMA_TERMS if on_hub else "The licence is that of the base model.")
