@@ -548,7 +548,8 @@ def begin(out, settings, source):
 
 def main():
     parser = Parser(SELECT)
-    recipe.add_flags(parser, "select")
+    recipe.add_flags(parser)
+    parser.add_argument("--out")
     args = parser.parse_args()
     settings, source = recipe.resolve(args)
     with parallel.agreed():

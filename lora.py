@@ -205,6 +205,40 @@ def update_share(layer: LoRALinear, basis: torch.Tensor) -> float:
     return float((inside.T @ inside * gram).sum() / (whole.T @ whole * gram).sum())
 
 
+def subspace_share(model: nn.Module, bases: dict[str, torch.Tensor], seed: int, draws=8) -> dict:
+    """{"subspace", "random", "random_sd"}: share of ‖ΔW‖², summed over modules, that lies in their bases.
+
+    Beside it the mean and standard deviation of the same share for `draws` random bases of equal
+    rank. bases {module name: U (d, r̂)}; None where there is no update.
+    """
+    layers = lora_layers(model)
+    norms = [layer.update.square().sum().item() for layer in layers.values()]
+    norms = torch.tensor(norms, dtype=torch.float64)
+    if not norms.sum() > 0:
+        return {"subspace": None, "random": None, "random_sd": None}
+
+    def share(bases):
+        parts = [update_share(layer, bases[name]) for name, layer in layers.items()]
+        parts = torch.tensor(parts, dtype=torch.float64).nan_to_num()
+        return (norms * parts).sum().item() / norms.sum().item()
+
+    def random_bases():
+        return {name: torch.linalg.qr(torch.randn(bases[name].shape, generator=generator)).Q
+                for name in layers}
+
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.tensor([share(random_bases()) for _ in range(draws)])
+    return {"subspace": share(bases), "random": chance.mean().item(),
+            "random_sd": chance.std().item()}
+
+
+def trainable_parameters(layers: dict[str, LoRALinear]) -> list[tuple[str, nn.Parameter]]:
+    """[(name, parameter)] of all factors that are trained."""
+    factors = [(f"{name}.{letter}", getattr(layer, letter))
+               for name, layer in layers.items() for letter in "AB"]
+    return [(name, factor) for name, factor in factors if factor.requires_grad]
+
+
 def _leaf(name):
     return name.rpartition(".")[2]
 

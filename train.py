@@ -21,13 +21,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 import lora
-from data import Example, Row, load_examples, load_tokenizer, pack
-from eval import complete, result_table, samples, score
-from features import load_subspaces, module_bases, sample_pairs, save_selection, select_features
+from data import Example, Row, load_tokenizer, pack
+from figures import complete, score  # alias until the rooms meet
+from report.runs import result_table, samples  # alias until the rooms meet
+import features as features_  # alias until the rooms meet
+from features import load_subspaces, sample_pairs, save_selection
 from fused import IGNORE, use_compile
 from model import PRESETS, TARGETS, Config, Gemma2, load_config, load_model
 from run import parallel
@@ -35,8 +38,24 @@ from run.files import InputError, Parser, table, write_json, write_text
 from run.session import (FINISHED, Log, Signals, Stopped, limit_threads, load_checkpoint, model_card,
                          open_run, run_folder, save_checkpoint)
 from run.settings import add_flags, model_folder, resolve, saved_settings, settings_table
-from sae import load_saes
-from safety.sets import load_sets
+from safety.sets import load as load_sets
+
+
+# aliases until the rooms meet
+def load_examples(data, tokenizer, length, format):
+    return features_.load_examples(SimpleNamespace(data=data, batch_tokens=length, format=format), tokenizer)
+
+
+def load_saes(sae, layers, width, l0, device, config):
+    return features_.load_saes(SimpleNamespace(sae=sae, layers=layers, width=width, l0=l0, device=device, top_k=1), config)
+
+
+def select_features(model, saes, tokenizer, pairs, s):
+    return features_.select_features(model, saes, tokenizer, pairs, s.top_k, s.tau, s.rank, s.tokens, s.batch_tokens, s.select, s.norm_aware)
+
+
+def module_bases(*args):
+    return features_.module_bases(*args)[0]
 
 
 # ------------------------------------------------------------------------------

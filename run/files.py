@@ -67,7 +67,7 @@ def run_command(main):
 
 def printable(text: str) -> str:
     """The text on one line, without the control characters that would steer a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def table(rows: Iterable, head: Iterable[str] = (), right: Container[int] = ()) -> str:

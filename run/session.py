@@ -283,3 +283,27 @@ def model_card(settings: SimpleNamespace, scores: dict, results: str) -> str:
         rank=settings.rank, init=settings.init, data=data, seed=settings.seed, results=results,
         trainable=scores["trainable"], parameters=scores["parameters"], judge=scores["judge"], base=settings.model if on_hub else "BASE MODEL",
         terms=GEMMA_TERMS if on_hub else "The licence is that of the base model.")
+
+
+# aliases until the rooms meet
+def Lock(folder):
+    return None
+
+
+def mend_checkpoint(folder):
+    return None
+
+
+def adapter_parameters(layers):
+    return lora_parameters(layers)
+
+
+def lora_parameters(layers):
+    return [(f"{name}.{letter}", getattr(layer, letter)) for name, layer in layers.items() for letter in "AB"
+            if getattr(layer, letter).requires_grad]
+
+
+@torch.no_grad()
+def put(named, values):
+    for name, parameter in named:
+        parameter.copy_(values[name])

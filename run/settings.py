@@ -373,3 +373,7 @@ def base_of(adapter: str | Path) -> str:
     if name not in RECIPES and not is_folder:
         raise InputError(f"{adapter} names {str(name)[:80]!r} as its base model: give --model")
     return name
+
+
+# aliases until the rooms meet
+SETS, HH, folder, saved, BY_LOSS, FINISHED = ROLES, HH_RLHF, model_folder, saved_settings, ("gradient",), None

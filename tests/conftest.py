@@ -98,15 +98,16 @@ def mini(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------------
 # Commands as a person runs them, on the mini folder
 
-STEPS = ("--steps", "7", "--save-every", "3", "--batch-tokens", "96", "--accumulate", "2", "--lr", "1e-2")
+STEPS = ("--steps", "7", "--batch-tokens", "96", "--lr", "1e-2",
+         "--more", "save-every=3", "accumulate=2", "max-new-tokens=4")
 SETS = ("harmful", "jailbreak", "lookalike", "benign")
 
 
 def command(mini, out, *more, sets=()):
     arguments = ["--model", mini, "--sae", mini / "sae", "--data", mini / "train.jsonl", "--rank", "8", "--out", out,
-                 "--max-new-tokens", "4", *STEPS, *more]
+                 *STEPS, *more]
     for name in sets:
-        arguments += [f"--{name}", mini / f"{name}.jsonl"]
+        arguments += ["--set", f"{name}={mini / name}.jsonl"]
     return list(map(str, arguments))
 
 
