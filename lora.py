@@ -209,12 +209,12 @@ def subspace_share(model: nn.Module, bases: dict[str, torch.Tensor], seed: int, 
     """{"subspace", "random", "random_sd"}: share of ‖ΔW‖², summed over modules, that lies in their bases.
 
     Beside it the mean and standard deviation of the same share for `draws` random bases of equal
-    rank. bases {module name: U (d, r̂)}; None where there is no update.
+    rank. bases {module name: U (d, r̂)}; None where there is no basis or no update.
     """
     layers = lora_layers(model)
     norms = [layer.update.square().sum().item() for layer in layers.values()]
     norms = torch.tensor(norms, dtype=torch.float64)
-    if not norms.sum() > 0:
+    if not bases or not norms.sum() > 0:
         return {"subspace": None, "random": None, "random_sd": None}
 
     def share(bases):

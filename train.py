@@ -227,20 +227,25 @@ def progress_line(metrics, steps):
 
 
 def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
-    """Selection and training; the model carries the trained adapter afterwards. {(layer, side): U}."""
-    with log.stage("selection"):
-        subspaces = select(settings, model, saes, tokenizer, examples, folder)
-        saes.clear()                            # their memory is the training's now
+    """Selection and training; the model carries the trained adapter afterwards.
+
+    Returns the safety basis of each module, {module name: U (D, r̂)}: none without SAEs.
+    """
+    bases = {}
+    if saes:
+        with log.stage("selection"):
+            subspaces = select(settings, model, saes, tokenizer, examples, folder)
+            bases = module_bases(model, subspaces, settings.norm_aware)
+            saes.clear()                        # their memory is the training's now
     if (folder / "adapter_model.safetensors").exists():
         lora.load_adapter(model, folder)
-        return subspaces
+        return bases
     with log.stage("training"):
-        bases = module_bases(model, subspaces, settings.norm_aware)
         generator = torch.Generator().manual_seed(settings.seed)
         layers = lora.add_lora(model, settings.rank, settings.alpha, settings.init, bases, generator,
                                settings.freeze_basis)
         train(settings, model, layers, examples, folder, log, signals)
-    return subspaces
+    return bases
 
 
 # ------------------------------------------------------------------------------
@@ -306,13 +311,13 @@ def check_rank(settings, config):
 
 def main():
     parser = Parser(__doc__)
-    add_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="the run's folder (default runs/TIME-MODEL); an "
-                        "unfinished run of the same settings in it goes on")
-    parser.add_argument("--resume", metavar="DIR", help="go on with the unfinished run in this folder, "
-                        "with its settings")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print the settings, sizes, steps and memory, and stop")
+    group = add_flags(parser)
+    group.add_argument("--out", metavar="DIR", help="the run's folder (default runs/TIME-MODEL); an "
+                       "unfinished run of the same settings in it goes on")
+    group.add_argument("--resume", metavar="DIR", help="go on with the unfinished run in this folder, "
+                       "with its settings")
+    group.add_argument("--dry-run", action="store_true",
+                       help="print the settings, sizes, steps and memory, and stop")
     args = parser.parse_args()
     if args.resume and args.out:
         raise InputError("--resume DIR goes on in that folder: leave --out away")
@@ -348,8 +353,10 @@ def run(settings, folder, is_new, signals):
         with log.stage("loading"), parallel.agreed():
             config = load_config(source)
             check_rank(settings, config)
-            saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
-                             settings.device, config)
+            saes = {}
+            if settings.sae:
+                saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
+                                 settings.device, config)
             print(*saes.values(), sep="\n")
             tokenizer = load_tokenizer(source)
             examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
@@ -364,16 +371,15 @@ def run(settings, folder, is_new, signals):
         raise
     with log.stage("answers before"):
         complete(folder, "base", model, tokenizer, sets, settings)
-    subspaces = adapt(settings, model, saes, tokenizer, examples, folder, log, signals)
+    bases = adapt(settings, model, saes, tokenizer, examples, folder, log, signals)
     with log.stage("answers after"):
         complete(folder, "adapter", model, tokenizer, sets, settings)
-    parallel.on_rank_zero(conclude, settings, folder, model, subspaces, log)
+    parallel.on_rank_zero(conclude, settings, folder, model, bases, log)
 
 
-def conclude(settings, folder, model, subspaces, log):
+def conclude(settings, folder, model, bases, log):
     """Judge the answers, write the model card and scores.json, and print the table."""
     layers = lora.lora_layers(model).values()
-    bases = module_bases(model, subspaces, settings.norm_aware)
     num_adapter = sum(layer.A.numel() + layer.B.numel() for layer in layers)
     num_trained = num_adapter
     if settings.freeze_basis:                   # only the factor that isn't the basis

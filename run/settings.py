@@ -26,6 +26,26 @@ ROLES = {  # what a set of prompts is asked for
 }
 
 
+GEMMA = {"data": f"{HH_RLHF}/train.jsonl.gz", "sets": {"harmful": f"{HH_RLHF}/test.jsonl.gz"},
+         "width": "16k", "compile": True}
+SCOPE_2B = {"sae": "google/gemma-scope-2b-pt-res", "layers": [5, 10, 15, 20]}
+SCOPE_9B = {"sae": "google/gemma-scope-9b-pt-res", "layers": [10, 15, 20, 25, 30]}
+SCOPE_9B_IT = {"sae": "google/gemma-scope-9b-it-res", "layers": [9, 20, 31]}
+SCOPE_27B = {"sae": "google/gemma-scope-27b-pt-res", "layers": [10, 22, 34], "width": "131k"}
+RECIPES: dict[str, dict] = {
+    "toy": {"sae": str(TOY / "sae"), "layers": [1, 2, 3], "data": str(TOY / "data/train.jsonl"),
+            "sets": {role: str(TOY / f"data/{role}.jsonl") for role in ROLES},
+            "lr": 1e-3, "steps": 100, "batch_tokens": 512, "accumulate": 2, "max_new_tokens": 24,
+            "eval_prompts": 0, "eval_batch": 256},
+    "google/gemma-2-2b": GEMMA | SCOPE_2B,
+    "google/gemma-2-2b-it": GEMMA | SCOPE_2B,
+    "google/gemma-2-9b": GEMMA | SCOPE_9B,
+    "google/gemma-2-9b-it": GEMMA | SCOPE_9B_IT,
+    "google/gemma-2-27b": GEMMA | SCOPE_27B,
+    "google/gemma-2-27b-it": GEMMA | SCOPE_27B,
+}
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting of a run. A `rare` one has no flag of its own: --more NAME=VALUE sets it."""
@@ -42,7 +62,8 @@ class Setting:
 
 GROUPS: dict[str, list[Setting]] = {
     "model and SAEs": [
-        Setting("model", "toy", str, "a recipe's name, another hub repository, or a folder", "NAME|DIR"),
+        Setting("model", "toy", str, f"{', '.join(RECIPES)}, another hub repository, or a folder",
+                "NAME|DIR"),
         Setting("sae", None, str, "hub repository or folder in Gemma Scope's layout", "REPO|DIR"),
         Setting("layers", None, list, "SAE layers (default: the recipe's, or all of a folder)", "N"),
         Setting("width", None, str, "SAE width as Gemma Scope names it: 16k, 65k, …", rare=True),
@@ -121,25 +142,6 @@ SETTINGS = {setting.name: setting for group in GROUPS.values() for setting in gr
 RARE = {name: setting for name, setting in SETTINGS.items() if setting.rare}
 PLACES = ("model", "sae", "data", "sets")          # may move between two sessions of a run
 
-GEMMA = {"data": f"{HH_RLHF}/train.jsonl.gz", "sets": {"harmful": f"{HH_RLHF}/test.jsonl.gz"},
-         "width": "16k", "compile": True}
-SCOPE_2B = {"sae": "google/gemma-scope-2b-pt-res", "layers": [5, 10, 15, 20]}
-SCOPE_9B = {"sae": "google/gemma-scope-9b-pt-res", "layers": [10, 15, 20, 25, 30]}
-SCOPE_9B_IT = {"sae": "google/gemma-scope-9b-it-res", "layers": [9, 20, 31]}
-SCOPE_27B = {"sae": "google/gemma-scope-27b-pt-res", "layers": [10, 22, 34], "width": "131k"}
-RECIPES: dict[str, dict] = {
-    "toy": {"sae": str(TOY / "sae"), "layers": [1, 2, 3], "data": str(TOY / "data/train.jsonl"),
-            "sets": {role: str(TOY / f"data/{role}.jsonl") for role in ROLES},
-            "lr": 1e-3, "steps": 100, "batch_tokens": 512, "accumulate": 2, "max_new_tokens": 24,
-            "eval_prompts": 0, "eval_batch": 256},
-    "google/gemma-2-2b": GEMMA | SCOPE_2B,
-    "google/gemma-2-2b-it": GEMMA | SCOPE_2B,
-    "google/gemma-2-9b": GEMMA | SCOPE_9B,
-    "google/gemma-2-9b-it": GEMMA | SCOPE_9B_IT,
-    "google/gemma-2-27b": GEMMA | SCOPE_27B,
-    "google/gemma-2-27b-it": GEMMA | SCOPE_27B,
-}
-
 
 # ------------------------------------------------------------------------------
 # Flags
@@ -149,11 +151,11 @@ def flag(name: str) -> str:
     return "--set" if name == "sets" else "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, names=tuple(SETTINGS)) -> None:
+def add_flags(parser: argparse.ArgumentParser, names=tuple(SETTINGS)):
     """Add the flags of the settings `names`, and --more for the rare ones among them.
 
     No flag has a default of argparse's own, so that a value that was given can be told from one
-    that was not.
+    that was not. Returns the last group, "machine and run", for a command's own flags.
     """
     for title, settings in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -164,8 +166,9 @@ def add_flags(parser: argparse.ArgumentParser, names=tuple(SETTINGS)) -> None:
     rare = [setting for name, setting in RARE.items() if name in names]
     listing = "; ".join(f"{setting.name.replace('_', '-')}: {setting.help}{_default(setting)}"
                         for setting in rare)
-    parser.add_argument("--more", metavar="NAME=VALUE", nargs="+", action="extend", default=None,
-                        help=f"settings that are rarely changed. {listing}")
+    group.add_argument("--more", metavar="NAME=VALUE", nargs="+", action="extend", default=None,
+                       help=f"settings that are rarely changed. {listing}")
+    return group
 
 
 def _default(setting):
@@ -240,6 +243,8 @@ def resolve(args: argparse.Namespace, saved: dict | None = None, needed=("sae", 
         sets = {**(values["sets"] or {}), **(layer.get("sets") or {})}
         values |= layer | {"sets": sets}
         source |= dict.fromkeys(layer, origin)
+    if values["init"] != "sails":                    # no other init looks at features
+        needed = [name for name in needed if name != "sae"]
     if missing := [flag(name) for name in needed if not values[name]]:
         raise InputError(f"{model} has no recipe: give {' and '.join(missing)}. Recipes are for "
                          f"{', '.join(RECIPES)}; another name is a hub repository or a folder")
