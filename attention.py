@@ -71,7 +71,7 @@ def span_blocks(low: Tensor) -> BlockMask:
 
 
 def visible_keys(low: Tensor, cap: float | None) -> Tensor | BlockMask:
-    """The spans low (B or 1, T) as `attention` is to use them: a BlockMask, low itself, or a mask."""
+    """The spans low (B or 1, T) as `attention` takes them: a BlockMask, low itself, or a mask."""
     if low.is_cuda and compiled:
         return span_blocks(low)
     if low.device.type == "cpu" and low.shape[1] > SHORT and cap is not None and cap <= SAFE_CAP:
@@ -90,6 +90,47 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | BlockMask, scal
     if visible.dtype == torch.bool:
         return attention_plain(q, k, v, visible, scale, cap)
     return attend_spans(q, k, v, visible, scale, cap)[0]
+
+
+class Cache:
+    """Keys and values of one layer for generation: a ring, token `index` in slot index mod S.
+
+    pairs: zeros (2, B, K, S, hd), since unseen slots get weight 0 and 0 · NaN is NaN. S is the
+    whole length, or the window on a sliding layer. A step attends to all S slots: bmm copies what
+    isn't contiguous, so the filled part alone would cost more.
+    """
+
+    def __init__(self, pairs: Tensor):
+        self.pairs = pairs
+        self.length = 0  # tokens seen
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, K, T, hd) of the next T tokens; return those to attend to.
+
+        The first call takes the prompt, which attends to itself. Each later call takes one token.
+        """
+        slots, T = self.pairs.shape[3], k.shape[2]
+        if self.length == 0:
+            slot = torch.arange(T)[-slots:] % slots
+            keys, values = k, v
+        else:
+            slot = slice(self.length % slots, self.length % slots + 1)
+            keys, values = self.pairs.unbind()
+        self.pairs[0, :, :, slot] = k[:, :, -slots:]
+        self.pairs[1, :, :, slot] = v[:, :, -slots:]
+        self.length += T
+        return keys, values
+
+    def visible(self, index: int, start: Tensor) -> Tensor:
+        """Mask (B, 1, 1, S) of the slots that token `index`, stored, sees: from `start` (B,) on."""
+        slots = torch.arange(self.pairs.shape[3], device=start.device)
+        # The index of each slot's token; negative where there is none yet
+        stored = index - (index - slots) % len(slots)
+        return (stored >= start[:, None])[:, None, None]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows of the batch but those of the bool mask `rows` (B,)."""
+        self.pairs = self.pairs[:, rows]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,8 +152,8 @@ def attention_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float,
 
 
 # --------------------------------------------------------------------------------------------------
-# Blocks of queries, for a CPU. These are operators of their own, so that torch.compile takes a model
-# in one graph and leaves them alone
+# Blocks of queries, for a CPU. These are operators of their own, so that torch.compile takes a
+# model in one graph and leaves them alone
 
 @torch.library.custom_op("sails::attend_spans", mutates_args=())
 def attend_spans(q: Tensor, k: Tensor, v: Tensor, low: Tensor, scale: float, cap: float
@@ -163,7 +204,7 @@ def attend_spans_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, low: Te
 
 
 def query_blocks(low: Tensor, batch: int, cap: float) -> Iterator[tuple[int, slice, slice, Tensor]]:
-    """For each row b and block: b, the slice of its queries, that of the keys they see, and `start`.
+    """For each row b and block: b, the slice of its queries, that of their keys, and `start`.
 
     start (n, S) is what the exponents begin from: −c·log₂e where the query sees the key, else −∞.
     """
@@ -260,7 +301,7 @@ compiled = False   # whether these are compiled, and attention on CUDA is flex_a
 
 
 def use_compile(on=True) -> bool:
-    """Compile the pointwise parts, or stop doing so; returns whether they are compiled from now on."""
+    """Compile the pointwise parts, or stop doing so. Returns whether they are compiled now."""
     global pointwise, compiled
     functions = _compiled_pointwise() if on else None
     pointwise, compiled = functions or EAGER, functions is not None
@@ -297,6 +338,7 @@ def attend_flex(q, k, v, spans, scale, cap):
     """flex_attention with softcapped scores; `spans` from `span_blocks`. Compiled on CUDA.
 
     On a CPU it has no backward: there, tests check scores and spans with its uncompiled forward.
+    No GPU has run this yet.
     """
     def capped(score, b, h, i, j):  # the score comes scaled
         return softcap(score, cap)

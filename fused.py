@@ -1,4 +1,4 @@
-"""The fused operations of a training step: forward and backward by hand, each beside its plain form.
+"""The fused operations of a training step: a backward by hand, each beside its plain form.
 
     rotate(x, cos, sin)               rotary embedding
     rms_norm(x, w, eps)               x / rms(x) · (1 + w)
@@ -205,9 +205,9 @@ class AddedLowRank(torch.autograd.Function):
 
         dx = dy·W + s·(dy·B)·A        dA = s·(dy·B)ᵀ·x        dB = s·dyᵀ·(x·Aᵀ)
 
-    Only x is kept, which q, k and v share: to make x·Aᵀ again is cheaper than to read it back. A and
-    B are rounded to x's dtype, so that no float32 copy of x is made (peft makes one: 15 GB at 16k
-    tokens of the 2b). Products sum in float32, and gradients add up in it over micro-batches.
+    Only x is kept, which q, k and v share: to make x·Aᵀ again is cheaper than to read it back.
+    A and B are rounded to x's dtype, so that no float32 copy of x is made (peft makes one: 15 GB at
+    16k tokens of the 2b). Products sum in float32, and so do gradients over micro-batches.
     """
 
     @staticmethod
@@ -253,7 +253,7 @@ def nll_sum(hidden: Tensor, labels: Tensor, embedding: Tensor, cap: float | None
     the means of micro-batches would give tokens of short ones more weight.
     """
     labelled = labels != IGNORE
-    h, targets = hidden[labelled], labels[labelled]         # (N, D), (N,): no other token has logits
+    h, targets = hidden[labelled], labels[labelled]         # (N, D), (N,)
     # A trained embedding needs a gradient of its own, and exp(88) is float32's largest
     bounded = cap is not None and 2 * cap + math.log(len(embedding)) <= 88
     if embedding.requires_grad or not bounded:
