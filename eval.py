@@ -140,7 +140,7 @@ def ask(out, folder, settings, places, likelihoods, args, plan, this):
     with parallel.agreed():
         held = settle(out, this) if parallel.rank() == 0 else None                  # noqa: F841
     with parallel.agreed():
-        model = load_model(source, getattr(torch, settings.dtype), device, settings.shard)
+        model = load_model(source, getattr(torch, settings.dtype), device, parallel.shard if settings.shard else None)
     for who in WHO:
         if who == "adapter":
             with parallel.agreed():

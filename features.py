@@ -555,7 +555,7 @@ def main():
     with parallel.agreed():
         if args.out:
             check_unfinished(Path(args.out).expanduser(), settings)
-        model = load_model(recipe.folder(settings.model), getattr(torch, settings.dtype), settings.device, settings.shard)
+        model = load_model(recipe.folder(settings.model), getattr(torch, settings.dtype), settings.device, parallel.shard if settings.shard else None)
         saes = load_saes(settings, model.config)
         for sae in saes.values():
             print(sae)

@@ -26,12 +26,13 @@ from types import SimpleNamespace
 import torch
 
 import lora
+from attention import use_compile
 from data import Example, Row, load_tokenizer, pack
 from figures import complete, score  # alias until the rooms meet
 from report.runs import result_table, samples  # alias until the rooms meet
 import features as features_  # alias until the rooms meet
 from features import load_subspaces, sample_pairs, save_selection
-from fused import IGNORE, use_compile
+from fused import IGNORE
 from model import PRESETS, TARGETS, Config, Gemma2, load_config, load_model
 from run import parallel
 from run.files import InputError, Parser, table, write_json, write_text

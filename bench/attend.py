@@ -28,7 +28,7 @@ sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
 from bench.step import choose_products
 
-from fused import attend, attend_spans, span_mask, use_compile
+from attention import attend_spans, attention_plain, span_mask, use_compile
 from run.files import table
 
 B, T, H, K, hd, CAP = 4, 1024, 8, 4, 64, 50.0
@@ -53,7 +53,7 @@ def sides(low, dtype):
         return F.scaled_dot_product_attention(q, k, v, None if whole else mask, is_causal=bool(whole), scale=SCALE)
     return {
         "transformers eager": lambda q, k, v: eager_attention_forward(module, q, k, v, bias, 0.0, SCALE, CAP)[0].transpose(1, 2),
-        "ours, plain": lambda q, k, v: attend(q, k, v, mask, SCALE, CAP),
+        "ours, plain": lambda q, k, v: attention_plain(q, k, v, mask, SCALE, CAP),
         "ours, blocks": spans(False),
         "ours, blocks, compiled": spans(True),
         "SDPA, no softcap": sdpa}
@@ -67,7 +67,7 @@ def results(run, tensors, grad):
 def parity(runs, tensors, low, grad):
     """Worst relative distance, over output and gradients, of each side that has the softcap from float64."""
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    truth = results(lambda *x: attend(*x, span_mask(low), SCALE, CAP), wide, grad.double())
+    truth = results(lambda *x: attention_plain(*x, span_mask(low), SCALE, CAP), wide, grad.double())
     off = {name: max(((a - b).norm() / b.norm()).item() for a, b in zip(results(run, tensors, grad), truth))
            for name, run in runs.items() if "SDPA" not in name}
     bound = 1e-5 if grad.dtype == torch.float32 else 1.1 * off["transformers eager"]

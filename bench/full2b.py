@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
 from run.files import write_json
-from model import Config
+from model import PRESETS
 from model import Gemma2, load_model, save_model
 from run.files import table
 from sae import CANONICAL_L0, save_sae
@@ -39,7 +39,7 @@ LAYERS, WIDTH, LIMIT, DISK = (5, 10, 15, 20), 16384, 9e9, 8e9
 
 def write(folder):
     """Everything that the stages read. Draws with torch's default generator; the model is the largest thing held."""
-    config = Config.preset("google/gemma-2-2b")
+    config = PRESETS["google/gemma-2-2b"]
     for given, name in GIVEN.items():
         with gzip.open(DATA / given) as source, open(folder / name, "wb") as out:
             shutil.copyfileobj(source, out)

@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end, so that `select` stays Python's own
 
-from fused import use_compile
+from attention import use_compile
 from run.files import write_json
 from lora import TARGETS, add_lora, lora_layers
 from fused import IGNORE

@@ -243,11 +243,3 @@ def shard(model, device: torch.device) -> None:
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether the model is sharded, so that all processes must make the same forwards."""
     return hasattr(model, "set_requires_gradient_sync")         # a method of FSDPModule
-
-
-def own_rows(weight):
-    """(this process's rows of a weight, number of the first)."""
-    if not hasattr(weight, "to_local"):
-        return weight, 0
-    rows = -(-weight.shape[0] // world_size())     # FSDP cuts as torch.chunk does
-    return weight.to_local(), min(rank() * rows, weight.shape[0])

@@ -178,7 +178,7 @@ def run(model, caches, tokens, first):
     distance = index[first:, None] - index                                           # (T, first + T)
     full = (distance >= 0)[None, None]
     seen = {FULL: full, SLIDING: full & (distance < model.config.sliding_window)}
-    return model._blocks(tokens, index[None, first:], seen, caches)[0]
+    return model.run_blocks(tokens, index[None, first:], seen, caches)[0]
 
 
 def target_loss(model, hidden, target):

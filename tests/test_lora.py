@@ -10,7 +10,7 @@ from run.files import InputError
 from fused import AddedLowRank
 from lora import (INITS, TARGETS, LoRALinear, add_lora, load_adapter, lora_layers, merge_lora, save_adapter,
                   unmerge_lora, update_share)
-from model import Config
+from model import PRESETS, Config
 from model import Gemma2, load_model, save_model
 
 SMALL = Config(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,
@@ -277,7 +277,7 @@ def test_bad_arguments_leave_the_model_alone(change, wanted):
                                          ("google/gemma-2-27b", 22_609_920)])
 def test_parameter_counts_at_rank_16(name, count):
     with torch.device("meta"):
-        model = Gemma2(Config.preset(name))
+        model = Gemma2(PRESETS[name])
     add_lora(model, 16, 32, "random")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
