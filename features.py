@@ -31,7 +31,8 @@ from data import Pair, Prompt, read_pairs, read_prompts
 from run.files import (InputError, Parser, data_file, hash_of, is_new, read_json, read_metadata, read_tensors, sweep, tensor_shapes, write_json,
                    write_tensors)
 from model import Gemma2, load_model
-from sae import SAE, load_sae, neuronpedia_url
+import sae as sae_module
+from sae import SAE, neuronpedia_url
 from run.session import Lock, run_folder
 from run.files import table
 
@@ -499,11 +500,9 @@ def load_examples(settings, tokenizer: Tokenizer) -> tuple[list[tuple[Example, E
     return examples, pairs
 
 
-def load_saes(settings, config: Config) -> dict[int, SAE]:
-    """{layer: SAE} of the settings' layers, each fitting the model; raises InputError where one doesn't."""
-    saes = {layer: load_sae(settings.sae, layer, settings.width, settings.l0, settings.device) for layer in settings.layers}
+def load_saes(settings, config: Config) -> dict[int, SAE]:  # alias until the rooms meet
+    saes = sae_module.load_saes(settings.sae, settings.layers, settings.width, settings.l0, settings.device, config)
     for sae in saes.values():
-        sae.check(config.hidden_size, config.num_hidden_layers)
         if settings.top_k > sae.n_units:
             raise InputError(f"--top-k {settings.top_k}: the SAE of layer {sae.layer} has {sae.n_units} {sae.noun}")
     return saes

@@ -331,10 +331,9 @@ def save_sae(folder, layer: int, l0: float, W_enc, b_enc, threshold, W_dec, b_de
 
 
 def save_sasa(folder, layer: int, W_enc, b_enc, W_dec, b_dec, block, active, about=None) -> Path:
-    """Write a SASA as sasa.safetensors and sasa.json. Returns the path of the JSON file.
+    """Write a SASA as sasa.safetensors and sasa.json (block, active, what the dict `about` says).
 
-    The JSON holds block, active, and what the dict `about` says of the training. The folder is that
-    of `save_sae` with X = active · block coefficients a token.
+    The folder is that of `save_sae` with X = active · block. Returns the path of the JSON file.
     """
     place = sae_folder(folder, layer, W_enc.shape[1], active * block)
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}

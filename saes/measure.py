@@ -333,8 +333,6 @@ def main(folder, settings, out=None):
     for width, l0 in dict.fromkeys((width, l0) for _, width, l0 in found):           # several widths: each by itself
         saes = {int(layer): load_sae(folder, int(layer), width, int(l0), settings["device"])
                 for layer, w, x in found if (w, x) == (width, l0)}
-        for sae in saes.values():
-            sae.check(model.config.hidden_size, model.config.num_hidden_layers)
         rows += measure(model, tokenizer, saes, held)
         concepts += concepts_of(model, tokenizer, saes, settings)
     print(f"{folder}: {rows[0]['tokens']:,} tokens, BOS and padding left out\n\n{measures_table(rows)}\n\n{concepts_table(concepts)}")
