@@ -12,8 +12,8 @@ from hypothesis import given, strategies
 
 import sae as sae_module
 from run.files import InputError, write_tensors
-from sae import (CANONICAL_L0, SASA, SHAPES, JumpReLU, load_sae, load_saes, neuronpedia_url, save_sae,
-                 save_sasa)
+from sae import (CANONICAL_L0, SASA, SHAPES, JumpReLU, load_sae, load_saes, neuronpedia_url,
+                 save_sae, save_sasa)
 
 D, N = 6, 20  # width of the residual stream, features
 
@@ -50,8 +50,8 @@ def test_worked_example():
 
     1 is not above 1, so f = (1.5, 0, .25); x̂ = 1.5·(2, 0) + .25·(0, 4) + (10, 20).
     """
-    sae = JumpReLU(W_enc=torch.tensor([[1.0, -1, 2], [0, 1, -1]]), b_enc=torch.tensor([0.5, 0, 0.25]),
-                   threshold=torch.tensor([1.0, 1, 0]),
+    sae = JumpReLU(W_enc=torch.tensor([[1.0, -1, 2], [0, 1, -1]]),
+                   b_enc=torch.tensor([0.5, 0, 0.25]), threshold=torch.tensor([1.0, 1, 0]),
                    W_dec=torch.tensor([[2.0, 0], [5, 5], [0, 4]]), b_dec=torch.tensor([10.0, 20]))
     codes = sae.encode(torch.tensor([[1.0, 2]]))
     assert codes.tolist() == [[1.5, 0, 0.25]]
@@ -62,8 +62,8 @@ def test_worked_example():
 def test_sasa_worked_example():
     """Blocks of 2: p = (3, 0), (−3, 4), (1, 1) with norms 3, 5, √2; the first two stay, signed."""
     W_dec = torch.eye(6)[:, :1] + 1  # (6, 1): 2, 1, 1, 1, 1, 1
-    sae = SASA(W_enc=torch.tensor([[3.0, 0, 0, 4, 1, 1]]), b_enc=torch.tensor([0.0, 0, -3, 0, 0, 0]),
-               W_dec=W_dec, b_dec=torch.tensor([10.0]), block=2, active=2)
+    sae = SASA(W_enc=torch.tensor([[3.0, 0, 0, 4, 1, 1]]),
+               b_enc=torch.tensor([0.0, 0, -3, 0, 0, 0]), W_dec=W_dec, b_dec=torch.tensor([10.0]), block=2, active=2)
     codes = sae.encode(torch.tensor([[1.0]]))
     assert codes.tolist() == [[3, 0, -3, 4, 0, 0]]
     assert sae.activations(codes).tolist() == [[3, 5, 0]]
@@ -314,9 +314,11 @@ def test_damaged_files_end_in_one_line_or_read_right(intact, data):
     """Cut short, or with a few other bytes: an InputError, or exactly what was written."""
     folder, path, whole = intact
     damaged = bytearray(whole)
-    for _ in range(data.draw(strategies.integers(1, 3))):
-        damaged[data.draw(strategies.integers(0, len(whole) - 1))] = data.draw(strategies.integers(0, 255))
-    path.write_bytes(damaged[:data.draw(strategies.sampled_from([len(whole), 0, 30, len(whole) - 1]))])
+    places = strategies.integers(0, len(whole) - 1)
+    for place in data.draw(strategies.lists(places, min_size=1, max_size=3)):
+        damaged[place] = data.draw(strategies.integers(0, 255))
+    end = data.draw(strategies.sampled_from([len(whole), 0, 30, len(whole) - 1]))
+    path.write_bytes(damaged[:end])
     tensors = random_tensors()
     try:
         sae = load_sae(folder, 3, N)
