@@ -176,5 +176,5 @@ python report.py "${here[@]}" --page "$OUT/attacked.html" | tee "$OUT/attacked.t
 # ---------------------------------------------------------------------------------------------------------------
 # 8. Base and adapter as one checkpoint, for whatever opens Gemma-2: lm_eval --model hf --model_args pretrained=$OUT/merged --tasks mmlu
 
-once "$OUT/merged/config.json" python merge.py "$OUT/${ARMS##* }-${SEEDS%% *}" --dtype bfloat16 --out "$OUT/merged"
+once "$OUT/merged/config.json" python lora.py "$OUT/${ARMS##* }-${SEEDS%% *}" --dtype bfloat16 --out "$OUT/merged"
 echo "pages: $OUT/runs.html $OUT/asked-*.html $OUT/attacked.html; checkpoint: $OUT/merged"

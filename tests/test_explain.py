@@ -268,14 +268,14 @@ def test_explains_an_adapter_of_another_origin(toy, tmp_path):
     lora.add_lora(model, 3, 3.0, "random")
     for name, layer in lora.lora_layers(model).items():
         if name.endswith(("k_proj", "v_proj")):
-            lora._replace(model, name, layer.base)                                   # q and o alone are left
+            model.set_submodule(name, layer.base)                                   # q and o alone are left
         else:
             block = int(name.split(".")[1])
             known = rows[serving_layer(block, layer.writer, saes)][:2 if block == 1 else 3]
             mine, other = (known.T, torch.randn(len(known), layer.A.shape[1], generator=draw)) if layer.writer else (
                 known, torch.randn(layer.B.shape[0], len(known), generator=draw))
             A, B = (other, mine) if layer.writer else (mine, other)
-            lora._replace(model, name, lora.LoRALinear(layer.base, A, B, 0.3, layer.writer))
+            model.set_submodule(name, lora.LoRALinear(layer.base, A, B, 0.3, layer.writer))
     lora.save_adapter(model, tmp_path, "toy")
     model = load_model(TOY)
     assert len(lora.load_adapter(model, tmp_path)) == 12
@@ -313,10 +313,10 @@ def test_the_mlp_of_anothers_adapter_is_explained_too(toy):
     rows = torch.nn.functional.normalize(saes[2].decoder_rows([40, 217]), dim=1)
     block, draw = model.layers[2], torch.Generator().manual_seed(0)
     read = rows[:1] / (1 + model.layers[3].pre_feedforward_layernorm.weight)
-    lora._replace(model, "layers.3.mlp.gate_proj", lora.LoRALinear(model.layers[3].mlp.gate_proj, read, torch.randn(
+    model.set_submodule("layers.3.mlp.gate_proj", lora.LoRALinear(model.layers[3].mlp.gate_proj, read, torch.randn(
         model.config.intermediate_size, 1, generator=draw), 0.1))
     written = (rows[1:] / (1 + block.post_feedforward_layernorm.weight)).T
-    lora._replace(model, "layers.2.mlp.down_proj", lora.LoRALinear(block.mlp.down_proj, torch.randn(
+    model.set_submodule("layers.2.mlp.down_proj", lora.LoRALinear(block.mlp.down_proj, torch.randn(
         1, model.config.intermediate_size, generator=draw), written, 0.1, True))
     found, _ = directions.shares(model, saes, norm_aware=True)
     named = {(part["layer"], part["side"]): [feature["index"] for feature in part["features"] if feature["named"]]
