@@ -251,6 +251,33 @@ def update_share(layer: LoRALinear, basis: Tensor) -> float:
     return float((inside.T @ inside * gram).sum() / (stream.T @ stream * gram).sum())
 
 
+def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=8) -> dict:
+    """{"subspace", "random", "random_sd"}: the share of ‖ΔW‖² in the bases, over all modules.
+
+    "random" and "random_sd" are mean and standard deviation of the same share for `draws` sets of
+    random bases of equal rank. bases: {module name: U (d, r̂)}. None without bases or update.
+    """
+    layers = lora_layers(model)
+    norms = [layer.update.square().sum().item() for layer in layers.values()]
+    norms = torch.tensor(norms, dtype=torch.float64)
+    if not bases or not norms.sum() > 0:
+        return {"subspace": None, "random": None, "random_sd": None}
+    generator = torch.Generator().manual_seed(seed)
+
+    def share(bases):
+        shares = [update_share(layer, bases[name]) for name, layer in layers.items()]
+        shares = torch.tensor(shares, dtype=torch.float64).nan_to_num()
+        return (norms * shares).sum().item() / norms.sum().item()
+
+    def random_bases():
+        return {name: torch.linalg.qr(torch.randn(bases[name].shape, generator=generator)).Q
+                for name in layers}
+
+    chance = torch.tensor([share(random_bases()) for _ in range(draws)])
+    return {"subspace": share(bases), "random": chance.mean().item(),
+            "random_sd": chance.std().item()}
+
+
 # --------------------------------------------------------------------------------------------------
 # PEFT's files. Its module names are ours after "model."
 

@@ -428,7 +428,7 @@ def test_the_command(merging, tmp_path, monkeypatch, capsys):
     config = read_json(adapter / lora.CONFIG)
     write_json(adapter / lora.CONFIG, config | {"base_model_name_or_path": None})
     monkeypatch.setattr(sys, "argv", ["lora.py", str(adapter), "--out", str(tmp_path / "new")])
-    with pytest.raises(InputError, match="names no base model"):
+    with pytest.raises(InputError, match="names 'None' as its base model"):
         lora.main()
     assert not (tmp_path / "new").exists()
 

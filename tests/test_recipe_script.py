@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import eval as evaluation
 import features
-import merge
+import lora
 from run import settings as recipe
 from report import runs as report
 from safety import sets
@@ -71,7 +71,7 @@ def test_gemmas_commands_are_ones_that_the_verbs_take(model, tmp_path, monkeypat
     for verb, *rest in tools["python"]:
         commands.setdefault(verb, []).append(rest)
     assert {verb: len(rest) for verb, rest in commands.items()} == {
-        "train.py": 10, "select.py": 2, "eval.py": 12, "report.py": 5, "merge.py": 1}
+        "train.py": 10, "select.py": 2, "eval.py": 12, "report.py": 5, "lora.py": 1}
 
     class Taken(Exception):
         pass
@@ -99,7 +99,7 @@ def test_gemmas_commands_are_ones_that_the_verbs_take(model, tmp_path, monkeypat
         run(evaluation.main, rest)
     known = {name for name in sets.NAMED if not name.startswith(("toy-", "hex-phi", "malicious-instruct"))}
     assert asked == [known] * 9 + [{"advbench"}] * 3 and len(known) == 8
-    for main, verb in ((report.main, "report.py"), (merge.main, "merge.py")):
+    for main, verb in ((report.main, "report.py"), (lora.main, "lora.py")):
         for rest in commands[verb]:
             with pytest.raises(InputError) as error:                                         # there is no such run
                 run(main, rest)
