@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import lora
 from lora import (INITS, add_lora, fold_lora, load_adapter, lora_layers, merge_lora,
                   save_adapter, scaled, trainable_parameters, unmerge_lora, update_share)
-from model import MODULES, TARGETS, Config, Gemma2, load_model, save_model
+from model import MODULES, PRESETS, TARGETS, Config, Gemma2, load_model, save_model
 from run.files import InputError, read_json, write_json
 
 # Twelve layers, so that a pattern for layer 1 could be taken for layer 11's
@@ -222,7 +222,7 @@ def test_bad_arguments_leave_the_model_alone(change, message):
 
 def test_parameter_count_at_rank_16():
     with torch.device("meta"):
-        model = Gemma2(Config.preset("google/gemma-2-2b"))
+        model = Gemma2(PRESETS["google/gemma-2-2b"])
     parameters = trainable_parameters(add_lora(model, 16, 32, "random"))
     assert sum(parameter.numel() for _, parameter in parameters) == 6_389_760
 

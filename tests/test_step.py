@@ -42,17 +42,11 @@ def step(model, rows, hidden=None):
     return total, {name: factor.grad for name, factor in factors(model).items()}
 
 
-def plain_lora(layer, x):
-    """LoRA as peft writes it, in float32."""
-    low_rank = (layer.scale * (x.to(layer.A.dtype) @ layer.A.T) @ layer.B.T).to(x.dtype)
-    return layer.base(x) + low_rank
-
-
 def plain_step(model, rows):
     """The same with no part of the fast path: plain attention, LoRA as peft writes it, all logits, torch's own cross-entropy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "SHORT", 10 ** 9)
-        patch.setattr("lora.LoRALinear.forward", plain_lora)
+        patch.setattr("lora.LoRALinear.forward", lambda layer, x: layer.plain(x))
         patch.setattr(MLP, "forward", lambda mlp, x: mlp.down_proj(F.gelu(mlp.gate_proj(x), approximate="tanh") * mlp.up_proj(x)))
         patch.setattr("test_step.nll_sum", lambda model, hidden, labels: (
             F.cross_entropy(model.unembed(hidden).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"), 0))
