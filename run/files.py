@@ -5,11 +5,13 @@ wrong with it. `run_command` prints that line and exits with code 2. Nothing is 
 """
 
 import argparse
+import gzip
 import json
 import os
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,7 +150,7 @@ def is_file_name(name: object) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading
+# Reading. A file whose name ends in .gz is unpacked.
 
 def parse_json(text: str | bytes, place: object):
     """The JSON value in `text`. Raises InputError, which names `place`."""
@@ -164,22 +166,52 @@ def parse_json(text: str | bytes, place: object):
     return value
 
 
+@contextmanager
+def _opened(path):
+    """A file's bytes as a stream, unpacked if it ends in .gz. Errors name the file."""
+    try:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:  # what gzip raises
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} can't be read: {reason}") from None
+
+
 def read_json(path: str | Path, kind: type = dict):
     """The JSON value in a file, which must be of type `kind`."""
-    value = parse_json(Path(path).read_bytes(), path)
+    with _opened(path) as file:
+        value = parse_json(file.read(), path)
     if not isinstance(value, kind):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}")
     return value
 
 
+def text_lines(path: str | Path, blank=False) -> Iterator[tuple[int, str]]:
+    """(number, line) of a UTF-8 text file, one at a time; lines of white space only if `blank`."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                # Excel begins a file with a byte order mark.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}:{number}: not UTF-8 text ({error.reason})") from None
+            if blank or text.strip():
+                yield number, text
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
+    """(number, value) of a file with a JSON value a line, one at a time."""
+    for number, line in text_lines(path):
+        yield number, parse_json(line, f"{path}:{number}")
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """The JSON objects in a file, one a line."""
     rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            rows.append(parse_json(line, f"{path}:{number}"))
-            if not isinstance(rows[-1], dict):
-                raise InputError(f"{path}:{number}: not a JSON object")
+    for number, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: not a JSON object")
+        rows.append(row)
     return rows
 
 
