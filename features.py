@@ -26,8 +26,8 @@ import contrast
 from run import parallel
 from run import settings as recipe
 from model import Config
-from data import Example, Tokenizer, load_tokenizer, make_example
-from data import Pair, Prompt, read_pairs, read_prompts
+from data import Example, Prompt, Tokenizer, load_examples, load_tokenizer
+from data import read_prompts
 from run.files import (InputError, Parser, data_file, hash_of, is_new, read_json, read_metadata, read_tensors, sweep, tensor_shapes, write_json,
                    write_tensors)
 from model import Gemma2, load_model
@@ -480,26 +480,6 @@ def load_subspaces(path: str | Path) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 # The command
 
-def load_examples(settings, tokenizer: Tokenizer) -> tuple[list[tuple[Example, Example]], list[Pair]]:
-    """The pairs of --data as [(aligned Example, unaligned Example)], and as read; what was dropped or cut is printed."""
-    pairs, counts = read_pairs(data_file(settings.data))
-    print(f"pairs: {counts}")
-    examples = []
-    for pair in pairs:
-        aligned, unaligned = (make_example(tokenizer, pair.turns, side, settings.batch_tokens, settings.format)
-                              for side in (pair.aligned, pair.unaligned))
-        if aligned and unaligned:
-            aligned.line = unaligned.line = pair.line
-            examples.append((aligned, unaligned))
-    if long := len(pairs) - len(examples):
-        print(f"pairs: {long:,} more dropped, their prompt leaves no room in --batch-tokens {settings.batch_tokens}")
-    if not examples:
-        raise InputError(f"{settings.data}: every prompt fills --batch-tokens {settings.batch_tokens}: raise it")
-    if cut := sum(not side.closed for pair in examples for side in pair):
-        print(f"pairs: {cut:,} answers cut to fit --batch-tokens {settings.batch_tokens}")
-    return examples, pairs
-
-
 def load_saes(settings, config: Config) -> dict[int, SAE]:  # alias until the rooms meet
     saes = sae_module.load_saes(settings.sae, settings.layers, settings.width, settings.l0, settings.device, config)
     for sae in saes.values():
@@ -559,7 +539,7 @@ def main():
         for sae in saes.values():
             print(sae)
         tokenizer = load_tokenizer(recipe.folder(settings.model))
-        examples, _ = load_examples(settings, tokenizer)
+        examples, _ = load_examples(settings.data, tokenizer, settings.batch_tokens, settings.format)
         harmless = harmless_prompts(settings)
     out = Path(parallel.on_rank_zero(run_folder, args.out, f"select-{Path(settings.model).name}"))
     with parallel.agreed():

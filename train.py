@@ -27,7 +27,7 @@ import torch
 
 import lora
 from attention import use_compile
-from data import Example, Row, load_tokenizer, pack
+from data import Example, Row, load_examples, load_tokenizer, pack
 from figures import complete, score  # alias until the rooms meet
 from report.runs import result_table, samples  # alias until the rooms meet
 import features as features_  # alias until the rooms meet
@@ -43,10 +43,6 @@ from safety.sets import load as load_sets
 
 
 # aliases until the rooms meet
-def load_examples(data, tokenizer, length, format):
-    return features_.load_examples(SimpleNamespace(data=data, batch_tokens=length, format=format), tokenizer)
-
-
 def load_saes(sae, layers, width, l0, device, config):
     return features_.load_saes(SimpleNamespace(sae=sae, layers=layers, width=width, l0=l0, device=device, top_k=1), config)
 
