@@ -36,7 +36,7 @@ from fused import IGNORE
 from model import PRESETS, TARGETS, Config, Gemma2, load_config, load_model
 from run import parallel
 from run.files import InputError, Parser, table, write_json, write_text
-from run.session import (FINISHED, Log, Signals, Stopped, limit_threads, load_checkpoint, model_card,
+from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads, load_checkpoint, model_card,
                          open_run, run_folder, save_checkpoint)
 from run.settings import add_flags, model_folder, resolve, saved_settings, settings_table
 from safety.sets import load as load_sets
@@ -303,6 +303,12 @@ def check_rank(settings, config):
                          f"{config.hidden_size} dimensions; give 1 to {config.hidden_size}")
 
 
+def check_top_k(settings, saes):
+    num_units = min(sae.n_units for sae in saes.values())
+    if settings.top_k > num_units:
+        raise InputError(f"--top-k {settings.top_k}: an SAE here has {num_units} features")
+
+
 # ------------------------------------------------------------------------------
 # The command
 
@@ -325,9 +331,10 @@ def main():
         return dry_run(settings)
     signals, folder = Signals(), None
     try:
+        data_hash = parallel.on_rank_zero(hash_of, settings.data)
         name = Path(settings.model).name
         folder = Path(parallel.on_rank_zero(run_folder, args.resume or args.out, name))
-        is_new = parallel.on_rank_zero(open_run, folder, settings, source)
+        is_new = parallel.on_rank_zero(open_run, folder, settings, source, data_hash)
         run(settings, folder, is_new, signals)
     except Stopped as stop:
         start = "python"
@@ -354,6 +361,7 @@ def run(settings, folder, is_new, signals):
             if settings.sae:
                 saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                                  settings.device, config)
+                check_top_k(settings, saes)
             print(*saes.values(), sep="\n")
             tokenizer = load_tokenizer(source)
             examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,

@@ -88,7 +88,8 @@ def run_folder(out: str | Path | None, name: str) -> Path:
             continue
 
 
-def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str]) -> bool:
+def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],
+             data_hash: str) -> bool:
     """Write the config.json of a new run, or check that an unfinished one has the same settings.
 
     Returns whether the run is new. Folders may move between two sessions; what the data file holds
@@ -98,7 +99,6 @@ def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str]) ->
     if (folder / FINISHED).exists():
         raise InputError(f"{folder} holds a finished run, which is never overwritten: give another "
                          f"--out (`python -m report {folder}` shows it)")
-    data_hash = hash_of(data_file(settings.data))
     if not path.exists():
         if not is_new(folder):
             raise InputError(f"{folder} is there and holds no run: give another --out")
@@ -123,9 +123,9 @@ def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str]) ->
     return False
 
 
-def hash_of(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+def hash_of(data: str) -> str:
+    """SHA-256 of a data file's bytes."""
+    with open(data_file(data), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

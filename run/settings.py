@@ -259,9 +259,10 @@ def _derive(values, source):
         if values[name] is None:
             values[name], source[name] = value, origin
 
-    if values["sae"]:
-        folder = Path(values["sae"])
+    folder = Path(values["sae"] or "")
+    if values["sae"] and not values["layers"]:
         derive("layers", _layers_in(folder), "SAE folder")
+    if values["sae"] and not values["width"]:
         derive("width", _width_in(folder, values["layers"]), "SAE folder")
     derive("device", "cuda" if torch.cuda.is_available() else "cpu", "this machine")
     on_cpu = values["device"] == "cpu"
