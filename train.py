@@ -39,14 +39,11 @@ from run.files import InputError, Parser, table, write_json, write_text
 from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads, load_checkpoint, model_card,
                          open_run, run_folder, save_checkpoint)
 from run.settings import add_flags, model_folder, resolve, saved_settings, settings_table
+from sae import load_saes
 from safety.sets import load as load_sets
 
 
 # aliases until the rooms meet
-def load_saes(sae, layers, width, l0, device, config):
-    return features_.load_saes(SimpleNamespace(sae=sae, layers=layers, width=width, l0=l0, device=device, top_k=1), config)
-
-
 def select_features(model, saes, tokenizer, pairs, s):
     return features_.select_features(model, saes, tokenizer, pairs, s.top_k, s.tau, s.rank, s.tokens, s.batch_tokens, s.select, s.norm_aware)
 

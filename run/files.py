@@ -119,7 +119,8 @@ def _download(repo, name, optional, repo_type):
     try:
         return Path(hf_hub_download(repo, name, repo_type=repo_type))
     except errors.GatedRepoError:
-        problem = ("is gated: accept its licence on its page at https://huggingface.co, "
+        kind = "datasets/" if repo_type == "dataset" else ""
+        problem = (f"is gated: accept its licence at https://huggingface.co/{kind}{repo}, "
                    "then log in with `hf auth login` or set HF_TOKEN")
     except errors.RepositoryNotFoundError:
         problem = "is no folder here and no repository on the hub (private: `hf auth login`)"

@@ -394,7 +394,7 @@ def test_a_small_model_takes_one_thread(monkeypatch):
     (["--freeze-basis", "--init", "random"], ["--freeze-basis"]),
     (["--shard"], ["--shard", "torchrun"]),
     (["--nosuchflag"], ["--nosuchflag"]),
-    (["--batch-tokens", "8"], ["--batch-tokens 8"]),
+    (["--batch-tokens", "8"], ["train.jsonl", "raise --batch-tokens"]),
     (["--set", "harmful=nosuch.txt"], ["nosuch.txt"]),
     (["--set", "nosuch.txt"], ["ROLE=FILE", "harmful"]),
 ])
@@ -416,7 +416,7 @@ SAE = "sae/layer_1/width_96/average_l0_9/params.npz"
     ("tokenizer.json", lambda b: b[:-100], ["tokenizer.json"]),
     (SAE, lambda b: b[:-100], ["params.npz"]),
     (SAE, lambda b: None, ["params.npz"]),
-    ("train.jsonl", lambda b: b"", ["train.jsonl", "empty"]),
+    ("train.jsonl", lambda b: b"", ["train.jsonl", "no pair"]),
     ("train.jsonl", lambda b: b + b'{"chosen": \n', ["train.jsonl:61"]),
 ])
 def test_broken_files(mini, tmp_path, monkeypatch, capsys, name, change, words):
