@@ -4,9 +4,7 @@
     save_adapter(model, folder, "google/gemma-2-2b")     # peft.PeftModel.from_pretrained opens it
     load_adapter(model, folder)                          # opens what peft's save_pretrained wrote
 
-As a command it writes base and adapter as one checkpoint, which any tool for Gemma-2 opens:
-
-    python lora.py runs/20260101-120000-toy --out merged          # a run of train.py
+    python lora.py runs/20260101-120000-toy --out merged      # base and adapter as one checkpoint
     python lora.py someone/their-lora --model google/gemma-2-2b --out merged
 
 The layer is y = W·x + s·B·(A·x) with s = alpha / rank. Readers (q, k, v, gate, up) read the
@@ -19,7 +17,7 @@ Letters: d width of the residual stream, r rank, r̂ directions in a basis, in a
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,10 +40,9 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.A = nn.Parameter(A.detach().to(device, torch.float32, copy=True).contiguous())
         self.B = nn.Parameter(B.detach().to(device, torch.float32, copy=True).contiguous())
-        self.scale = scale
-        self.writer = writer
+        self.scale, self.writer = scale, writer
         # Holds W while merged: in a tuple, so that it isn't registered as a second parameter
-        self._unmerged = ()
+        self.unmerged: tuple = ()
 
     @property
     def rank(self):
@@ -57,24 +54,9 @@ class LoRALinear(nn.Module):
         return self.scale * (self.B @ self.A)
 
     def forward(self, x):
-        if self._unmerged:
+        if self.unmerged:
             return self.base(x)
         return lora_linear(x, self.base.weight, self.A, self.B, self.scale)
-
-    @torch.no_grad()
-    def merge(self):
-        """Replace W by W + ΔW, summed in float32 and rounded once to W's dtype."""
-        if not self._unmerged:
-            weight = self.base.weight
-            self._unmerged = (weight,)
-            merged = (weight.float() + self.update).to(weight.dtype)
-            self.base.weight = nn.Parameter(merged, requires_grad=False)
-
-    def unmerge(self):
-        """Put W itself back. Subtracting ΔW would leave rounding errors in it."""
-        if self._unmerged:
-            (self.base.weight,) = self._unmerged
-            self._unmerged = ()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,24 +70,21 @@ def kaiming(rows, columns, generator):
 
 def place(weight, directions, writer):
     """Directions (d, rank) as A of a reader or B of a writer. The other factor is zero."""
-    out_width, in_width = weight.shape
     rank = directions.shape[1]
     if writer:
-        return torch.zeros(rank, in_width), directions
-    return directions.T, torch.zeros(out_width, rank)
+        return torch.zeros(rank, weight.shape[1]), directions
+    return directions.T, torch.zeros(weight.shape[0], rank)
 
 
 def random(weight, basis, rank, writer, generator):
     """LoRA's own init: A is drawn and B is zero, for readers and writers alike."""
-    out_width, in_width = weight.shape
-    return kaiming(rank, in_width, generator), torch.zeros(out_width, rank)
+    return kaiming(rank, weight.shape[1], generator), torch.zeros(weight.shape[0], rank)
 
 
 def orthonormal(weight, basis, rank, writer, generator):
     """Random orthonormal directions instead of U: the control for "any subspace will do"."""
     d = weight.shape[0 if writer else 1]
-    directions = torch.linalg.qr(torch.randn(d, rank, generator=generator)).Q
-    return place(weight, directions, writer)
+    return place(weight, torch.linalg.qr(torch.randn(d, rank, generator=generator)).Q, writer)
 
 
 def sails(weight, basis, rank, writer, generator):
@@ -128,7 +107,7 @@ INITS = {"sails": sails, "random": random, "orthonormal": orthonormal}
 
 def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
              bases: dict[str, Tensor] | None = None, generator: torch.Generator | None = None,
-             freeze_basis=False, targets: Iterable[str] = TARGETS) -> dict[str, LoRALinear]:
+             freeze_basis=False, targets: Collection[str] = TARGETS) -> dict[str, LoRALinear]:
     """Freeze the model and replace the target modules by LoRALinears: {module name: LoRALinear}.
 
     init: a name in INITS, or a function like those there. Draws are made on the CPU.
@@ -137,7 +116,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
     that ΔW stays in the subspace. The scale is alpha / rank all the same.
 
     Raises InputError for unknown names, a rank that isn't 1 to d, an alpha that isn't above 0, and
-    bases that are missing or don't fit. The model is then as it was.
+    bases that are missing or don't fit.
     """
     if lora_layers(model):
         raise ValueError("the model carries LoRA layers already")
@@ -148,43 +127,40 @@ def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
     if not alpha > 0:
         raise InputError(f"--alpha {alpha}: must be above 0 (0 would train nothing)")
     make_factors = INITS[init] if isinstance(init, str) else init
-    modules = linears(model, targets)
-    factors = {}
-    for name, base in modules.items():
-        writer = is_writer(name)
+    layers = {}
+    for name, base in linears(model, targets).items():
+        writer = MODULES[leaf(name)].side == "writers"
         d = base.weight.shape[0 if writer else 1]
         if not 1 <= rank <= d:
             raise InputError(f"--rank {rank}: must be 1 to {d}, the width at {name}")
         basis = (bases or {}).get(name)
         if basis is not None:
             basis = basis.detach().to("cpu", torch.float32)
-            check_basis(name, basis, d, rank)
+            rows, size = basis.shape
+            if rows != d or not 1 <= size <= rank:
+                raise InputError(f"{name}: its basis is ({rows}, {size}), not ({d}, 1 to {rank})")
+            if not (basis.T @ basis - torch.eye(size)).abs().max() < 1e-4:
+                raise InputError(f"{name}: the columns of its basis aren't orthonormal")
         elif make_factors is sails or freeze_basis:
             raise InputError(f"{name} has no basis: --init sails and --freeze-basis need one")
-        module_rank = basis.shape[1] if freeze_basis else rank
-        factors[name] = make_factors(base.weight, basis, module_rank, writer, generator)
-    model.requires_grad_(False)
-    for name, (A, B) in factors.items():
-        layer = LoRALinear(modules[name], A, B, alpha / rank, is_writer(name))
+        module_rank = size if freeze_basis else rank
+        A, B = make_factors(base.weight, basis, module_rank, writer, generator)
+        layers[name] = LoRALinear(base, A, B, alpha / rank, writer)
         if freeze_basis:
-            (layer.B if B.any() else layer.A).requires_grad_(False)
+            (layers[name].B if B.any() else layers[name].A).requires_grad_(False)
+    return attach(model, layers)
+
+
+def attach(model, layers):
+    """Freeze the model and put the layers in their modules' places."""
+    model.requires_grad_(False)
+    for name, layer in layers.items():
         model.set_submodule(name, layer)
     return lora_layers(model)
 
 
-def check_basis(name, basis, d, rank):
-    if basis.dim() != 2 or basis.shape[0] != d or not 1 <= basis.shape[1] <= rank:
-        raise InputError(f"{name}: its basis is {tuple(basis.shape)}, not ({d}, 1 to {rank})")
-    if not (basis.T @ basis - torch.eye(basis.shape[1])).abs().max() < 1e-4:
-        raise InputError(f"{name}: the columns of its basis aren't orthonormal")
-
-
 def leaf(name):
     return name.rpartition(".")[2]
-
-
-def is_writer(name):
-    return MODULES[leaf(name)].side == "writers"
 
 
 def linears(model, leaves):
@@ -201,32 +177,39 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def trainable_parameters(layers: dict[str, LoRALinear]) -> list[tuple[str, nn.Parameter]]:
     """[(name, parameter)] of the factors that are trained."""
-    return [(f"{name}.{letter}", parameter) for name, layer in layers.items()
-            for letter, parameter in (("A", layer.A), ("B", layer.B)) if parameter.requires_grad]
+    return [(f"{name}.{letter}", factor) for name, layer in layers.items()
+            for letter, factor in layer.named_parameters(recurse=False) if factor.requires_grad]
 
 
+@torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add every update to its base weight. Holds both weights until `unmerge_lora`."""
+    """Replace each W by W + ΔW, summed in float32 and rounded once to W's dtype."""
     for layer in lora_layers(model).values():
-        layer.merge()
+        if not layer.unmerged:
+            weight = layer.base.weight
+            merged = (weight.float() + layer.update).to(weight.dtype)
+            layer.base.weight = nn.Parameter(merged, requires_grad=False)
+            layer.unmerged = (weight,)
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Undo `merge_lora`, bit for bit."""
+    """Put each W itself back. Subtracting ΔW would leave rounding errors in it."""
     for layer in lora_layers(model).values():
-        layer.unmerge()
+        if layer.unmerged:
+            (layer.base.weight,) = layer.unmerged
+            layer.unmerged = ()
 
 
 def fold_lora(model: nn.Module) -> None:
     """Merge for good: each layer becomes a plain nn.Linear with W + ΔW, as `save_model` wants."""
+    merge_lora(model)
     for name, layer in lora_layers(model).items():
-        layer.merge()
         model.set_submodule(name, layer.base)
 
 
 @contextmanager
 def scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """Multiply every update by `factor` inside the block. With 0 the model is its base, bitwise."""
+    """Multiply every update by `factor` within. With 0 the outputs are the base's, bit for bit."""
     scales = {layer: layer.scale for layer in lora_layers(model).values()}
     try:
         for layer, scale in scales.items():
@@ -258,8 +241,8 @@ def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=
     random bases of equal rank. bases: {module name: U (d, r̂)}. None without bases or update.
     """
     layers = lora_layers(model)
-    norms = [layer.update.square().sum().item() for layer in layers.values()]
-    norms = torch.tensor(norms, dtype=torch.float64)
+    norms = torch.tensor([layer.update.square().sum().item() for layer in layers.values()],
+                         dtype=torch.float64)
     if not bases or not norms.sum() > 0:
         return {"subspace": None, "random": None, "random_sd": None}
     generator = torch.Generator().manual_seed(seed)
@@ -269,11 +252,10 @@ def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=
         shares = torch.tensor(shares, dtype=torch.float64).nan_to_num()
         return (norms * shares).sum().item() / norms.sum().item()
 
-    def random_bases():
-        return {name: torch.linalg.qr(torch.randn(bases[name].shape, generator=generator)).Q
-                for name in layers}
-
-    chance = torch.tensor([share(random_bases()) for _ in range(draws)])
+    chance = torch.zeros(draws)
+    for i in range(draws):
+        noise = {name: torch.randn(bases[name].shape, generator=generator) for name in layers}
+        chance[i] = share({name: torch.linalg.qr(draw).Q for name, draw in noise.items()})
     return {"subspace": share(bases), "random": chance.mean().item(),
             "random_sd": chance.std().item()}
 
@@ -285,12 +267,15 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.model\.([\w.]+)\.lora_([AB])(?:\.default)?\.weight")
 EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
 
-# What makes an adapter more than W + s·B·A. Other values of init_lora_weights change W at the start
-ALLOWED = {"peft_type": ("LORA",), "bias": ("none", None),
-           "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica")}
-REFUSED = ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
-           "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
-           "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config")
+# Other values make an adapter more than W + s·B·A. Other init_lora_weights change W at the start
+PLAIN = {
+    "peft_type": ("LORA",), "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+    **dict.fromkeys((
+        "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
+        "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
+        "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+    ), (None, False, [], {}))}
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str) -> None:
@@ -313,11 +298,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str) -> 
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha}})
     # Last, since a folder with the tensors is taken for a whole adapter
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"base_model.model.model.{name}.lora_A.weight"] = layer.A
-        tensors[f"base_model.model.model.{name}.lora_B.weight"] = layer.B
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, {
+        f"base_model.model.model.{name}.lora_{letter}.weight": factor
+        for name, layer in layers.items()
+        for letter, factor in layer.named_parameters(recurse=False)})
 
 
 def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
@@ -327,19 +311,20 @@ def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
     InputError, and leaves the model as it was, for anything that isn't W + s·B·A on MODULES, and
     for tensors that are missing, unknown, misshapen or not finite.
     """
-    if lora_layers(model):
-        raise ValueError("the model carries LoRA layers already")
     config_path = locate(source, CONFIG)
     config = read_json(config_path)
-    check_config(config, config_path)
+    for field, values in PLAIN.items():
+        value = config.get(field)
+        if value not in values:
+            raise InputError(f"{config_path}: {field} is {str(value)[:80]!r}, which isn't plain "
+                             "LoRA: merge the adapter with peft and load the result as a model")
     path = locate(source, WEIGHTS, optional=True)
     if path is None:
         raise InputError(f"{source} holds no {WEIGHTS} (an adapter_model.bin is a pickle, which "
                          "is never opened: save the adapter again with a newer peft)")
-    factors = read_factors(path, model)
     modules = linears(model, MODULES)
     layers = {}
-    for name, pair in factors.items():
+    for name, pair in read_factors(path, modules, model.embed_tokens.weight).items():
         out_width, in_width = modules[name].weight.shape
         rank, scale = rank_and_scale(config, name, config_path)
         shapes = {letter: tuple(factor.shape) for letter, factor in pair.items()}
@@ -348,25 +333,13 @@ def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
             raise InputError(f"{path}: {name} has {shapes}; config and model ask for {expected}")
         if not all(factor.isfinite().all() for factor in pair.values()):
             raise InputError(f"{path}: {name} has values that aren't finite")
-        layers[name] = LoRALinear(modules[name], pair["A"], pair["B"], scale, is_writer(name))
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    return lora_layers(model)
+        writer = MODULES[leaf(name)].side == "writers"
+        layers[name] = LoRALinear(modules[name], pair["A"], pair["B"], scale, writer)
+    return attach(model, layers)
 
 
-def check_config(config, path):
-    """Refuse what W + s·B·A can't say."""
-    wrong = [field for field, values in ALLOWED.items() if config.get(field) not in values]
-    wrong += [field for field in REFUSED if config.get(field)]
-    for field in wrong:
-        raise InputError(f"{path}: {field} is {str(config.get(field))[:80]!r}, more than plain "
-                         "LoRA: merge the adapter with peft and load the result as a model")
-
-
-def read_factors(path, model):
+def read_factors(path, modules, embedding):
     """{module name: {"A": (r, in), "B": (out, r)}} in float32."""
-    modules, embedding = linears(model, MODULES), model.embed_tokens.weight
     factors = {}
     for key, tensor in read_tensors(path).items():
         # peft carries the embedding along when the adapter was saved with it
@@ -405,35 +378,28 @@ FETCHED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "specia
 LEFT_OUT = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".py")
 
 
-def files_beside(source):
-    """The files in a checkpoint's folder except config.json, weights and code. No subfolders."""
-    # A repository of the hub lies here only as far as it was asked for
-    for name in FETCHED:
-        locate(source, name, optional=True)
-    files = locate(source, "config.json").parent.iterdir()
-    return [path for path in files if path.is_file() and path.name != "config.json"
-            and not path.name.endswith(LEFT_OUT)]
-
-
 def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | None = None) -> int:
-    """Write `base` with `adapter` merged to the folder `out`: the number of merged modules.
+    """Write `base` with `adapter` merged to the folder `out`. Returns the number of merged modules.
 
-    dtype: "float32" or "bfloat16" (default: the base checkpoint's own).
+    dtype: "float32" or "bfloat16" (default: the base checkpoint's own). All files beside the
+    weights are taken along, except code and subfolders.
     """
     out, source = Path(out).expanduser(), model_folder(base)
     if (out / "config.json").exists():
         raise InputError(f"{out} is there: give another --out")
     config = read_json(locate(source, "config.json"))
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype {dtype}: give float32 or bfloat16")
     model = load_model(source, getattr(torch, dtype))
     layers = load_adapter(model, adapter)
     fold_lora(model)
+    # A repository of the hub lies here only as far as its files were asked for
+    for name in FETCHED:
+        locate(source, name, optional=True)
     out.mkdir(parents=True, exist_ok=True)
-    for path in files_beside(source):
-        with atomic(out / path.name) as part:
-            shutil.copyfile(path, part)
+    for path in locate(source, "config.json").parent.iterdir():
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(LEFT_OUT):
+            with atomic(out / path.name) as part:
+                shutil.copyfile(path, part)
     # Writes config.json last: without it the folder isn't a checkpoint
     save_model(model, out)
     return len(layers)
@@ -441,16 +407,12 @@ def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | N
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("adapter", metavar="RUN|ADAPTER",
-                        help="a finished run, or a folder or hub repository in PEFT's layout")
-    parser.add_argument("--model", metavar="NAME|DIR",
-                        help="base model (default: the one that the adapter names)")
-    parser.add_argument("--dtype", metavar="T",
-                        help="float32 or bfloat16 (default: the base checkpoint's)")
+    parser.add_argument("adapter", metavar="RUN|ADAPTER", help="a run, or files in PEFT's layout")
+    parser.add_argument("--model", metavar="NAME|DIR", help="default: the one the adapter names")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the base's own")
     parser.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     args = parser.parse_args()
-    base = args.model or base_of(args.adapter)
-    count = merge(args.adapter, base, args.out, args.dtype)
+    count = merge(args.adapter, args.model or base_of(args.adapter), args.out, args.dtype)
     print(f"merged {count} modules into {args.out}")
 
 
