@@ -10,8 +10,7 @@ norms stand before AND after attention and MLP, and a stored w means a gain of 1
 scaled by √D; the head is the embedding; tanh softcaps bound attention scores (50) and logits (30);
 even layers see a window of 4096 tokens.
 
-Letters: B batch, T tokens, S keys, D hidden size, H query heads, K key-value heads, hd head size,
-V vocabulary.
+B batch, T tokens, S keys, D hidden size, H query and K key-value heads of size hd, V vocabulary.
 """
 
 import math
@@ -71,14 +70,13 @@ class Config:
         """Read the object in a config.json of transformers 4 or 5. InputError if not Gemma-2's."""
         # transformers 5 keeps rope_theta within rope_parameters
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"{where}: {rope}: Gemma-2 has the default rotary embedding")
         values = {"rope_theta": rope.get("rope_theta", 10000.0), "model_type": None} | values
         for key, expected in FIXED.items():
             if values.get(key, expected) != expected:
                 raise InputError(f"{where}: {key} is {values[key]!r}; Gemma-2's is {expected!r}")
-        names = {field.name for field in fields(cls)}
-        values = {key: value for key, value in values.items() if key in names}
+        values = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         for key in ("layer_types", "eos_token_id"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
@@ -86,8 +84,8 @@ class Config:
         if config.num_attention_heads % config.num_key_value_heads:
             raise InputError(f"{where}: num_key_value_heads must divide num_attention_heads")
         if (config.num_hidden_layers, config.query_pre_attn_scalar) == (42, 224):
-            print(f"warning: {where}: query_pre_attn_scalar 224 was first published for the 9b by "
-                  "mistake: using 256", file=sys.stderr)
+            print(f"warning: {where}: using query_pre_attn_scalar 256, for the 224 that was first "
+                  "published with the 9b by mistake", file=sys.stderr)
             config = replace(config, query_pre_attn_scalar=256)
         return config
 
@@ -96,24 +94,22 @@ class Config:
         return {"architectures": ["Gemma2ForCausalLM"]} | FIXED | asdict(self)
 
 
-FIXED = {"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh",
-         "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
-         "tie_word_embeddings": True}
+FIXED = {"model_type": "gemma2", "attention_bias": False, "tie_word_embeddings": True,
+         "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
 PRESETS = {
     "google/gemma-2-2b": Config(),
-    "google/gemma-2-9b": Config(
-        hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
-        num_attention_heads=16, num_key_value_heads=8),
-    "google/gemma-2-27b": Config(
-        hidden_size=4608, intermediate_size=36864, num_hidden_layers=46,
-        num_attention_heads=32, num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144),
+    "google/gemma-2-9b": Config(hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+                                num_attention_heads=16, num_key_value_heads=8),
+    "google/gemma-2-27b": Config(hidden_size=4608, intermediate_size=36864, num_hidden_layers=46,
+                                 num_attention_heads=32, num_key_value_heads=16, head_dim=128,
+                                 query_pre_attn_scalar=144),
 }
 PRESETS |= {f"{name}-it": replace(base, eos_token_id=(1, 107)) for name, base in PRESETS.items()}
 
 
 def load_config(source: str | Path) -> Config:
-    """The Config of a folder or hub repository. Raises InputError."""
+    """The Config of a folder or hub repository."""
     path = locate(source, "config.json")
     return Config.from_dict(read_json(path), path)
 
@@ -143,8 +139,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # what an adapter trains by 
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.zeros(size)), eps
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
@@ -159,23 +154,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * hd, bias=False)
         self.v_proj = nn.Linear(D, K * hd, bias=False)
         self.o_proj = nn.Linear(H * hd, D, bias=False)
-        self.kind = kind
-        self.head_dim = hd
+        self.kind, self.head_dim = kind, hd
         self.scale = config.query_pre_attn_scalar ** -0.5
         self.cap = config.attn_logit_softcapping
 
     def forward(self, x, rope, visible, cache=None):
-        q = self.split_heads(self.q_proj(x))                        # (B, H, T, hd)
-        k = self.split_heads(self.k_proj(x))                        # (B, K, T, hd)
-        v = self.split_heads(self.v_proj(x))
+        # q (B, H, T, hd), k and v (B, K, T, hd)
+        q, k, v = (rearrange(project(x), "b t (h hd) -> b h t hd", hd=self.head_dim)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v)                               # (B, K, S, hd)
         out = attention(q, k, v, visible[self.kind], self.scale, self.cap)
         return self.o_proj(rearrange(out, "b h t hd -> b t (h hd)"))
-
-    def split_heads(self, x):
-        return rearrange(x, "b t (h hd) -> b h t hd", hd=self.head_dim)
 
 
 class MLP(nn.Module):
@@ -194,8 +185,7 @@ class Block(nn.Module):
     def __init__(self, config, kind):
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, kind)
-        self.mlp = MLP(config)
+        self.self_attn, self.mlp = Attention(config, kind), MLP(config)
         self.input_layernorm = RMSNorm(D, eps)
         self.post_attention_layernorm = RMSNorm(D, eps)
         self.pre_feedforward_layernorm = RMSNorm(D, eps)
@@ -241,10 +231,9 @@ class Gemma2(nn.Module):
         """
         index = torch.arange(tokens.shape[1], device=tokens.device)
         starts = document_starts(tokens, documents)                 # (B or 1, T)
-        window_starts = index - self.config.sliding_window + 1
+        lows = {FULL: starts, SLIDING: starts.maximum(index - self.config.sliding_window + 1)}
         cap = self.config.attn_logit_softcapping
-        visible = {FULL: visible_keys(starts, cap),
-                   SLIDING: visible_keys(starts.maximum(window_starts), cap)}
+        visible = {kind: visible_keys(low, cap) for kind, low in lows.items()}
         return self.run_blocks(tokens, index - starts, visible, caches, capture, stop_after)
 
     def run_blocks(self, tokens, positions, visible, caches=None, capture=(), stop_after=None):
@@ -253,7 +242,7 @@ class Gemma2(nn.Module):
         # √D is rounded to the weights' dtype before it multiplies: to 59.75 in the 9b's bfloat16
         x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=self.embed_tokens.weight.dtype)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        rope = cos[:, None], sin[:, None]                           # (B or 1, 1, T, hd/2)
+        rope = cos[:, None], sin[:, None]                           # each (B or 1, 1, T, hd/2)
         residuals = {}
         for layer, block in enumerate(self.layers):
             inputs = x, rope, visible, caches and caches[layer]
@@ -286,15 +275,14 @@ class Gemma2(nn.Module):
         temperature 0 is greedy; above, tokens are drawn from softmax(logits / temperature) with
         `generator`. A row ends before its first token in `stop`.
         """
-        lengths = [len(prompt) for prompt in prompts]
-        if 0 in lengths:
-            raise InputError("a prompt to generate from has no token: begin it with BOS")
+        device, B = self.embed_tokens.weight.device, len(prompts)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        longest = int(lengths.max())
         # Pad on the left; the padding is a document of its own
-        device, B, longest = self.embed_tokens.weight.device, len(prompts), max(lengths)
         tokens = torch.full((B, longest), self.config.pad_token_id, device=device)
         for row, prompt in zip(tokens, prompts):
             row[longest - len(prompt):] = torch.as_tensor(prompt)
-        start = longest - torch.tensor(lengths, device=device)      # (B,) index of the first token
+        start = longest - lengths                                   # (B,) index of the first token
         documents = (torch.arange(longest, device=device) >= start[:, None]).long()
         caches = self._empty_caches(B, longest + max_new_tokens)
         stop = torch.tensor(sorted(stop), device=device, dtype=torch.long)
@@ -315,18 +303,17 @@ class Gemma2(nn.Module):
                 for cache in caches:
                     cache.keep(running)
                 running = running[running]
-            # Layers of one kind see the same keys
-            a_cache = dict(zip(self.config.layer_types, caches))
-            visible = {kind: cache.visible(index, start) for kind, cache in a_cache.items()}
+            # Layers of one kind see the same keys: any cache of the kind will do
+            cache_of = dict(zip(self.config.layer_types, caches))
+            visible = {kind: cache.visible(index, start) for kind, cache in cache_of.items()}
             x, _ = self.run_blocks(new[:, None], (index - start)[:, None], visible, caches)
         return [row[row >= 0] for row in answers.cpu()]
 
     def _empty_caches(self, batch, length):
         config, like = self.config, self.embed_tokens.weight
         slots = {FULL: length, SLIDING: min(length, config.sliding_window)}
-        shapes = [(2, batch, config.num_key_value_heads, slots[kind], config.head_dim)
-                  for kind in config.layer_types]
-        return [Cache(like.new_zeros(shape)) for shape in shapes]
+        K, hd = config.num_key_value_heads, config.head_dim
+        return [Cache(like.new_zeros(2, batch, K, slots[kind], hd)) for kind in config.layer_types]
 
     def _next_token(self, hidden, temperature, generator):
         """Tokens (B,) that follow hidden states (B, D)."""
@@ -347,24 +334,22 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, device="cpu
                shard: Callable | None = None) -> Gemma2:
     """Load a Gemma-2 from a folder or hub repository, frozen, in bfloat16 or float32.
 
-    The default dtype is float32 on a CPU, else bfloat16. `shard` (model, device) splits the weights
-    over processes before they are read (run.parallel.shard). Raises InputError for a configuration
-    or tensors that aren't Gemma-2's, and for damaged files.
+    dtype None is float32 on a CPU, else bfloat16. `shard` (model, device) splits the weights over
+    processes before they are read (run.parallel.shard). InputError for what isn't a whole Gemma-2.
     """
     device = torch.device(device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if dtype not in (torch.float32, torch.bfloat16):
         raise InputError(f"{dtype}: Gemma-2 outgrows float16's 65504; use bfloat16 or float32")
-    files = weight_files(source)
     with torch.device("meta"):
         model = Gemma2(load_config(source)).to(dtype).requires_grad_(False)
-    expected = {f"model.{name}": tuple(weight.shape) for name, weight in model.state_dict().items()}
+    files = weight_files(source)
     shapes = {name: shape for names in files.values() for name, shape in names.items()}
+    expected = {f"model.{name}": tuple(weight.shape) for name, weight in model.state_dict().items()}
     for name in sorted(expected.keys() | shapes.keys()):
         if shapes.get(name) != expected.get(name):
-            raise InputError(f"{source}: tensor {name} has shape {shapes.get(name)}, where "
-                             f"config.json asks for {expected.get(name)}")
+            raise InputError(f"{source}: {name} has shape {shapes.get(name)}, not "
+                             f"{expected.get(name)} as config.json says (None: no such tensor)")
     if shard is not None:
         shard(model, device)
     weights = model.to_empty(device=device).state_dict()
@@ -379,8 +364,7 @@ def _read_weight(path, name, weight):
     first = 0
     if hasattr(weight, "to_local"):  # sharded by FSDP2, which cuts as torch.chunk does
         mesh = weight.device_mesh
-        first = mesh.get_local_rank() * math.ceil(len(weight) / mesh.size())
-        first = min(first, len(weight))
+        first = min(mesh.get_local_rank() * math.ceil(len(weight) / mesh.size()), len(weight))
         weight = weight.to_local()
     for rows in weight.split(math.ceil(READ_VALUES / math.prod(weight.shape[1:]))):
         # Opened anew each time: what is read stays in memory until the file is closed
@@ -402,10 +386,7 @@ def weight_files(source: str | Path) -> dict[Path, dict[str, tuple[int, ...]]]:
 
 
 def save_model(model: Gemma2, folder: str | Path, max_shard_bytes=5 << 30) -> None:
-    """Write config.json and the weights, in shards of at most `max_shard_bytes`, for transformers.
-
-    Fold adapters into the weights first (lora.fold_lora).
-    """
+    """Write config.json and the weights, in shards; fold adapters in first (lora.fold_lora)."""
     from huggingface_hub import split_torch_state_dict_into_shards  # takes a second to import
 
     weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
