@@ -63,12 +63,13 @@ def run_command(main):
         if not (no_memory or isinstance(error, MemoryError)):
             raise
         line = f"out of memory ({message}): lower --batch-tokens or --eval-batch"
-    print(f"{Path(sys.argv[0]).name}: error: {printable(line)}", file=sys.stderr)
+    line = " ".join(printable(line).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
 def printable(text: str) -> str:
-    """The text on one line, without the control characters that would steer a terminal."""
+    """The text with spaces for its control characters, which could steer a terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
