@@ -225,16 +225,17 @@ def load_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim
     if checkpoint is None:
         return 0
     tensors, metadata = checkpoint
-    step = int(metadata["step"])
-    torch.set_num_threads(int(metadata["threads"]))
-    for name, parameter in parameters:
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            raise InputError(f"{folder / CHECKPOINT} is not of this run's adapters: remove the file "
-                             "to train from the start")
-        parameter.copy_(tensors[name])
-        moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device)
-                   for moment in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step))} | moments
+    try:
+        step = int(metadata["step"])
+        torch.set_num_threads(int(metadata["threads"]))
+        for name, parameter in parameters:
+            parameter.copy_(tensors[name].view(parameter.shape))
+            moments = {moment: tensors[f"{name}.{moment}"].view(parameter.shape).to(parameter.device)
+                       for moment in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step))} | moments
+    except (KeyError, ValueError, RuntimeError):  # other names, numbers or shapes
+        raise InputError(f"{folder / CHECKPOINT} is not of this run's adapters: remove the file "
+                         "to train from the start") from None
     return step
 
 

@@ -190,6 +190,12 @@ def write_good_files(folder):
     def adapter(path):
         load_adapter(random_gemma(num_hidden_layers=1, vocab_size=20), folder)
 
+    def checkpoint(path):
+        try:
+            load_checkpoint(folder, parameters, optimizer)
+        finally:
+            torch.set_num_threads(1)  # the header says how many there were
+
     sae, = folder.rglob("params.npz")
     return {
         folder / "pairs.jsonl": read_pairs, folder / "pairs.jsonl.gz": lambda p: list(read_items(p)),
@@ -198,7 +204,7 @@ def write_good_files(folder):
         folder / "config.json": lambda path: load_config(folder),
         folder / "model.safetensors": lambda path: load_model(folder),
         folder / "adapter_config.json": adapter, folder / "adapter_model.safetensors": adapter,
-        folder / CHECKPOINT: lambda path: load_checkpoint(folder, parameters, optimizer),
+        folder / CHECKPOINT: checkpoint,
         sae: lambda path: load_sae(folder, 0, "5").W_dec}
 
 
