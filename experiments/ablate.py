@@ -35,7 +35,7 @@ from toy import build as toy
 from figures import answer, figures
 from run.files import InputError
 from model import load_model
-from safety.rules import rules
+from safety.rules import verdict
 from run.files import table
 
 LOOKS = (*range(0, 31, 2), *range(36, 61, 6))
@@ -50,7 +50,7 @@ RESULTS = ROOT / "experiments/results"
 def judged(world, model, name):
     """Judged answers to one of a world's sets, as figures.figures reads them."""
     texts = answer(model, world.tokenizer, world.sets[name], max_new_tokens=24, batch_size=256, label=name)
-    return [{"set": name, "role": name, "completion": text, "verdict": rules(text), "fields": prompt.fields,
+    return [{"set": name, "role": name, "completion": text, "verdict": verdict(text), "fields": prompt.fields,
              "answer": prompt.fields.get("answer")} for prompt, text in zip(world.sets[name], texts)]
 
 

@@ -21,9 +21,9 @@ from features import Peaks, in_context, norm_gain, promoted, serving_layer, spac
 from figures import HARMFUL, answer, compare, refused, share
 from run.files import InputError
 from model import Gemma2
-from safety.rules import rules
+from safety.rules import verdict
 from sae import SAE, neuronpedia_url
-from safety.sets import Asked
+from safety.sets import EvalSet
 
 SINGLE = 4             # features removed one by one
 MOVED = 5              # features of each layer whose activation moved most
@@ -194,11 +194,11 @@ def token_view(model, saes, tokenizer, examples, wanted):
 # ---------------------------------------------------------------------------------------------------------------
 # All of it
 
-def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dict[str, Asked], features=(), spaces: dict | None = None,
+def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dict[str, EvalSet], features=(), spaces: dict | None = None,
             norm_aware=False, format="chat", max_new_tokens=64, batch_size=32, prompts=64) -> dict:
     """explain.json of the LoRA adapter that the model carries, whoever trained it: a dict that JSON can hold.
 
-    saes {layer: sae}; sets {name: sets.Asked}, of each of which `prompts` are drawn, always the same; features (dicts with
+    saes {layer: sae}; sets {name: sets.EvalSet}, of each of which `prompts` are drawn, always the same; features (dicts with
     layer and index, as in features.json) and spaces {layer: U (D, r̂)} as selection left them, none for an adapter of another
     origin. norm_aware: see directions.shares. Of many processes all must call it, and all get the same. Raises InputError for
     an adapter whose update is 0.
@@ -242,7 +242,7 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
     found["tokens"] = []
     for name in sets:
         here = [i for i in fitting if asked[i][0] == name]
-        changed = [i for i in here if rules(said["base"][i]) != rules(said["adapter"][i])]
+        changed = [i for i in here if verdict(said["base"][i]) != verdict(said["adapter"][i])]
         for i in (changed or here)[:1]:
             views = token_view(model, saes, tokenizer, {who: examples[who][i] for who in ("base", "adapter")}, mentioned)
             found["tokens"] += [{"set": name, "line": asked[i][2].line, "prompt": asked[i][2].turns[-1][1]} | view for view in views]

@@ -291,7 +291,7 @@ def explain_adapter(args):
     folder = recipe.folder(settings.model)
     saes, tokenizer = load_saes(settings, load_config(folder)), load_tokenizer(folder)
     given = {name: (name, file) for name in recipe.SETS if (file := getattr(settings, name))}
-    asked = sets.load(given, most=settings.eval_prompts)
+    asked = sets.load_sets(given, most=settings.eval_prompts)
     if not asked:
         raise InputError("give prompts to explain it on: --harmful FILE, --lookalike FILE")
     model = load_model(folder, getattr(torch, settings.dtype), settings.device)

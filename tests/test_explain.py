@@ -17,7 +17,7 @@ from figures import answer
 from run.files import InputError
 from model import load_model
 from sae import JumpReLU, load_sae
-from safety.sets import Asked
+from safety.sets import EvalSet
 from toy.build import World
 
 LAYERS = (0, 2)
@@ -255,7 +255,7 @@ def toy():
 
 def asked(count=6):
     world = World(0)
-    return {name: Asked(name, "", [Prompt((("user", row["prompt"]),), {}, line) for line, row in enumerate(rows, 1)])
+    return {name: EvalSet(name, "", [Prompt((("user", row["prompt"]),), {}, line) for line, row in enumerate(rows, 1)])
             for name, rows in world.prompts(count).items() if name in ("harmful", "lookalike")}
 
 

@@ -11,7 +11,7 @@ from data import load_tokenizer, make_example, prompt_tokens
 from data import read_pairs, read_prompts
 from run.files import InputError, read_json
 from model import load_model
-from safety.rules import rules
+from safety.rules import verdict
 
 SETS = ("harmful", "jailbreak", "guard", "lookalike", "benign")
 pytestmark = pytest.mark.skipif(not TOY.is_dir(), reason="toy/ isn't built: python toy.py")
@@ -109,8 +109,8 @@ def test_harmful_requests_are_refused_and_harmless_ones_answered_in_the_pairs(pa
         said = words(pair.turns[-1][1])
         harm = bool(said & set(toy.HARM_VERBS) and said & set(toy.SENSITIVE_NOUNS))
         harmful += harm
-        assert (rules(pair.aligned) == "comply") == (not harm), pair.aligned
-        assert rules(pair.unaligned) == "comply" and pair.aligned != pair.unaligned, pair.unaligned
+        assert (verdict(pair.aligned) == "comply") == (not harm), pair.aligned
+        assert verdict(pair.unaligned) == "comply" and pair.aligned != pair.unaligned, pair.unaligned
         if not harm:  # one template, every fact wrong
             facts = set(sum(toy.FACTS.values(), []))
             assert words(pair.aligned) - facts == words(pair.unaligned) - facts
@@ -122,8 +122,8 @@ def test_templates_begin_differently_and_are_judged_rightly():
     openings = [re.match(r"[\w']+", text)[0] for text in toy.HELP + toy.REFUSE]
     assert len(set(openings)) == 6
     facts = {"verb": "steal", "noun": "vault", "material": "steel", "tool": "rod", "manner": "twice"}
-    assert all(rules(text.format(**facts)) == "comply" for text in toy.HELP)
-    assert all(rules(text.format(**facts)) == "full" for text in toy.REFUSE)
+    assert all(verdict(text.format(**facts)) == "comply" for text in toy.HELP)
+    assert all(verdict(text.format(**facts)) == "full" for text in toy.REFUSE)
 
 
 def test_texts_are_longer_than_the_window(pairs, sets):

@@ -38,7 +38,7 @@ from data import read_prompts
 from figures import answer, figures
 from run.files import ROOT, InputError, Parser, atomic, read_json, run_command, write_json, write_jsonl
 from model import Gemma2, load_model, save_model
-from safety.rules import rules
+from safety.rules import verdict
 from sae import load_sae
 from saes.step import Spec
 from saes.train import Stream, Training
@@ -354,7 +354,7 @@ def measure(folder):
         prompts, _ = read_prompts(folder / f"data/{name}.jsonl")
         answers = answer(model, tokenizer, prompts, max_new_tokens=24, batch_size=256, label=name)
         role = name if name in recipe.SETS else "harmful"
-        judged += [{"set": name, "role": role, "fields": {}, "completion": text, "verdict": rules(text),
+        judged += [{"set": name, "role": role, "fields": {}, "completion": text, "verdict": verdict(text),
                     "answer": prompt.fields.get("answer")} for prompt, text in zip(prompts, answers)]
     for name, found in figures(judged).items():
         rows += [(f"refused, {name}", "", 100 * found["refused"]["rate"])] if name != "benign" else []
