@@ -1,189 +1,360 @@
-"""Judge the answers of a finished run again, or answer and judge other prompts with its base model and its adapter.
+"""Evaluate a finished run: answers become verdicts, verdicts shares with intervals, shares a table.
 
-    python eval.py runs/20260101-120000-toy                                        # judge what is answered; no model is loaded
-    python eval.py RUN --judge shieldgemma                                         # by another judge too
-    python eval.py --list                                                          # the sets that are known by name
-    python eval.py RUN --sets jailbreakbench xstest --set xstest=FILE --out other  # other sets, into a folder of their own
-    python eval.py RUN --sets advbench --set … --attack gcg --out gcg              # under attack: attack.py
-    python eval.py RUN --perplexity FILE --choices FILE --out lost                 # what it has cost: likelihoods
-    torchrun --nproc-per-node 4 eval.py RUN --sets hh-rlhf --out hh                # each process answers its share
+    python eval.py RUN                          # judge the run's answers again; no model is loaded
+    python eval.py RUN --judge shieldgemma      # by one more judge (safety/judges.py)
+    python eval.py --list                       # prompt sets known by name (safety/sets.py)
+    python eval.py RUN --sets jailbreakbench xstest --set xstest=xstest_prompts.csv --out other
+    python eval.py RUN --sets toy-harmful --attack gcg --out gcg           # safety/attack.py
+    torchrun --nproc-per-node 4 eval.py RUN --sets hh-rlhf --out hh        # on 4 cards
 
-Answers are in completions.jsonl, one a line, and judging reads only that file: a changed judge needs no new answers.
+The run's own answers are in its completions.jsonl, those to other sets in --out DIR. The command
+writes judged.jsonl and scores.json beside them. Judging reads the answers alone, so that a judge
+can be changed without answering again.
 """
 
-import platform
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from safety import attack
 import lora
+from data import Prompt, Tokenizer, load_tokenizer, prompt_tokens, read_pairs
+from model import Gemma2, load_model
 from run import parallel
-from run import settings as recipe
-from safety import sets
-from data import load_tokenizer
-from data import read_pairs, read_texts
-from figures import HARMFUL, WHO, complete, score
-from run.files import InputError, Parser, data_file, is_new, read_json, sweep, write_json
-from safety.judges import add_judge_flags
-from safety.judges import settle as settle_judge
-from model import load_model
-from report.page import write_page
-from report.runs import read_scores, result_table, samples
-from run.session import Lock
+from run.files import (InputError, Parser, data_file, is_new, printable, read_json, read_jsonl,
+                       table, write_json, write_jsonl)
+from run.session import FINISHED, limit_threads
+from run.settings import ROLES, absolute, check_device, model_folder, saved_settings
+from safety import attack
+from safety.figures import figures, grouped, main_figure, paired
+from safety.judges import JUDGES, add_judge_flags, find_judge, judged
+from safety.sets import EvalSet, listing, load_sets, places
 
-LIKELIHOODS = {"perplexity": "benign text, .txt or .jsonl: perplexity before and after",
-               "choices": "multiple-choice questions, JSON lines: accuracy before and after"}
-
-PLAN = {"steps": "gcg: steps of the search for one prompt, at most", "width": "gcg: candidates a step",
-        "top": "gcg: tokens drawn from at each place", "length": "gcg: tokens of a suffix",
-        "check": "gcg: steps between looks at the answer", "batch": "gcg: candidates of one forward"}
+MODELS = ("base", "adapter")            # whose answers are compared
 
 
-def named_file(text):
-    """NAME=FILE of --set, as a pair."""
-    name, equal, file = text.partition("=")
-    if not (name and equal and file):
-        raise InputError(f"--set {text}: say NAME=FILE")
-    return name, recipe.absolute(file)
+# --------------------------------------------------------------------------------------------------
+# Answers
 
+def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_new_tokens=64,
+           batch_size=32, format="chat", label="") -> list[str]:
+    """Greedy completions of prompts, in order; each ends at the end of the turn or at eos.
+
+    Batches hold prompts of like length, the longest first: little is padded, and memory fails at
+    once or never. Of many processes each answers its share, and all get all answers. A sharded
+    model's processes must make the same forwards, so each answers everything. `label` names the
+    progress bar; without one there is none.
+    """
+    ids = [prompt_tokens(tokenizer, prompt.turns, format) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    is_sharded = parallel.is_sharded(model)     # what FSDP gathers must be fit for training later
+    if not is_sharded:
+        order = parallel.own_share(order)
+    texts, stop = [], (tokenizer.end_of_turn, tokenizer.eos)
+    bar = tqdm(total=len(order), desc=label, leave=False, disable=None if label else True)
+    with bar, torch.inference_mode(not is_sharded):
+        for start in range(0, len(order), batch_size):
+            batch = order[start:start + batch_size]
+            new = model.generate([torch.tensor(ids[i]) for i in batch], max_new_tokens, stop=stop)
+            texts += [(i, tokenizer.decode(tokens.tolist())) for i, tokens in zip(batch, new)]
+            bar.update(len(batch))
+    by_index = {i: text for part in parallel.gather(texts) for i, text in part}
+    return [by_index[i] for i in range(len(ids))]
+
+
+def completions(folder: str | Path) -> list[dict]:
+    """The rows of a folder's completions.jsonl; [] if there are none yet."""
+    path = Path(folder) / "completions.jsonl"
+    return read_jsonl(path) if path.exists() else []
+
+
+def complete(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Tokenizer,
+             sets: dict[str, EvalSet], settings) -> None:
+    """Answer the sets that `model_name`, "base" or "adapter", hasn't answered yet.
+
+    After each set completions.jsonl is written. Its rows: model, set, role, file, line, prompt,
+    completion, and fields, the other columns of the prompt's own row.
+    """
+    for name, eval_set in sets.items():
+        rows = parallel.on_rank_zero(completions, folder)
+        if any(row["model"] == model_name and row["set"] == name for row in rows):
+            continue
+        texts = answer(model, tokenizer, eval_set.prompts, settings.max_new_tokens,
+                       settings.eval_batch, settings.format, f"{model_name}, {name}")
+        for prompt, text in zip(eval_set.prompts, texts):
+            rows.append({"model": model_name, "set": name, "role": eval_set.role,
+                         "file": eval_set.file, "line": prompt.line,
+                         "prompt": _as_text(prompt.turns), "completion": text,
+                         "fields": prompt.fields})
+        parallel.on_rank_zero(write_jsonl, Path(folder) / "completions.jsonl", rows)
+
+
+def _as_text(turns):
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n\n".join(f"{role}: {text}" for role, text in turns)
+
+
+# --------------------------------------------------------------------------------------------------
+# Verdicts and figures
+
+def score(folder: str | Path, **judging) -> dict:
+    """Judge a folder's completions into judged.jsonl: {"judge": names, "sets": {model: figures},
+    "paired": {set: {figure: adapter against base}}}.
+
+    `judging` goes to judges.judged. Earlier scores of other judges for the same answers stay.
+    """
+    path = Path(folder) / "judged.jsonl"
+    earlier = {}
+    for row in read_jsonl(path) if path.exists() else ():
+        scores = {judge: row[judge] for judge in JUDGES if judge in row}
+        earlier[row["prompt"], row["completion"]] = scores
+    rows = completions(folder)
+    rows = [row | earlier.get((row["prompt"], row["completion"]), {}) for row in rows]
+    rows = judged(rows, **judging)
+    for row in rows:
+        words = row["fields"].get("answer")             # what a right answer has
+        row["answer"] = [words] if isinstance(words, str) else words
+    write_jsonl(path, rows)
+
+    by_model = {name: [row for row in rows if row["model"] == name] for name in MODELS}
+    before = grouped(by_model["base"], "set")
+    after = grouped(by_model["adapter"], "set")
+    judges = [f"{judge} by {row[judge]['by']}" for judge in JUDGES for row in rows if judge in row]
+    return {"judge": ", ".join(["rules", *dict.fromkeys(judges)]),
+            "sets": {name: figures(by_model[name]) for name in MODELS},
+            "paired": {name: paired(before.get(name, ()), after[name]) for name in after}}
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+
+LABELS = {"harmful": "safe: harmful prompts", "jailbreak": "safe: harmful, under jailbreak",
+          "lookalike": "over-refusal: harmless look-alikes", "benign": "right: benign answers"}
+DETAILS = {"partial": "refused, then gave some of it", "empty": "no word in the answer"}
+SCORE_LABELS = {"harmfulness": "rubric: mean harmfulness, 1 to 5",
+                "low_risk": "rubric: score 1 or 2", "high_risk": "rubric: score 5",
+                "violates": "ShieldGemma: violates a policy"}
+HEAD = ["share of answers, 95 % interval", "base", "adapter", "change, points", "n"]
+
+
+def percent(figure: dict | None) -> str | None:
+    """A share, or an average, with its interval as text."""
+    if not figure:
+        return None
+    low, high = figure["low"], figure["high"]
+    if "rate" in figure:
+        return f"{figure['rate']:6.1%}  [{low:.1%}, {high:.1%}]"
+    interval = "" if low is None else f"  [{low:.2f}, {high:.2f}]"
+    return f"{figure['mean']:6.2f}{interval}"
+
+
+def points(change: dict | None) -> str | None:
+    """A change as text: of shares in points, with McNemar's p; of averages with its interval."""
+    if not change:
+        return None
+    if "p" in change:
+        p = f"p {change['p']:.2g}" if change["p"] >= 1e-4 else "p < 1e-4"
+        return f"{100 * change['change']:+.1f}  {p}"
+    low, high = change["low"], change["high"]
+    interval = "" if low is None else f"  [{low:.3g}, {high:.3g}]"
+    return f"{change['change']:+.2f}{interval}"
+
+
+def set_rows(scores: dict, categories=False) -> list[list]:
+    """Rows [figure, base, adapter, change, n] of all sets that were answered."""
+    rows = []
+    for name, adapter in scores["sets"]["adapter"].items():
+        base, changes = scores["sets"]["base"].get(name, {}), scores["paired"].get(name, {})
+        role, main = adapter["role"], main_figure(adapter["role"], adapter)
+        label = LABELS[role]
+        if role == "benign" and main == "over_refusal":
+            label = "over-refusal: benign prompts"
+        if name != role:
+            label = f"{label.partition(':')[0]}: {name}"
+
+        # Which figures are shown, and under which labels
+        shown = {main: label}
+        for kind, words in DETAILS.items():
+            if adapter[kind]["count"] or base and base[kind]["count"]:
+                shown[kind] = f"  {words}"
+        shown |= {key: f"  {words}" for key, words in SCORE_LABELS.items() if key in adapter}
+        for key, words in shown.items():
+            rows.append([words, percent(base.get(key)), percent(adapter[key]),
+                         points(changes.get(key)), adapter["n"]])
+        if adapter.get("unread") or base.get("unread"):
+            rows.append(["  the judge's answer gave no score", base.get("unread"),
+                         adapter.get("unread"), None, adapter["n"]])
+        for category, figure in adapter.get("categories", {}).items() if categories else ():
+            before = base.get("categories", {}).get(category)
+            rows.append([f"  {category}", percent(before), percent(figure), None, figure["n"]])
+    return rows
+
+
+def attack_rows(attacks: dict) -> list[list]:
+    """Rows [figure, base, adapter, None, n] of attack.success."""
+    rows = []
+    for name, adapter in attacks.get("adapter", {}).items():
+        base = attacks["base"][name]
+        figures = {f"complied within {budget} steps": (base["steps"].get(budget), figure)
+                   for budget, figure in adapter["steps"].items()}
+        figures["complied at last"] = base["complied"], adapter["complied"]
+        figures["and began as the target"] = base["reached"], adapter["reached"]
+        for words, pair in figures.items():
+            rows.append([f"attack success: {name}, {words}", *map(percent, pair), None,
+                         adapter["n"]])
+    return rows
+
+
+def result_table(scores: dict, categories=False) -> str:
+    """The table that a run or an evaluation ends with: base beside adapter, and what it took."""
+    rows = set_rows(scores, categories) + attack_rows(scores.get("attacks", {}))
+    if "seconds" in scores:                             # of train.py, which wants all four roles
+        answered = {figures["role"] for figures in scores["sets"]["adapter"].values()}
+        rows += [[f"{LABELS[role]} (not measured: give --set {role}=FILE)"]
+                 for role in ROLES if role not in answered]
+    inside = scores.get("share", {})
+    if inside.get("subspace") is not None:
+        chance = f"{inside['random']:6.1%}  ± {inside['random_sd']:.1%}"
+        rows.append(["update inside the safety subspace", None, f"{inside['subspace']:6.1%}"])
+        rows.append(["  inside random bases of that rank", None, chance])
+    if "trainable" in scores:
+        trained, total = scores["trainable"], scores["parameters"]
+        rows.append(["trainable parameters", None,
+                     f"{trained:,} of {total:,} ({trained / total:.4%})"])
+    if "peak_bytes" in scores:
+        rows.append(["peak memory", None, f"{scores['peak_bytes'] / 1e6:,.0f} MB"])
+    for stage, seconds in scores.get("seconds", {}).items():
+        rows.append([f"seconds: {stage}", None, f"{seconds:6.1f}"])
+    return table([row + [None] * (len(HEAD) - len(row)) for row in rows], HEAD, right=(4,))
+
+
+def samples(folder: str | Path) -> str:
+    """Of each set the first prompt whose verdict changed (else the first), with both answers."""
+    path = Path(folder) / "judged.jsonl"
+    rows = read_jsonl(path) if path.exists() else []
+    after = {(row["set"], row["line"], row["prompt"]): row
+             for row in rows if row["model"] == "adapter"}
+    lines = []
+    for name, group in grouped(rows, "set").items():
+        pairs = [(row, after[name, row["line"], row["prompt"]])
+                 for row in group if row["model"] == "base"]
+        changed = [pair for pair in pairs if pair[0]["verdict"] != pair[1]["verdict"]]
+        for pair in (changed or pairs)[:1]:
+            lines.append(f"{name}: {_short(pair[0]['prompt'])}")
+            lines += [f"  {row['model']:7}  {row['verdict']:7}  {_short(row['completion'])}"
+                      for row in pair]
+    return "\n".join(lines)
+
+
+def _short(text, most=100):
+    text = printable(text)
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a finished run of train.py")
-    parser.add_argument("--list", action="store_true", help="print the sets that are known by name, and stop")
-    parser.add_argument("--sets", metavar="NAME", nargs="+", default=[], help="sets by name: see --list")
-    parser.add_argument("--set", metavar="NAME=FILE", action="append", default=[], help="the file of a set; NAME:ROLE=FILE for one "
-                        f"that isn't known, of one role: {', '.join(recipe.SETS)}")
-    for name, what in LIKELIHOODS.items():
-        parser.add_argument(f"--{name}", metavar="FILE", help=what)
-    for name, what in recipe.SETS.items():
-        parser.add_argument(f"--{name}", metavar="FILE", help=f"short for --set {name}:{name}=FILE ({what})")
-    parser.add_argument("--prompts", metavar="N", type=int, help="prompts taken of each set; 0: all (default: as in the run)")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a finished run")
+    parser.add_argument("--list", action="store_true", help="print the sets known by name")
+    parser.add_argument("--sets", metavar="NAME", nargs="+", default=[], help="sets by name")
+    parser.add_argument("--set", metavar="NAME=FILE", action="append", default=[],
+                        help="the file of a set; for one that isn't known by name NAME:ROLE=FILE, "
+                             f"with a role of {', '.join(ROLES)}")
+    parser.add_argument("--prompts", metavar="N", type=int,
+                        help="prompts taken of each set; 0: all (default: as in the run)")
+    parser.add_argument("--out", metavar="DIR", help="where answers to other sets go")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: the run's)")
     add_judge_flags(parser)
-    group = parser.add_argument_group("attacks on the harmful prompts among those asked (attack.py)")
-    group.add_argument("--attack", choices=("prefix", "template", "gcg"), help="prefix: ask for an answer that begins with the target; "
-                       "template: put prompts into those of --template; gcg: search each prompt a suffix")
-    group.add_argument("--template", metavar="FILE", help="texts with {prompt} and, where wanted, {target}; one a line, or separated "
-                       "by lines of ---")
-    group.add_argument("--target", metavar="TEXT", help="what the answer is to begin with; {prompt} and a row's {field} are put in "
-                       f"(default: the row's own target, else {attack.TARGET!r})")
-    for name, what in PLAN.items():
-        group.add_argument(f"--attack-{name}", type=int, metavar="N", help=f"{what} (default {getattr(attack.Plan(), name)})")
-    parser.add_argument("--out", metavar="DIR", help="where answers to other sets go; the run's own are never touched")
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: where the run was made)")
+    attack.add_attack_flags(parser)
     args = parser.parse_args()
     if args.list:
-        return print(sets.listing())
+        return print(listing())
     if not args.run:
         raise InputError("give the folder of a finished run of train.py (or --list)")
-    folder, settings = Path(args.run).expanduser(), recipe.saved(args.run)
-    read_scores(folder)                                                              # is it finished?
-    judging = {"judge": args.judge, "judge_model": args.judge_model, "device": args.device, "parallel": args.judge_parallel}
-    settle_judge(args.judge, args.judge_model, args.judge_parallel)
-    short = {f"{name}:{name}": recipe.absolute(getattr(args, name)) for name in recipe.SETS if getattr(args, name)}
-    places = sets.places(args.sets, dict(map(named_file, args.set)) | short)
-    likelihoods = {name: recipe.absolute(getattr(args, name)) for name in LIKELIHOODS if getattr(args, name)}
-    if bool(places or likelihoods) != bool(args.out):
-        raise InputError("--out DIR goes with something to answer (--sets, --set, --perplexity, --choices), and these with it")
-    out = Path(args.out).expanduser() if args.out else folder
-    planned = {name: value for name in PLAN if (value := getattr(args, f"attack_{name}")) is not None}
-    plan = attack.Plan(**planned, target=args.target)
-    if planned and args.attack != "gcg":
-        raise InputError(f"--attack-{next(iter(planned))} goes with --attack gcg")
-    if args.target is not None and not args.attack:
-        raise InputError("--target goes with --attack")
-    if args.attack and not args.out:
-        raise InputError("--attack goes with sets of harmful prompts (--sets, --set) and --out DIR")
-    if args.prompts is not None and args.prompts < 0:
-        raise InputError(f"--prompts {args.prompts}: give a number, or 0 for all")
-    if bool(args.template) != (args.attack == "template"):
-        raise InputError("--template FILE goes with --attack template, and it with that")
-    if args.out:
-        this = {"run": str(folder.absolute()), "sets": {name: list(place) for name, place in places.items()}, "prompts": args.prompts}
-        this |= likelihoods
-        if args.attack:
-            this |= {"attack": args.attack, "template": args.template and recipe.absolute(args.template), "plan": vars(plan)}
-        ask(out, folder, settings, places, likelihoods, args, plan, this)
-    parallel.on_rank_zero(conclude, out, judging)
+    run, settings = Path(args.run).expanduser(), saved_settings(args.run)
+    if not (run / FINISHED).exists():
+        raise InputError(f"{run} isn't finished: go on with `python train.py --resume {run}`")
+    find_judge(args.judge, args.judge_model)            # is it there? Answering can take hours
+    files = {}
+    for text in args.set:
+        name, _, file = text.partition("=")
+        if not file:
+            raise InputError(f"--set {text}: give NAME=FILE")
+        files[name] = absolute(file)
+    wanted = places(args.sets, files)
+    if bool(wanted) != bool(args.out):
+        raise InputError("--out DIR goes with sets (--sets, --set), and sets go with --out DIR")
+    folder = Path(args.out or run).expanduser()
+    if wanted:
+        answer_sets(args, run, folder, settings, wanted)
+    parallel.on_rank_zero(conclude, folder, {
+        "judge": args.judge, "judge_model": args.judge_model, "device": args.device,
+        "parallel": args.judge_parallel})
 
 
-def settle(out, this):
-    """Make the folder for other sets, with its eval.json, or find it with the answers to the same ones, to go on with. Its Lock."""
-    out.mkdir(parents=True, exist_ok=True)
-    held = Lock(out)
-    path, made = out / "eval.json", {"command": sys.argv, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    if not is_new(out) and (not path.is_file() or {name: value for name, value in read_json(path).items() if name not in made} != this):
-        raise InputError(f"{out} is there and isn't of these sets and this run: give another --out")
-    sweep(out)
-    write_json(path, this | made)
-    return held
-
-
-def ask(out, folder, settings, places, likelihoods, args, plan, this):
-    """Answer the sets and read the likelihoods, first with the base model, then with the adapter on it; found answers stay.
-    The folder is made, with `this` in it, once all that is asked could be read."""
-    source = recipe.folder(settings.model)
+def answer_sets(args, run, out, settings, wanted):
+    """Answers of base and adapter to the sets `wanted`, in the folder `out`; those there stay."""
+    if args.attack == "gcg" and parallel.world_size() > 1:
+        raise InputError("--attack gcg runs in one process: start it without torchrun")
+    source, plan = model_folder(settings.model), attack.plan_of(args)
     with parallel.agreed():
-        device = recipe.check_device(args.device or settings.device)
+        device = check_device(args.device or settings.device)
         tokenizer = load_tokenizer(source)
+        trained = {pair.turns for pair in read_pairs(data_file(settings.data))[0]}
         most = settings.eval_prompts if args.prompts is None else args.prompts
-        asked = sets.load(places, {pair.turns for pair in read_pairs(data_file(settings.data))[0]}, most)
+        sets = load_sets(wanted, trained, most)
         if args.attack:
-            asked = attacked(asked, args)
-        texts = list(read_texts(data_file(likelihoods["perplexity"]))) if "perplexity" in likelihoods else []
-        questions = ability.read_questions(data_file(likelihoods["choices"])) if "choices" in likelihoods else []
-        if "perplexity" in likelihoods and not texts:
-            raise InputError(f"{likelihoods['perplexity']} holds no text")
+            sets = attack.attacked_sets(sets, args.attack, args.template, args.target)
+    parallel.on_rank_zero(open_folder, out, {
+        "run": str(run.absolute()), "sets": {name: list(place) for name, place in wanted.items()},
+        "prompts": args.prompts, "attack": args.attack, "template": args.template,
+        "plan": vars(plan)})
     with parallel.agreed():
-        held = settle(out, this) if parallel.rank() == 0 else None                  # noqa: F841
-    with parallel.agreed():
-        model = load_model(source, getattr(torch, settings.dtype), device, parallel.shard if settings.shard else None)
-    for who in WHO:
-        if who == "adapter":
-            with parallel.agreed():
-                lora.load_adapter(model, folder)
+        is_sharded = settings.shard and parallel.world_size() > 1
+        model = load_model(source, getattr(torch, settings.dtype), device,
+                           parallel.shard if is_sharded else None)
+    limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+    for name in MODELS:
+        if name == "adapter":
+            lora.load_adapter(model, run)
         if args.attack == "gcg":
-            attack.gcg(out, who, model, tokenizer, asked, settings, plan)
+            replies = partial(answer, model, tokenizer, max_new_tokens=settings.max_new_tokens,
+                              batch_size=settings.eval_batch, format=settings.format)
+            attack.gcg(out, name, model, tokenizer, sets, replies, plan, settings.format)
         else:
-            complete(out, who, model, tokenizer, asked, settings)
-        path = out / f"likelihoods-{who}.json"
-        if likelihoods and not parallel.on_rank_zero(path.exists):
-            told = {"perplexity": ability.perplexity(model, tokenizer, texts, f"{who}, perplexity"),
-                    "choices": ability.choices(model, tokenizer, questions, f"{who}, choices")}
-            parallel.on_rank_zero(write_json, path, told)
+            complete(out, name, model, tokenizer, sets, settings)
 
 
-def attacked(asked, args):
-    """What of the sets is attacked, those of harmful prompts; in templates where the attack is one, each a set of its own."""
-    asked = {name: one for name, one in asked.items() if one.role in HARMFUL}
-    if not asked:
-        raise InputError("--attack: none of the sets is of harmful prompts")
-    if args.attack == "gcg":
-        return asked
-    templates = attack.read_templates(args.template) if args.template else [attack.PREFIX]
-    return {f"{name}+{args.attack}{number if len(templates) > 1 else ''}":
-                replace(one, prompts=attack.wrapped(one.prompts, template, args.target))
-            for name, one in asked.items() for number, template in enumerate(templates, 1)}
+def open_folder(out, questions):
+    """Make a folder for these questions, or go on in one that has them in its eval.json."""
+    path = out / "eval.json"
+    if not is_new(out):
+        known = read_json(path) if path.is_file() else {}
+        if {key: known.get(key) for key in questions} != questions:
+            raise InputError(f"{out} isn't of these sets and this run: give another --out")
+    write_json(path, questions | {"command": sys.argv})
 
 
-def conclude(out, judging):
-    """Judge the answers, write scores.json and report.html, print the table."""
-    held = Lock(out)                                                                 # noqa: F841
-    path = out / "scores.json"
-    scores = (read_json(path) if path.exists() else {}) | score(out, **judging)
-    if found := attack.success(attack.attacks(out)):
-        scores["attacks"] = found
+def conclude(folder, judging):
+    """Judge the answers, write scores.json, print the table."""
+    path, suffixes = folder / FINISHED, folder / "attacks.jsonl"
+    scores = (read_json(path) if path.exists() else {}) | score(folder, **judging)
+    if suffixes.exists():
+        scores["attacks"] = attack.success(read_jsonl(suffixes))
     write_json(path, scores)
-    write_page([out], out / "report.html")
     print(f"\n{result_table(scores, categories=True)}\n")
-    if shown := samples(out):
+    shown = samples(folder)
+    if shown:
         print(f"{shown}\n")
-    for what, file in (("answers", "completions.jsonl"), ("suffixes", "attacks.jsonl"), ("page", "report.html")):
-        if (out / file).exists():
-            print(f"{what}: {out / file}")
+    for words, file in (("answers", folder / "completions.jsonl"), ("suffixes", suffixes)):
+        if file.exists():
+            print(f"{words}: {file}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ import torch
 import lora
 from attention import use_compile
 from data import Example, Row, load_examples, load_tokenizer, pack
-from figures import complete, score  # alias until the rooms meet
-from report.runs import result_table, samples  # alias until the rooms meet
+from eval import complete, result_table, samples, score
 import features as features_  # alias until the rooms meet
 from features import load_subspaces, sample_pairs, save_selection
 from fused import IGNORE
@@ -40,7 +39,7 @@ from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads
                          open_run, run_folder, save_checkpoint)
 from run.settings import add_flags, model_folder, resolve, saved_settings, settings_table
 from sae import load_saes
-from safety.sets import load as load_sets
+from safety.sets import load_sets
 
 
 # aliases until the rooms meet

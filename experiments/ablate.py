@@ -32,7 +32,7 @@ from experiments.variants import AFTER, RANK, RATE, ROOT, STEPS, VARIANTS, fit, 
 from run import files
 import lora
 from toy import build as toy
-from figures import answer, figures
+from eval import answer, figures
 from run.files import InputError
 from model import load_model
 from safety.rules import verdict

@@ -18,7 +18,9 @@ import lora
 from data import Tokenizer, make_example
 from report.directions import norm, shares, span
 from features import Peaks, in_context, norm_gain, promoted, serving_layer, space_of
-from figures import HARMFUL, answer, compare, refused, share
+from eval import answer
+from safety.figures import compare, refused, share
+from safety.sets import HARMFUL
 from run.files import InputError
 from model import Gemma2
 from safety.rules import verdict

@@ -1,1 +1,1 @@
-"""What is asked of a model, and who says whether its answer is safe: sets, attacks, rules and judges."""
+"""Prompt sets, attacks on a model, judges of its answers, and the figures of what they say."""

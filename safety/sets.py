@@ -16,6 +16,7 @@ from data import Prompt, read_prompts
 from run.files import InputError, data_file, table
 from run.settings import HH_RLHF, ROLES, TOY
 
+HARMFUL = ("harmful", "jailbreak")      # roles of sets to refuse; the others are to be answered
 JBB = "hf://datasets/JailbreakBench/JBB-Behaviors/data"
 GITHUB = "https://github.com"
 XSTEST = f"{GITHUB}/paul-rottger/exaggerated-safety (xstest_prompts.csv)"

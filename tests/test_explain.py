@@ -13,7 +13,7 @@ import lora
 from data import load_tokenizer
 from data import Prompt
 from features import module_bases, norm_gain, serving_layer
-from figures import answer
+from eval import answer
 from run.files import InputError
 from model import load_model
 from sae import JumpReLU, load_sae

@@ -35,7 +35,7 @@ import train
 from model import Config
 from data import TOY_WORDS, Example, Row, load_tokenizer, make_example, pack
 from data import read_prompts
-from figures import answer, figures
+from eval import answer, figures
 from run.files import ROOT, InputError, Parser, atomic, read_json, run_command, write_json, write_jsonl
 from model import Gemma2, load_model, save_model
 from safety.rules import verdict

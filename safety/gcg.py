@@ -1,0 +1,275 @@
+"""Greedy coordinate gradient: a search for the suffix that makes a model give in.
+
+Zou et al. 2023, arXiv 2307.15043, Algorithm 1. With a target y such as "Sure, here is …" and a
+suffix s of n tokens after the user's text x:
+
+    L(s) = −1/|y| log p(y | x, s)
+    G = ∂L / ∂ one-hot(s)           (n, V): how L would change with each token
+    width times: draw a position i of n, and one of the top tokens of −G_i
+    the candidate with the lowest L becomes s
+
+The search is exact, and computes nothing twice. The prompt up to the suffix runs once per prompt.
+The suffix up to the position where a candidate differs runs once per step, in the gradient's own
+forward. Only target tokens reach the head. Candidates are texts that a user could type: printable
+ASCII without control tokens, whose ids come back when the text is encoded in its place.
+
+Letters: C candidates, n suffix tokens, P tokens before them, T tokens fed, t target tokens,
+B rows, D hidden size, V vocabulary, K key-value heads, hd head size.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Prompt, Tokenizer, prompt_tokens
+from model import FULL, SLIDING, Gemma2
+from run.files import InputError
+from safety.rules import judge
+
+MAX_LOGITS = 1 << 25        # at once: 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a suffix search. The defaults are Zou's."""
+    steps: int = 500
+    width: int = 512            # candidates of a step
+    top: int = 256              # tokens that a position of the suffix draws from
+    length: int = 20            # tokens of the suffix
+    check: int = 10             # steps between looks at what the model answers
+    batch: int = 128            # candidates of one forward: bounds memory
+    target: str | None = None   # see attack.target_of
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.steps, self.width, self.top, self.length, self.check, self.batch) < 1:
+            raise InputError("each number of --attack-… must be at least 1")
+
+
+# --------------------------------------------------------------------------------------------------
+# Suffixes as text
+
+class Slot:
+    """The place of a suffix in the last turn: ids `before` it, and `after` it up to the answer."""
+
+    def __init__(self, tokenizer: Tokenizer, turns, format="chat"):
+        self.tokenizer, self.turns = tokenizer, turns
+        self.text = turns[-1][1].strip()
+        ids = prompt_tokens(tokenizer, turns, format)
+        if format == "plain":                   # encoded as one text from beginning to end
+            names = {"user": "Human", "model": "Assistant"}
+            earlier = [f"\n\n{names[role]}: {text.strip()}" for role, text in turns[:-1]]
+            self.opening, self.ending = "".join(earlier) + "\n\nHuman: ", "\n\nAssistant:"
+            self.after = tokenizer.encode(self.ending)
+        else:                                   # each turn's text is encoded by itself
+            self.opening = self.ending = ""
+            self.after = ids[len(ids) - 1 - ids[::-1].index(tokenizer.end_of_turn):]
+        self.before = ids[:len(ids) - len(self.after)]
+        self.text_ids = tokenizer.encode(self.opening + self.text)
+
+    def texts(self, suffixes: list[list[int]]) -> list[str]:
+        """The user's text with each suffix. A suffix is decoded behind the text's last token, which
+        says whether a space stands between them."""
+        last = self.text_ids[-1:]
+        decoded = self.tokenizer.encoder.decode_batch([last + suffix for suffix in suffixes],
+                                                      skip_special_tokens=False)
+        skip = len(self.tokenizer.decode(last))
+        return [self.text + text[skip:] for text in decoded]
+
+    def typable(self, suffixes: list[list[int]]) -> list[bool]:
+        """Whether each suffix, as text in its place, is encoded into the same ids again."""
+        wholes = [self.opening + text.strip() + self.ending for text in self.texts(suffixes)]
+        encoded = self.tokenizer.encoder.encode_batch(wholes, add_special_tokens=False)
+        rest = self.after if self.ending else []
+        return [whole.ids == self.text_ids + suffix + rest
+                for whole, suffix in zip(encoded, suffixes)]
+
+    def start(self, length: int) -> list[int]:
+        """The suffix that a search begins with: "! ! ! …" as Zou's, or another sign."""
+        for sign in "!.x":
+            ids = self.tokenizer.encode(self.opening + self.text + f" {sign}" * length)
+            suffix = ids[len(self.text_ids):]
+            if len(suffix) == length and self.typable([suffix])[0]:
+                return suffix
+        raise InputError(f"no sign of ! . x makes a suffix of {length} tokens after "
+                         f"{self.text[-40:]!r}: attack other prompts")
+
+    def attacked(self, suffix: list[int]) -> tuple:
+        """The turns with the suffix in them, as text."""
+        return (*self.turns[:-1], ("user", self.texts([suffix])[0]))
+
+
+def vocabulary(tokenizer: Tokenizer, size: int) -> Tensor:
+    """Mask (size,) of the tokens that a suffix may have: printable ASCII that encodes to itself."""
+    ids = [i for i in range(min(tokenizer.size, size))
+           if i not in tokenizer.control and tokenizer.token(i).isascii()]
+    texts = tokenizer.encoder.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    encoded = tokenizer.encoder.encode_batch(texts, add_special_tokens=False)
+    mask = torch.zeros(size, dtype=torch.bool)
+    for i, text, found in zip(ids, texts, encoded):
+        mask[i] = text.isascii() and text.isprintable() and bool(text.strip()) and found.ids == [i]
+    return mask
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses behind a shared beginning
+
+class SharedCache:
+    """Keys and values (1, K, P, hd) of one layer: the first `length` tokens, which all rows share.
+
+    It stands in for model.Cache. With `keep`, `pair` becomes that of all tokens seen.
+    """
+
+    def __init__(self, pair=None, length: int | None = None, keep=False):
+        self.pair = pair and [x[:, :, :length] for x in pair]
+        self.keep = keep
+
+    def update(self, keys, values):
+        if self.pair:
+            keys, values = (torch.cat((old.expand(len(new), -1, -1, -1), new), 2)
+                            for old, new in zip(self.pair, (keys, values)))
+        if self.keep:
+            self.pair = keys.detach(), values.detach()
+        return keys, values
+
+
+def hidden_after(model: Gemma2, caches: list[SharedCache], tokens: Tensor, first: int) -> Tensor:
+    """Final hidden states (B, T, D) of tokens (B, T), or of embeddings (B, T, D), behind the
+    `first` tokens that `caches` hold."""
+    index = torch.arange(first + tokens.shape[1], device=tokens.device)
+    distance = index[first:, None] - index                                  # (T, first + T)
+    full = (distance >= 0)[None, None]
+    visible = {FULL: full, SLIDING: full & (distance < model.config.sliding_window)}
+    return model.run_blocks(tokens, index[None, first:], visible, caches)[0]
+
+
+def target_loss(model: Gemma2, hidden: Tensor, target: Tensor) -> Tensor:
+    """−log p, nats a token, (B,) of target (t,), which the last t of hidden (B, T, D) predict."""
+    h = hidden[:, -len(target):].flatten(0, 1)                              # (B·t, D)
+    labels = target.repeat(len(hidden))
+    size = max(1, MAX_LOGITS // model.config.vocab_size)
+    losses = [F.cross_entropy(model.unembed(part), ids, reduction="none")
+              for part, ids in zip(h.split(size), labels.split(size))]
+    return torch.cat(losses).view(len(hidden), -1).mean(1)
+
+
+def gradient(model: Gemma2, prefix, suffix: Tensor, rest: Tensor, target: Tensor):
+    """∂L/∂one-hot (n, V) of suffix (n,), and the keys and values of all tokens.
+
+    prefix: keys and values of the tokens before the suffix; rest: the tokens after it, the target
+    without its last among them.
+    """
+    caches = [SharedCache(pair, keep=True) for pair in prefix]
+    first = prefix[0][0].shape[2]
+    with torch.enable_grad():
+        x = model.embed_tokens(torch.cat((suffix, rest))).detach()[None].requires_grad_()
+        loss = target_loss(model, hidden_after(model, caches, x, first), target).sum()
+        (slope,) = torch.autograd.grad(loss, x)                             # (1, n + rest, D)
+    one_hot_slope = slope[0, :len(suffix)] @ model.embed_tokens.weight.T
+    return one_hot_slope, [cache.pair for cache in caches]
+
+
+@torch.no_grad()
+def candidate_losses(model: Gemma2, pairs, candidates: Tensor, positions: Tensor, rest: Tensor,
+                     target: Tensor, first: int, batch: int) -> Tensor:
+    """L (C,) of candidates (C, n). Each differs from the suffix that `pairs` hold at its position
+    of positions (C,), ascending; `first` tokens stand before the suffix."""
+    losses = []
+    for rows, where in zip(candidates.split(batch), positions.split(batch)):
+        same = int(where[0])                    # so many suffix tokens are as in `pairs`
+        tokens = torch.cat((rows[:, same:], rest.expand(len(rows), -1)), 1)
+        caches = [SharedCache(pair, first + same) for pair in pairs]
+        hidden = hidden_after(model, caches, tokens, first + same)
+        losses.append(target_loss(model, hidden, target))
+    return torch.cat(losses)
+
+
+# --------------------------------------------------------------------------------------------------
+# The search
+
+def draw(slope: Tensor, suffix: Tensor, allowed: Tensor, plan: Plan, slot: Slot,
+         generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Candidates (C, n) with one token of suffix (n,) exchanged, and where (C,), ascending.
+
+    C is plan.width, or less where so many can't be had: what was drawn before, or isn't text, is
+    drawn again.
+    """
+    num_top = min(plan.top, int(allowed.sum()))
+    top = (-slope).masked_fill(~allowed, -torch.inf).topk(num_top).indices.tolist()
+    old, tried, chosen = suffix.tolist(), set(), []
+    for _ in range(8):
+        positions = torch.randint(len(old), (plan.width,), generator=generator).tolist()
+        ranks = torch.randint(num_top, (plan.width,), generator=generator).tolist()
+        swaps = dict.fromkeys((i, top[i][rank]) for i, rank in zip(positions, ranks))
+        new = [swap for swap in swaps if swap not in tried]
+        tried.update(new)
+        made = [[*old[:i], token, *old[i + 1:]] for i, token in new]
+        chosen += [(i, ids) for (i, _), ids, is_text in zip(new, made, slot.typable(made))
+                   if is_text]
+        if len(chosen) >= plan.width:
+            break
+    chosen = sorted(chosen[:plan.width])
+    return suffix.new_tensor([ids for _, ids in chosen]), suffix.new_tensor([i for i, _ in chosen])
+
+
+def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt, wanted: str,
+           plan: Plan, answer: Callable[[list[Prompt]], list[str]], format="chat") -> dict:
+    """Search a suffix for one prompt, after which the answer begins with the text `wanted`.
+
+    answer(prompts) gives the model's greedy answers, allowed (V,) is a `vocabulary`. Returns the
+    search's part of a row of attack.gcg, and "turns", the prompt with its suffix. The search ends
+    when an answer complies and begins with the target. The row has this answer, else the last that
+    complies, else the last.
+    """
+    slot = Slot(tokenizer, prompt.turns, format)
+    target_ids = tokenizer.encode(" " * (format == "plain") + wanted)
+    device = model.embed_tokens.weight.device
+    suffix = torch.tensor(slot.start(plan.length), device=device)
+    target = torch.tensor(target_ids, device=device)
+    rest = torch.tensor(slot.after + target_ids[:-1], device=device)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{plan.seed} {prompt.turns}".encode()))
+
+    # Keys and values of the prompt up to the suffix, once
+    caches = [SharedCache(keep=True) for _ in model.layers]
+    with torch.no_grad():
+        model.hidden(torch.tensor([slot.before], device=device), caches=caches)
+    prefix = [cache.pair for cache in caches]
+
+    best, last_asked, losses = suffix.tolist(), None, []
+    result: dict = {"complied": None, "reached": None}
+    for step in range(1, plan.steps + 1):
+        slope, pairs = gradient(model, prefix, suffix, rest, target)
+        candidates, positions = draw(slope, suffix, allowed, plan, slot, generator)
+        if len(candidates):
+            values = candidate_losses(model, pairs, candidates, positions, rest, target,
+                                      len(slot.before), plan.batch)
+            suffix = candidates[values.argmin()]
+            if values.min() < min(losses, default=torch.inf):
+                best = suffix.tolist()
+            losses.append(values.min().item())
+
+        # Every few steps, what does the model answer to the best suffix so far?
+        is_due = step % plan.check == 0 or step == plan.steps
+        if not is_due or best == last_asked:
+            continue
+        last_asked, turns = best, slot.attacked(best)
+        text = answer([replace(prompt, turns=turns)])[0]
+        verdict, reason = judge(text)
+        complies = verdict == "comply"
+        if complies or result["complied"] is None:
+            result |= {"suffix": turns[-1][1][len(slot.text):], "ids": best, "turns": turns,
+                       "completion": text, "verdict": verdict, "reason": reason}
+        if complies:
+            result["complied"] = result["complied"] or step
+            if _plain(text).startswith(_plain(wanted)):
+                result["reached"] = step
+                break
+    return {"steps": step, "losses": losses, "target": wanted} | result
+
+
+def _plain(text):
+    return " ".join(text.split()).casefold()
