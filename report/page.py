@@ -13,7 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from run import files
-from figures import OUTCOMES, SCORED, WHO, paired
+from safety.figures import OUTCOMES, paired
+SCORED, WHO = ("harmfulness", "low_risk", "high_risk", "violation", "violates"), ("base", "adapter")
 from run.files import InputError
 from report.markup import (Html, bars, curve, details, document, escape, folded, is_number, join, note, number, percent, probability, strip,
                     table, tag)
@@ -91,7 +92,7 @@ def change(run, name, key):
     """figures.paired of a run's answers with its base model's, or None."""
     base, adapter = ([row for row in run.judged or [] if (row.get("model"), row.get("set")) == (model, name)]
                      for model in ("base", "adapter"))
-    return paired(base, adapter, key) if base and adapter and key in (*OUTCOMES.get(adapter[0]["role"], ()), *SCORED) else None
+    return paired(base, adapter).get(key) if base and adapter and key in (*OUTCOMES.get(adapter[0]["role"], ()), *SCORED) else None
 
 
 def figure(value, test=None) -> Html:

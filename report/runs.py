@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 
-import figures
+from safety import figures
 from run import files
 import lora
 from run import settings as recipe
@@ -92,7 +92,7 @@ def attack_rows(attacks: dict) -> list[list]:
     """Rows [figure, base, adapter, None, n] of attack.success: what share gave in, within how many steps of the search."""
     rows = []
     for name in dict.fromkeys(name for found in attacks.values() for name in found):
-        base, adapter = (attacks.get(who, {}).get(name) for who in figures.WHO)
+        base, adapter = (attacks.get(who, {}).get(name) for who in ("base", "adapter"))
         told = [found and {f"complied within {most} steps": value for most, value in found["steps"].items()}
                 | {"complied at last": found["complied"], "and began as the target": found["reached"]} for found in (base, adapter)]
         n = (adapter or base)["n"]
@@ -185,7 +185,7 @@ def _are_scores(scores):
 
     def told(value):                                             # one set
         return numbers(value, "n") and number(value.get("unread", 0)) and value.get("role") in list(LABELS) \
-            and ASIDE.keys() <= value.keys() and not figures.OUTCOMES[value["role"]].keys().isdisjoint(value) \
+            and ASIDE.keys() <= value.keys() and not set(figures.OUTCOMES[value["role"]]).isdisjoint(value) \
             and named(value.get("categories", {}), figure) \
             and all(figure(item) for key, item in value.items() if key not in ("role", "n", "unread", "categories"))
 
@@ -242,7 +242,7 @@ def paired_table(folders: list) -> str:
         first, *others = ([row for row in run if row["set"] == name] for run in rows)
         key = figures.main_figure(role, figures.figures(first)[name])
         for folder, here in zip(folders[1:], others):
-            change = figures.paired(first, here, key)
+            change = figures.paired(first, here).get(key)
             lines.append([name, key, Path(folder).name, points(change),
                           change and f"[{100 * change['low']:+.1f}, {100 * change['high']:+.1f}]", change and change["n"]])
     head = ["set", "figure", f"against {Path(folders[0]).name}", "change, points", "95 % interval", "prompts"]
