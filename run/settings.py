@@ -78,8 +78,7 @@ GROUPS: dict[str, list[Setting]] = {
         Setting("pairs", 2000, int, "pairs that selection looks at, at most, drawn by the seed; "
                 "0: all", low=0, high=1e12, rare=True),
         Setting("select", "paper", str, "paper: the features of largest |Δ|, the difference of mean "
-                "activations; gradient: by the gradients of the loss on the two answers",
-                choices=("paper", "gradient")),
+                "activations; gradient: by the gradients of the loss on the two answers", "NAME"),
         Setting("top_k", None, int, f"features kept of each SAE layer (default {TOP_K}; with "
                 "--select gradient twice the rank)", "K", low=1, high=1 << 24),
         Setting("tau", 0.8, float, "share of the squared singular values of the chosen decoder "
@@ -96,7 +95,7 @@ GROUPS: dict[str, list[Setting]] = {
         Setting("alpha", None, float, "the update is alpha/rank · B·A (default: the rank)", "A",
                 low=1e-6, high=1e6),
         Setting("init", "sails", str, "how A and B begin; sails: in the safety subspace, random: "
-                "LoRA's own, orthonormal: a random basis", choices=("sails", "random", "orthonormal")),
+                "LoRA's own, orthonormal: a random basis", "NAME"),
         Setting("freeze_basis", False, bool, "train only the factor that isn't the basis: the "
                 "update can't leave the subspace"),
     ],
