@@ -1,10 +1,11 @@
-"""One SAE in training: a step on a batch of inputs, its gradients written out.
+"""One SAE in training: the objectives of JumpReLU, BatchTopK and SASA, and a step on a batch.
 
-    trainer = Trainer(Spec(architecture="sasa", width=512, block=4, l0=12), mean, generator)
-    metrics = trainer.step(x, done=0.1)          # x (N, D) of power 1 about `mean`; at a tenth of the training
-    arrays = trainer.arrays(scale)               # what sae.py saves, for inputs `scale` times as large
+    trainer = Trainer(Spec("sasa", width=512, l0=12, block=4), mean, generator)
+    metrics = trainer.step(x, done=0.1)      # x (N, D) of power 1 about `mean`; a tenth is trained
+    arrays = trainer.arrays(scale)           # what sae.py saves, for inputs `scale` times as large
 
-Letters: N tokens of a batch, D width of the residual stream, F features, r features of a block, K = F/r units.
+Letters: N tokens of a batch, D width of the residual stream, F features, r features of a block,
+K = F/r units.
 """
 
 import math
@@ -19,70 +20,100 @@ from sae import strongest
 @dataclass(frozen=True)
 class Spec:
     """What is trained, and how."""
-    architecture: str = "batchtopk"
-    width: int = 512              # F
-    l0: int = 12                  # coefficients a token: a target for jumprelu, a mean for batchtopk, exact for sasa and topk
-    block: int = 1                # r; sasa only
-    nuclear: float = 0.0          # λ of mean_k ‖D_k‖_*, in units of the input's power; sasa only
-    lr: float = 2e-3              # peak of Adam's
-    warmup: float = 0.05          # share of the steps over which the rate rises; jumprelu's L0 penalty rises over 5 times that
-    decay: float = 0.5            # share of the steps, the last ones, over which it falls to 0
-    sparsity: float = 1.0         # jumprelu: weight of (L0/target − 1)²
-    bandwidth: float = 0.2        # jumprelu: ε of the straight-through estimator, in units of the input's root power
-    dead_after: int = 80_000      # tokens of silence after which a unit is dead
-    revival: float = 1 / 32       # weight of the auxiliary loss, which has dead units explain what the others leave
+    architecture: str = "batchtopk"  # or jumprelu, sasa, topk
+    width: int = 512          # F
+    l0: int = 12              # coefficients a token: jumprelu a target, batchtopk a mean
+    block: int = 1            # r; sasa only
+    nuclear: float = 0.0      # λ of mean_k ‖D_k‖_*, in units of the input's power; sasa only
+    lr: float = 2e-3          # peak learning rate of Adam
+    warmup: float = 0.05      # share of the steps that warm up, for jumprelu's L0 penalty ×5
+    decay: float = 0.5        # share of the steps, the last ones, in which the rate falls to 0
+    sparsity: float = 1.0     # jumprelu: weight of (L0/target − 1)²
+    bandwidth: float = 0.2    # jumprelu: ε of the straight-through estimator, for inputs of power 1
+    dead_after: int = 80_000  # tokens of silence after which a unit is dead
+    revival: float = 1 / 32   # weight α of the auxiliary loss, which revives dead units
 
     @property
     def active(self):
+        """Units that a token keeps."""
         return max(1, self.l0 // self.block)
 
 
 class Trainer:
-    """Trains one SAE, a batch at a time, on inputs of mean 0-centred power 1. Gradients are written out: five products
-    of matrices a step, where autograd would make six and keep a copy of every (N, F) tensor.
+    """Trains one SAE, a batch at a time, on inputs of power 1 about their mean.
 
-    W_enc (D, F), b_enc (F), W_dec (F, D) with rows of unit length, b_dec (D), log_theta (F) for jumprelu.
+    The loss is the mean over tokens of ‖x − x̂‖², where h = (x − b_dec)·W_enc + b_enc,
+    f = gate(h) · h and x̂ = f·W_dec + b_dec. The architectures differ in the gate:
+
+        jumprelu   h > θ, θ by a straight-through estimator; adds (L0/target − 1)² (2407.14435)
+        batchtopk  h is among the N·l0 largest of the batch (2412.06410)
+        topk       h is among the l0 largest of its token (2406.04093)
+        sasa       its block is among the `active` strongest; adds λ·mean ‖D_k‖_* (2606.06333)
+
+    Gradients are written out: five products of matrices a step, where autograd would make six and
+    keep a copy of every (N, F) tensor.
+
+    parameters: W_enc (D, F), b_enc (F), W_dec (F, D) with rows of unit length, b_dec (D), and
+    log_theta (F) for jumprelu.
     """
 
     def __init__(self, spec, mean, draw):
         """mean (D): of the inputs, where b_dec begins; draw: the generator of the weights."""
         self.spec, device = spec, mean.device
-        D, n = len(mean), spec.width
-        if spec.block > 1:       # blocks that begin orthonormal, and the encoder as the decoder's transpose
-            W_dec = torch.linalg.qr(torch.randn(n // spec.block, D, spec.block, generator=draw)).Q.mT.reshape(n, D)
+        D, num_features = len(mean), spec.width
+        num_units = num_features // spec.block
+        if spec.block > 1:  # blocks begin orthonormal
+            start = torch.randn(num_units, D, spec.block, generator=draw)
+            W_dec = torch.linalg.qr(start).Q.mT.reshape(num_features, D)
         else:
-            W_dec = F.normalize(torch.randn(n, D, generator=draw), dim=1)
-        self.parameters = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(n), "W_dec": W_dec, "b_dec": mean.float().clone()}
-        if spec.architecture == "jumprelu":  # of D numbers of power 1, one in ten or so lies above
-            self.parameters["log_theta"] = torch.full((n,), math.log(1.3 / D ** 0.5))
-        self.parameters = {name: value.to(device) for name, value in self.parameters.items()}
+            W_dec = F.normalize(torch.randn(num_features, D, generator=draw), dim=1)
+        parameters = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(num_features),
+                      "W_dec": W_dec, "b_dec": mean.float().clone()}
+        if spec.architecture == "jumprelu":  # of D numbers of power 1, about a tenth lies above θ
+            parameters["log_theta"] = torch.full((num_features,), math.log(1.3 / D ** 0.5))
+        self.parameters = {name: value.to(device) for name, value in parameters.items()}
+
         # Thresholds are logarithms, and have further to go than weights
-        groups = [{"params": [value], "factor": 10.0 if name == "log_theta" else 1.0} for name, value in self.parameters.items()]
+        factors = {"log_theta": 10.0}
+        groups = [{"params": [parameter], "factor": factors.get(name, 1.0)}
+                  for name, parameter in self.parameters.items()]
         self.optimizer = torch.optim.Adam(groups, lr=spec.lr, betas=(0.9, 0.99), fused=True)
-        self.silent = torch.zeros(n // spec.block, device=device)      # tokens since each unit was last active
-        self.threshold = torch.zeros((), device=device)                # batchtopk: running mean of the least that stays
-        self.mean = {}                                                 # running means of the metrics
+        self.silent = torch.zeros(num_units, device=device)  # tokens since a unit was last active
+        self.threshold = torch.zeros((), device=device)      # batchtopk: mean least h to stay
+        self.mean = {}                                       # running means of the metrics
 
     @torch.no_grad()
     def step(self, x: torch.Tensor, done: float) -> dict:
-        """One step on x (N, D), at the share `done` of training. {"ev", "l0", "dead"} as tensors."""
-        loss, error, f, gradients = self.gradients(x, done)
-        W_dec = self.parameters["W_dec"]
-        g = gradients["W_dec"]
-        g.addcmul_(W_dec, (g * W_dec).sum(1, keepdim=True), value=-1)  # what would only change a row's length
+        """One step on x (N, D), at the share `done` of training.
+
+        Returns scalar tensors "loss", "ev" (explained variance), "l0" and "dead" (share of units).
+        """
+        spec, W_dec = self.spec, self.parameters["W_dec"]
+        loss, error, codes, gradients = self.gradients(x, done)
+
+        # Rows keep unit length: take out the part of the gradient that would only change it
+        along = (gradients["W_dec"] * W_dec).sum(1, keepdim=True)
+        gradients["W_dec"].addcmul_(W_dec, along, value=-1)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
-        spec = self.spec
+        warmup = (done + 1e-3) / max(spec.warmup, 1e-3)
+        decay = (1 - done) / max(spec.decay, 1e-9)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * spec.lr * min(1.0, (done + 1e-3) / max(spec.warmup, 1e-3), (1 - done) / max(spec.decay, 1e-9))
+            group["lr"] = group["factor"] * spec.lr * min(1.0, warmup, decay)
         self.optimizer.step()
         W_dec.copy_(F.normalize(W_dec, dim=1))
-        active = (f != 0).unflatten(1, (-1, spec.block)).any(2) if spec.block > 1 else f != 0      # (N, K)
-        self.silent = torch.where(active.any(0), 0, self.silent + len(x))
+
+        # Metrics are of the weights before the step
+        fires = codes != 0
+        if spec.block > 1:
+            fires = fires.unflatten(1, (-1, spec.block)).any(2)  # (N, K)
+        self.silent = torch.where(fires.any(0), 0, self.silent + len(x))
         power = (x - x.mean(0)).square().sum()
-        metrics = {"loss": loss, "ev": 1 - error.square().sum() / power, "l0": (f != 0).sum() / len(x),
+        metrics = {"loss": loss, "ev": 1 - error.square().sum() / power,
+                   "l0": (codes != 0).sum() / len(x),
                    "dead": (self.silent >= spec.dead_after).float().mean()}
-        self.mean = {name: 0.95 * self.mean.get(name, value) + 0.05 * value for name, value in metrics.items()}
+        self.mean = {name: 0.95 * self.mean.get(name, value) + 0.05 * value
+                     for name, value in metrics.items()}
         return metrics
 
     @torch.no_grad()
@@ -90,38 +121,45 @@ class Trainer:
         """(loss, error x̂ − x (N, D), codes (N, F), {parameter: gradient}) for a batch x (N, D)."""
         spec, p = self.spec, self.parameters
         W_enc, W_dec, N = p["W_enc"], p["W_dec"], len(x)
-        h = torch.addmm(p["b_enc"] - p["b_dec"] @ W_enc, x, W_enc)                   # (N, F), with no copy of x − b_dec
-        dead = self._dead()
-        h_dead = h[:, dead] if len(dead) else None                                  # h becomes the codes below
+        h = torch.addmm(p["b_enc"] - p["b_dec"] @ W_enc, x, W_enc)  # (N, F), no copy of x − b_dec
+        dead = self._dead_features()
+        h_dead = h[:, dead] if len(dead) else None  # a copy: h becomes the codes below
         if spec.architecture == "jumprelu":
             theta = p["log_theta"].exp()
-            near = ((h - theta).abs_() < spec.bandwidth / 2)                        # where the estimator's kernel is 1/ε
-        keep = self._gate(h)                                                         # (N, F), 0 or 1
-        f = h.mul_(keep)
-        error = torch.addmm(p["b_dec"], f, W_dec).sub_(x)
+            near = (h - theta).abs_() < spec.bandwidth / 2  # where the estimator's kernel is 1/ε
+
+        # Forward
+        gate = self._gate(h)  # (N, F), 0 or 1
+        codes = h.mul_(gate)
+        error = torch.addmm(p["b_dec"], codes, W_dec).sub_(x)
         loss = error.square().sum() / N
-        g = error * (2 / N)
-        grad = {"W_dec": f.T @ g, "b_dec": g.sum(0)}
-        dh = g @ W_dec.T                                                             # (N, F): of the codes
+
+        # Backward, from x̂ to the codes
+        d_x_hat = error * (2 / N)
+        grad = {"W_dec": codes.T @ d_x_hat, "b_dec": d_x_hat.sum(0)}
+        d_codes = d_x_hat @ W_dec.T  # (N, F)
         if spec.architecture == "jumprelu":
             weight = spec.sparsity * min(1.0, done / (5 * spec.warmup + 1e-9))
-            l0 = (f != 0).sum() / N
-            pull = 2 * weight * (l0 / spec.l0 - 1) / spec.l0 / N                     # of the loss by each unit of Σ 1[h > θ]
+            l0 = (codes != 0).sum() / N
             loss = loss + weight * (l0 / spec.l0 - 1) ** 2
             # d f/dθ = −θ/ε and d 1[h > θ]/dθ = −1/ε where |h − θ| < ε/2, and θ = exp(log θ)
-            grad["log_theta"] = -(near * (dh * theta + pull)).sum(0) * theta / spec.bandwidth
-        dh *= keep
-        grad["W_enc"], grad["b_enc"] = x.T @ dh, dh.sum(0)
+            d_count = 2 * weight * (l0 / spec.l0 - 1) / spec.l0 / N  # of the loss by Σ 1[h > θ]
+            d_theta = -(near * (d_codes * theta + d_count)).sum(0)
+            grad["log_theta"] = d_theta * theta / spec.bandwidth
+
+        # From the codes to the encoder
+        d_codes *= gate
+        grad["W_enc"], grad["b_enc"] = x.T @ d_codes, d_codes.sum(0)
         if len(dead):
             loss = loss + self._revive(x, error, h_dead, dead, grad)
-        grad["W_enc"] -= torch.outer(p["b_dec"], grad["b_enc"])                      # the encoder sees x − b_dec
+        grad["W_enc"] -= torch.outer(p["b_dec"], grad["b_enc"])  # the encoder sees x − b_dec
         grad["b_dec"] -= W_enc @ grad["b_enc"]
         if spec.nuclear:
-            value, slope = nuclear_norm(W_dec.unflatten(0, (-1, spec.block)))
-            scale = spec.nuclear / len(value)
-            loss = loss + scale * value.sum()
+            norms, slope = nuclear_norm(W_dec.unflatten(0, (-1, spec.block)))
+            scale = spec.nuclear / len(norms)
+            loss = loss + scale * norms.sum()
             grad["W_dec"] += scale * slope.flatten(0, 1)
-        return loss, error, f, grad
+        return loss, error, codes, grad
 
     def _gate(self, h):
         """(N, F) float: 1 where h stays."""
@@ -129,84 +167,102 @@ class Trainer:
         if spec.architecture == "jumprelu":
             return (h > self.parameters["log_theta"].exp()).to(h.dtype)
         if spec.architecture == "sasa":
-            return strongest(h.unflatten(1, (-1, spec.block)), spec.active).repeat_interleave(spec.block, 1)
+            blocks = strongest(h.unflatten(1, (-1, spec.block)), spec.active)
+            return blocks.repeat_interleave(spec.block, 1)
         if spec.architecture == "topk":
             return strongest(h.clamp(min=0)[..., None], spec.l0) * (h > 0)
         least = least_kept(h, spec.l0 * len(h), self.threshold)
-        self.threshold = torch.where(self.threshold > 0, 0.98 * self.threshold + 0.02 * least, least)
+        average = 0.98 * self.threshold + 0.02 * least
+        self.threshold = torch.where(self.threshold > 0, average, least)
         return (h >= least).to(h.dtype)
 
-    def _dead(self):
-        """Features (n) of dead units, those silent longest first, at most F/4 of them."""
+    def _dead_features(self):
+        """Features (n) of dead units, those silent longest first, of at most a quarter of all."""
         spec = self.spec
         units = self.silent.sort(descending=True, stable=True)
-        count = min(int((units.values >= spec.dead_after).sum()), max(1, len(self.silent) // 4))
-        return (units.indices[:count, None] * spec.block + torch.arange(spec.block, device=units.indices.device)).flatten()
+        num_dead = int((units.values >= spec.dead_after).sum())
+        num_dead = min(num_dead, max(1, len(self.silent) // 4))
+        within = torch.arange(spec.block, device=units.indices.device)
+        return (units.indices[:num_dead, None] * spec.block + within).flatten()
 
     def _revive(self, x, error, h, dead, grad):
-        """Auxiliary loss α‖(x − x̂) − ẑ‖² with ẑ made by the strongest dead units of each token, h (N, n); adds to `grad`."""
-        spec, N = self.spec, len(x)
-        W = self.parameters["W_dec"][dead]                                           # (n, D)
+        """The auxiliary loss α‖(x − x̂) − ẑ‖², so that dead units learn what the others leave.
+
+        ẑ is made by the strongest dead units of each token, h (N, n) is of the dead features, and
+        the error is a constant. Adds to `grad`. (arXiv 2406.04093, appendix A.2)
+        """
+        spec, N, D = self.spec, len(x), x.shape[1]
+        W_dec = self.parameters["W_dec"][dead]  # (n, D)
         p = h.unflatten(1, (-1, spec.block))
-        p = p.clamp(min=0) if spec.architecture != "sasa" else p
-        keep = strongest(p, min(p.shape[1], max(spec.active, len(error[0]) // (4 * spec.block)))).repeat_interleave(spec.block, 1)
-        z = p.flatten(1) * keep
-        miss = torch.addmm(error, z, W)                                              # x̂ + ẑ − x
-        g = miss * (2 * spec.revival / N)
-        dz = (g @ W.T).mul_(z != 0)
-        grad["W_dec"].index_add_(0, dead, z.T @ g)
-        grad["W_enc"].index_add_(1, dead, x.T @ dz)
-        grad["b_enc"].index_add_(0, dead, dz.sum(0))
+        if spec.architecture != "sasa":
+            p = p.clamp(min=0)
+        num_active = min(p.shape[1], max(spec.active, D // (4 * spec.block)))
+        z = p.flatten(1) * strongest(p, num_active).repeat_interleave(spec.block, 1)
+        miss = torch.addmm(error, z, W_dec)  # x̂ + ẑ − x
+        d_miss = miss * (2 * spec.revival / N)
+        d_z = (d_miss @ W_dec.T).mul_(z != 0)
+        grad["W_dec"].index_add_(0, dead, z.T @ d_miss)
+        grad["W_enc"].index_add_(1, dead, x.T @ d_z)
+        grad["b_enc"].index_add_(0, dead, d_z.sum(0))
         return spec.revival * miss.square().sum() / N
 
     def arrays(self, scale):
-        """The arrays of sae.py, for inputs `scale` times those seen here: b_dec and the scale folded in, W_dec unit."""
+        """The tensors of sae.py for inputs `scale` times those seen here; b_dec is folded in."""
         p = self.parameters
-        out = {"W_enc": p["W_enc"], "W_dec": p["W_dec"], "b_dec": scale * p["b_dec"],
-               "b_enc": scale * (p["b_enc"] - p["b_dec"] @ p["W_enc"])}
+        b_enc = scale * (p["b_enc"] - p["b_dec"] @ p["W_enc"])
+        b_dec = scale * p["b_dec"]
+        arrays = {"W_enc": p["W_enc"], "b_enc": b_enc, "W_dec": p["W_dec"], "b_dec": b_dec}
         if self.spec.architecture == "jumprelu":
-            out["threshold"] = scale * p["log_theta"].exp()
+            arrays["threshold"] = scale * p["log_theta"].exp()
         elif self.spec.architecture == "batchtopk":
-            out["threshold"] = (scale * self.threshold.clamp(min=0)).expand(self.spec.width).clone()
-        return {name: value.detach().clone() for name, value in out.items()}
+            arrays["threshold"] = (scale * self.threshold.clamp(min=0)).expand(self.spec.width)
+        return {name: value.detach().clone() for name, value in arrays.items()}
 
     def state(self):
-        """Every tensor that the next step depends on."""
-        out = {"silent": self.silent, "threshold": self.threshold} | {f"mean.{name}": value for name, value in self.mean.items()}
+        """{name: tensor} of all that the next step depends on."""
+        state = {"silent": self.silent, "threshold": self.threshold}
+        state |= {f"mean.{name}": value for name, value in self.mean.items()}
         for name, parameter in self.parameters.items():
-            moments = self.optimizer.state[parameter]
-            out |= {name: parameter} | {f"{name}.{moment}": moments[moment] for moment in moments}
-        return out
+            state[name] = parameter
+            for moment, value in self.optimizer.state[parameter].items():
+                state[f"{name}.{moment}"] = value
+        return state
 
-    def restore(self, tensors):
+    def restore(self, state):
         """Put back what `state` gave."""
         device = self.silent.device
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self.silent, self.threshold = tensors["silent"], tensors["threshold"]
-        self.mean = {name.removeprefix("mean."): value for name, value in tensors.items() if name.startswith("mean.")}
+        state = {name: tensor.to(device) for name, tensor in state.items()}
+        self.silent, self.threshold = state["silent"], state["threshold"]
+        self.mean = {name.removeprefix("mean."): value for name, value in state.items()
+                     if name.startswith("mean.")}
         for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
-            self.optimizer.state[parameter] = {moment: tensors[f"{name}.{moment}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+            parameter.copy_(state[name])
+            moments = {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = moments
 
 
 def least_kept(h, count, guess):
-    """The `count`-th largest value of h, at least 1e-12. Only what lies above half of `guess`, the last such value, is
-    sorted, where that is enough: of a wide batch, a hundredth of all."""
-    flat = h.flatten()
+    """The `count`-th largest value of h, at least 1e-12.
+
+    Sorts only what lies above half of `guess`, the last such value, where that is enough: a
+    hundredth of a wide batch.
+    """
+    values = h.flatten()
     if guess > 0:
-        above = flat[flat > guess / 2]
-        flat = above if len(above) >= count else flat
-    return flat.topk(min(count, len(flat)), sorted=False).values.min().clamp(min=1e-12)
+        above = values[values > guess / 2]
+        values = above if len(above) >= count else values
+    return values.topk(min(count, len(values)), sorted=False).values.min().clamp(min=1e-12)
 
 
 def nuclear_norm(blocks: torch.Tensor, ridge=1e-6) -> tuple[torch.Tensor, torch.Tensor]:
-    """(‖D_k‖_* (K), its gradient (K, r, D)) of blocks D_k (K, r, D), r ≤ D, through the r × r matrices D_k·D_kᵀ.
+    """(‖D_k‖_* (K), its gradient (K, r, D)) of blocks D_k (K, r, D), r ≤ D.
 
-    With D Dᵀ = V Λ Vᵀ the norm is Σ √λ and the gradient, the polar factor, V Λ^(−1/2) Vᵀ D; the ridge is added to Λ, so that
-    both are those of Σ √(λ + ridge) exactly, and finite where a block has lost rank.
+    With D·Dᵀ = V Λ Vᵀ (r, r) the norm is Σ √λ, and its gradient the polar factor V Λ^(−1/2) Vᵀ D.
+    The ridge is added to Λ: both are then those of Σ √(λ + ridge) exactly, and finite where a block
+    has lost rank.
     """
     values, V = torch.linalg.eigh(blocks @ blocks.mT)
-    root = (values.clamp(min=0) + ridge).sqrt()                                      # (K, r)
+    root = (values.clamp(min=0) + ridge).sqrt()  # (K, r)
     return root.sum(1), (V / root[:, None]) @ (V.mT @ blocks)
 
 

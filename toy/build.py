@@ -41,7 +41,8 @@ from model import Gemma2, load_model, save_model
 from safety.rules import verdict
 from sae import load_sae
 from saes.step import Spec
-from saes.train import Stream, Training
+from saes.stream import Stream
+from saes.train import Training
 
 # ---------------------------------------------------------------------------------------------------------------
 # The world
