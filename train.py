@@ -322,6 +322,9 @@ def main():
         raise InputError("--resume DIR goes on in that folder: leave --out away")
     saved = vars(saved_settings(args.resume)) if args.resume else None
     settings, source = resolve(args, saved)
+    for name, known in ((settings.select, SELECTIONS), (settings.init, lora.INITS)):
+        if name not in known:
+            raise InputError(f"{name} is unknown: known are {', '.join(known)}")
     print(settings_table(settings, source), "\n")
     if args.dry_run:
         return dry_run(settings)
