@@ -43,6 +43,9 @@ from safety.sets import load_sets
 
 
 # aliases until the rooms meet
+SELECTIONS = {"paper": None, "gradient": None}
+
+
 def select_features(model, saes, tokenizer, pairs, s):
     return features_.select_features(model, saes, tokenizer, pairs, s.top_k, s.tau, s.rank, s.tokens, s.batch_tokens, s.select, s.norm_aware)
 
