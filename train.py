@@ -51,7 +51,7 @@ def select_features(model, saes, tokenizer, pairs, s):
 
 
 def module_bases(*args):
-    return features_.module_bases(*args)[0]
+    return features_.module_bases(*args[:3])[0]
 
 
 # ------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
     if saes:
         with log.stage("selection"):
             subspaces = select(settings, model, saes, tokenizer, examples, folder)
-            bases = module_bases(model, subspaces, settings.norm_aware)
+            bases = module_bases(model, subspaces, settings.norm_aware, TARGETS)
             saes.clear()                        # their memory is the training's now
     if (folder / "adapter_model.safetensors").exists():
         lora.load_adapter(model, folder)
@@ -239,7 +239,7 @@ def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
     with log.stage("training"):
         generator = torch.Generator().manual_seed(settings.seed)
         layers = lora.add_lora(model, settings.rank, settings.alpha, settings.init, bases, generator,
-                               settings.freeze_basis)
+                               settings.freeze_basis, TARGETS)
         train(settings, model, layers, examples, folder, log, signals)
     return bases
 

@@ -28,7 +28,7 @@ def run(code, arguments, folder, tmp_path):
 
 def test_first_snippet(tmp_path):
     code = SNIPPETS[0] + "print(features.shape, len(layers), int((features > 0).sum()) > 0)\n"
-    assert run(code, [], ROOT, tmp_path) == "torch.Size([1, 4, 512]) 16 True\n"
+    assert run(code, [], ROOT, tmp_path) == "torch.Size([1, 4, 512]) 24 True\n"
 
 
 @pytest.mark.parametrize("name", FORKS)
