@@ -1,6 +1,151 @@
-"""A run's table and page, those of many runs, or what an adapter in PEFT's layout has learned: `python -m report --help`."""
+"""What an adapter learned: explain a run's adapter, or anybody's, and write a page of it.
 
+    python -m report RUN               # RUN/explain.json unless there, then RUN/report.html
+    python -m report RUN RUN RUN       # a table; runs that differ in their seed alone are one line
+    python -m report --adapter DIR --model google/gemma-2-2b --out explained
+                                       # any LoRA adapter for Gemma-2 in PEFT's layout
+
+Explaining answers prompts a dozen times and reads them twice; on the toy it takes 5 seconds.
+"""
+
+import statistics
+from pathlib import Path
+
+import torch
+
+import lora
+from data import load_tokenizer, read_pairs
+from features import load_subspaces
+from model import load_config, load_model
+from report.explain import NUM_PROMPTS, explain
+from report.page import write_page
 from run import parallel
-from report.runs import main
+from run.files import ROOT, InputError, Parser, data_file, is_new, read_json, table, write_json
+from run.session import limit_threads
+from run.settings import add_flags, base_of, model_folder, resolve, saved_settings
+from sae import load_saes
+from safety.sets import load as load_sets
 
-parallel.run(main)
+FLAGS = ("model", "sae", "layers", "width", "sets", "device")
+
+
+def explain_to(path, adapter, settings, num_prompts, trained=(), features=(), subspaces=None):
+    """Explain the adapter in a folder, and write explain.json.
+
+    trained: turns of the prompts that it was trained on, which are not asked.
+    """
+    folder = model_folder(settings.model)
+    config = load_config(folder)
+    saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0, settings.device,
+                     config)
+    tokenizer = load_tokenizer(folder)
+    places = {role: (role, file) for role, file in (settings.sets or {}).items()}
+    sets = load_sets(places, trained, settings.eval_prompts)
+    model = load_model(folder, getattr(torch, settings.dtype), settings.device)
+    limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+    lora.load_adapter(model, adapter)
+    about = {"adapter": Path(adapter).name, "model": settings.model, "sae": settings.sae}
+    explanation = explain(model, saes, tokenizer, sets, settings, features, subspaces, num_prompts)
+    write_json(path, about | explanation)
+
+
+def explain_run(run, num_prompts):
+    """Explain a run of train.py, on the prompts that it was evaluated on."""
+    settings = saved_settings(run)
+    if not (run / "scores.json").exists():
+        raise InputError(f"{run} isn't finished: go on with `python train.py --resume {run}`")
+    pairs, _ = read_pairs(data_file(settings.data))
+    features, subspaces = (), None
+    if (run / "subspace.safetensors").exists():
+        features = read_json(run / "features.json", list)
+        subspaces = load_subspaces(run / "subspace.safetensors")
+    explain_to(run / "explain.json", run, settings, num_prompts, {pair.turns for pair in pairs},
+               features, subspaces)
+
+
+def named_table(explanation) -> str:
+    """The features that the update uses clearly more than chance."""
+    rows = []
+    for part in explanation["layers"]:
+        for feature in part["features"]:
+            if feature["named"]:
+                key = f"{part['layer']}/{feature['index']}"
+                peaks = explanation["words"][key]["peaks"]
+                fires = dict.fromkeys(peak["tokens"][peak["peak"]].strip() for peak in peaks)
+                rows.append([key, part["side"], f"{feature['share_left']:.1%}",
+                             f"{feature['left_max']:.1%}", " ".join(fires)])
+    head = ["named feature", "side", "of the update", "most by chance", "fires most on"]
+    return table(rows, head, right=(2, 3)) if rows else "no feature is used beyond chance"
+
+
+# ------------------------------------------------------------------------------
+# The table of runs
+
+COLUMNS = {"safe": ("harmful", "safe"), "safe, jailbreak": ("jailbreak", "safe"),
+           "over-refusal": ("lookalike", "over_refusal"), "benign right": ("benign", "correct")}
+
+
+def runs_table(runs) -> str:
+    """One line for each configuration among runs [(settings, scores)], over its seeds."""
+    fixed = [{name: value for name, value in vars(settings).items() if name != "seed"}
+             for settings, _ in runs]
+    differing = [name for name in fixed[0] if any(one[name] != fixed[0][name] for one in fixed)]
+    root, bases, groups = f"{ROOT}/", {}, {}
+    for values, (settings, scores) in zip(fixed, runs):
+        label = ", ".join(f"{name.replace('_', '-')} {str(values[name]).removeprefix(root)}"
+                          for name in differing)
+        groups.setdefault(label or "all runs", []).append(scores)
+        bases[f"base model, {settings.model}"] = [scores]
+    rows = []
+    for model, lines in (("base", bases), ("adapter", groups)):
+        for label, group in lines.items():
+            row = [label, len(group) if model == "adapter" else None]
+            for name, key in COLUMNS.values():
+                figures = [scores["sets"][model].get(name, {}).get(key) for scores in group]
+                row.append(mean_and_sd([figure and figure["rate"] for figure in figures]))
+            for key in ("subspace", "random"):
+                shares = [scores["share"][key] if model == "adapter" else None for scores in group]
+                row.append(mean_and_sd(shares))
+            rows.append(row)
+    head = ["%, mean ± sd over seeds", "seeds", *COLUMNS, "ΔW in subspace", "in random bases"]
+    return table(rows, head, right=range(1, len(head)))
+
+
+def mean_and_sd(values):
+    """Shares in per cent; None where one is missing."""
+    if None in values:
+        return None
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run of train.py")
+    parser.add_argument("--adapter", metavar="DIR", help="an adapter in PEFT's layout")
+    parser.add_argument("--prompts", metavar="N", type=int, default=NUM_PROMPTS,
+                        help=f"prompts of each set (default {NUM_PROMPTS})")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="with --adapter: a new folder")
+    add_flags(parser, FLAGS)
+    args = parser.parse_args()
+    if bool(args.runs) == bool(args.adapter) or bool(args.adapter) != bool(args.out):
+        raise InputError("give folders of finished runs, or --adapter DIR --out DIR")
+    if len(args.runs) > 1:
+        runs = [(saved_settings(run), read_json(run / "scores.json")) for run in args.runs]
+        return print(runs_table(runs))
+    folder = args.out or args.runs[0]
+    if args.adapter:
+        if not is_new(folder):
+            raise InputError(f"{folder} is there and isn't empty: give another --out")
+        args.model = args.model or base_of(args.adapter)
+        settings, _ = resolve(args, needed=("sae", "sets"))
+        settings.norm_aware = True       # directions as the residual stream has them
+        explain_to(folder / "explain.json", args.adapter, settings, args.prompts)
+    elif not (folder / "explain.json").exists():
+        explain_run(folder, args.prompts)
+    path = write_page(folder)
+    print(f"{named_table(read_json(folder / 'explain.json'))}\n\npage: {path}")
+
+
+if __name__ == "__main__":
+    parallel.run(main)

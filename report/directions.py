@@ -1,198 +1,227 @@
-"""Along which SAE decoder directions an adapter's update lies, and whether that is more than chance.
+"""Along which SAE decoder directions an adapter's update lies, beside chance.
 
-    found = shares(model, saes, features, spaces)     # of the LoRA adapter that the model carries; explain.py goes on from here
-    probe(adapters, bases)                            # singular values, angle to the subspace: a look while it trains
+    used, random_rows = directions_used(model, saes, features, subspaces)   # explain.py goes on
 
-A direction d of the residual stream is *read* by q, k, v, whose ΔW spends ‖ΔW d‖² on it, and *written* by o, whose ΔW puts
-‖dᵀ ΔW‖² there. Decoder directions overlap and one of them always comes first, so a share is held against what random
-directions get. These have the decoder's own covariance: what any direction in the busy part of the residual stream would
-get proves nothing about a feature. Letters: D hidden size, F features of an SAE, R rows that stand for an update, k a few.
+A direction d of the residual stream is *read* by q, k and v: their ΔW spends ‖ΔW d‖² on it. It is
+*written* by o, whose ΔW puts ‖dᵀ ΔW‖² there. Decoder directions overlap, and one of them always
+comes first. So a feature's share is compared with the shares of random directions that have the
+decoder's own covariance: what any direction in the busy part of the residual stream would get
+proves nothing about a feature.
+
+Letters: D hidden size, F features of an SAE, R rows that stand for an update, k a few.
 """
 
 import math
 from collections import defaultdict
 
 import torch
+import torch.nn.functional as F
 
 import lora
-from features import norm_gain, serving_layer, space_of
+from features import norm_gain, serving_layer
 
-LEVEL = 0.02       # chance that an update of random directions gets any feature named, in all layers together
-LEAST = 1e-3       # of an update: what is smaller isn't worth a name
-MOST = 10          # features named of each layer and side
-CONTROL = 8192     # random directions of each layer
-NEW = 0.1          # of a named direction, squared, must lie outside those named before it: near copies say nothing new
+FALSE_NAMES = 0.02  # chance that an update of random directions gets any feature named
+MIN_SHARE = 1e-3    # of an update: a smaller share isn't worth a name
+MAX_NAMED = 10      # features of each layer and side
+NUM_RANDOM = 8192   # random directions of each layer
+MIN_NEW = 0.1       # of a direction, squared, lies outside those named before it: no near copies
 
 
-def norm(model):
+def update_norm(model) -> float:
     """‖ΔW‖_F of all modules together."""
-    return math.sqrt(sum(float(update_rows(layer).square().sum()) for layer in lora.lora_layers(model).values()))
+    layers = lora.lora_layers(model).values()
+    return math.sqrt(sum(float(update_rows(layer).square().sum()) for layer in layers))
 
 
 def update_rows(layer: lora.LoRALinear, gain: torch.Tensor | None = None) -> torch.Tensor:
-    """Rows Z (r, D), float64, that stand for a LoRALinear's update in the residual stream: ‖Z d‖ is ‖ΔW d‖ of a reader and
-    ‖dᵀ ΔW‖ of a writer, for every d. ΔW = sBA is never made: with B = QR it is Z = sRA, and with Aᵀ = QR it is sRBᵀ.
+    """Rows Z (r, D), float64, that stand for a layer's update in the residual stream.
 
-    gain (D): the norm's 1 + w between the module and the residual stream. A reader sees gain ∘ x, so in the stream's own
-    coordinates its update is ΔW·diag(gain); a writer's is diag(gain)·ΔW.
+    For every d, ‖Z d‖ is ‖ΔW d‖ of a reader and ‖dᵀ ΔW‖ of a writer. ΔW = sBA is never made: with
+    B = QR it is Z = sRA, and with Aᵀ = QR it is Z = sRBᵀ.
+
+    gain (D): the norm's 1 + w between the module and the residual stream. A reader sees gain ∘ x,
+    so in the stream's own coordinates its update is ΔW·diag(gain). A writer's is diag(gain)·ΔW.
     """
     A, B = layer.A.detach().double(), layer.B.detach().double()
-    mine, other = (B.T, A.T) if layer.writer else (A, B)
-    Z = layer.scale * torch.linalg.qr(other).R @ mine
+    stream, other = (B.T, A.T) if layer.writer else (A, B)
+    Z = layer.scale * torch.linalg.qr(other).R @ stream
     return Z if gain is None else Z * gain.to(Z)
 
 
-def random_directions(rows):
-    """Random unit directions (CONTROL, D) with the covariance of the unit rows (F, D), not centred."""
-    C = (rows.T @ rows).double() / len(rows)
+def sae_key(name: str, layer: lora.LoRALinear, sae_layers) -> tuple[int, str]:
+    """(SAE layer, side) of the SAE that serves a module, and the side on which it does."""
+    block = int(name.split(".")[1])
+    return serving_layer(block, layer.writer, sae_layers), "writers" if layer.writer else "readers"
+
+
+def stream_gain(model, name: str) -> torch.Tensor:
+    """1 + w (D) of the norm between the module `name` and the residual stream."""
+    return norm_gain(model.layers[int(name.split(".")[1])], name.endswith(("o_proj", "down_proj")),
+                     ".mlp." in name)[0]
+
+
+def random_directions(decoder: torch.Tensor) -> torch.Tensor:
+    """Random unit directions (NUM_RANDOM, D) with the uncentred covariance of unit rows (F, D)."""
+    C = (decoder.T @ decoder).double() / len(decoder)
     C += 1e-9 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
-    draw = torch.randn(CONTROL, len(C), generator=torch.Generator().manual_seed(0)).to(rows)
-    return torch.nn.functional.normalize(draw @ torch.linalg.cholesky(C).T.to(rows), dim=1)
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(NUM_RANDOM, len(C), generator=generator).to(decoder)
+    return F.normalize(normal @ torch.linalg.cholesky(C).T.to(decoder), dim=1)
 
 
-def largest_of(shares, count, level):
-    """The share that the largest of `count` random directions passes with probability `level`, from those of some of them.
+def largest_of(shares: torch.Tensor, count: int, level: float) -> float:
+    """The share that the largest of `count` random directions passes with probability `level`.
 
-    That is a quantile beyond the sample, so the upper hundredth is taken to go on as it begins: the share in one direction
-    of D isotropic ones is Beta(½, (D−1)/2), whose tail is exponential in −log(1 − share).
+    `shares` are those of some random directions. The quantile lies beyond them, so their upper
+    hundredth is extrapolated: the share in one of D isotropic directions is Beta(½, (D−1)/2), whose
+    tail is exponential in −log(1 − share).
     """
     x = -torch.log1p(-shares.double().clamp(max=1 - 1e-12))
     top = x.topk(max(2, len(x) // 100)).values
     beyond = math.log(len(top) / len(x) * count / level)
-    return -math.expm1(-float(top[-1] + (top[:-1] - top[-1]).mean() * beyond)) if beyond > 0 else float(shares.quantile(1 - level / count))
+    return -math.expm1(-float(top[-1] + (top[:-1] - top[-1]).mean() * beyond))
 
 
-def span(rows):
+def span(rows: torch.Tensor) -> torch.Tensor:
     """Orthonormal columns (D, k) that span k rows (k, D)."""
     return torch.linalg.qr(rows.T.double()).Q.to(rows)
 
 
 class Update:
-    """Rows Z (R, D) of an update beside the decoder's unit rows (F, D) and the random directions."""
+    """Rows Z (R, D) of an update, beside unit rows: decoder (F, D) and random (NUM_RANDOM, D)."""
 
-    def __init__(self, Z, rows, control):
-        self.Z = torch.linalg.qr(Z).R.to(rows) if len(Z) > Z.shape[1] else Z.to(rows)
-        self.rows, self.control, self.norm2 = rows, control, float(Z.square().sum())
-        self.seen = rows @ self.Z.T, control @ self.Z.T                              # (F, R), (CONTROL, R)
+    def __init__(self, Z, decoder, random_rows):
+        self.norm2 = float(Z.square().sum())
+        # ‖Z d‖ depends on the R factor of Z alone, which has at most D rows
+        self.Z = torch.linalg.qr(Z).R.to(decoder) if len(Z) > Z.shape[1] else Z.to(decoder)
+        self.decoder, self.random_rows = decoder, random_rows
+        self.decoder_seen = decoder @ self.Z.T        # (F, R)
+        self.random_seen = random_rows @ self.Z.T     # (NUM_RANDOM, R)
 
-    def inside(self, Q):
+    def inside(self, Q: torch.Tensor) -> float:
         """Share of ‖ΔW‖² in the span of orthonormal columns Q (D, k)."""
         return float((self.Z @ Q.to(self.Z)).square().sum()) / self.norm2
 
-    def left(self, named, level):
-        """After the features `named` are projected out of ΔW and of all directions: the share of all of ‖ΔW‖² that each
-        feature still takes (F), and the share that the largest of F random directions passes with probability `level`."""
-        Q = span(self.rows[named])
+    def inside_random(self, k: int) -> float:
+        """Share of ‖ΔW‖² in the span of k random directions, the mean of 8 draws."""
+        if not k:
+            return 0.0
+        draws = [self.random_rows[i * k:(i + 1) * k] for i in range(8)]
+        return sum(self.inside(span(rows)) for rows in draws) / 8
+
+    def remaining(self, named: list[int], level: float) -> tuple[torch.Tensor, float]:
+        """What each feature takes once `named` are projected out of ΔW and of all directions.
+
+        Returns the features' shares of the whole ‖ΔW‖² (F), and the share that the largest of F
+        random directions passes with probability `level`.
+        """
+        Q = span(self.decoder[named])
         rest = self.norm2 * (1 - self.inside(Q))
         if rest < 1e-9 * self.norm2:
-            return torch.zeros_like(self.rows[:, 0]), LEAST
-        taken = []
-        for directions, seen in zip((self.rows, self.control), self.seen):
-            along = directions @ Q                                                   # (F, k)
-            new = 1 - along.square().sum(1)
-            energy = (seen - along @ (self.Z @ Q).T).square().sum(1) / new.clamp(min=NEW)
-            taken.append(torch.where(new < NEW, 0, energy))
-        limit = largest_of(taken[1] / rest, len(self.rows), level)
-        return taken[0] / self.norm2, max(LEAST, limit * rest / self.norm2)
+            return torch.zeros_like(self.decoder[:, 0]), MIN_SHARE
+        energy = self._energy_outside(Q, self.decoder, self.decoder_seen)
+        random_energy = self._energy_outside(Q, self.random_rows, self.random_seen)
+        limit = largest_of(random_energy / rest, len(self.decoder), level)
+        return energy / self.norm2, max(MIN_SHARE, limit * rest / self.norm2)
 
-    def name(self, level):
-        """[(feature, share that it takes after those before it, what chance could)] of the features clearly used.
+    def _energy_outside(self, Q, directions, seen):
+        """‖Z d‖² / ‖d‖² (N) of the part d of each direction that lies outside the span of Q."""
+        along = directions @ Q                        # (N, k)
+        new = 1 - along.square().sum(1)
+        energy = (seen - along @ (self.Z @ Q).T).square().sum(1) / new.clamp(min=MIN_NEW)
+        return torch.where(new < MIN_NEW, 0, energy)
 
-        Orthogonal matching pursuit: the feature that takes most is projected out, and so on while the best is above
-        chance. After each, those before it are tried again beside the others, since one may have stood for a mixture of
-        them: it makes way for one that takes more in its place, and goes where nothing takes more than chance.
+    def name(self, level: float) -> dict[int, tuple[float, float]]:
+        """{feature: (share that it takes after those before it, chance's limit)}, if clearly used.
+
+        Orthogonal matching pursuit: the feature that takes most is projected out, and so on while
+        the best is above chance.
         """
         named = []
-        for _ in range(3 * MOST):
-            taken, limit = self.left(named, level)
-            best = int(taken.argmax())
-            if len(named) == MOST or taken[best] <= limit:
+        for _ in range(3 * MAX_NAMED):
+            share, limit = self.remaining(named, level)
+            best = int(share.argmax())
+            if len(named) == MAX_NAMED or share[best] <= limit:
                 break
             named.append(best)
+            # An earlier feature may have stood for a mixture of later ones: each is tried again
+            # beside the others. It makes way for one that takes more, and goes if none does.
             for feature in named[:-1]:
                 others = [other for other in named if other != feature]
-                taken, limit = self.left(others, level)
-                best = int(taken.argmax())
-                if taken[best] > limit:
+                share, limit = self.remaining(others, level)
+                best = int(share.argmax())
+                if share[best] > limit:
                     named = [*others, best]
-                elif len(self.ordered(others, level)) == len(others):      # they don't hang on the one that goes
+                elif len(self._ordered(others, level)) == len(others):
                     named = others
-        return self.ordered(named, level)
+        return self._ordered(named, level)
 
-    def ordered(self, named, level):
-        """[(feature, share, chance's)] of `named`, each time the one that takes most of what is left, while above chance."""
-        order, rest = [], list(named)
-        while rest:
-            taken, limit = self.left([feature for feature, *_ in order], level)
-            best = max(rest, key=lambda feature: taken[feature])
-            if taken[best] <= limit:
+    def _ordered(self, named, level):
+        """`named` again, each time the one that takes most of what is left, while above chance."""
+        ordered = {}
+        while len(ordered) < len(named):
+            share, limit = self.remaining(list(ordered), level)
+            left = [feature for feature in named if feature not in ordered]
+            best = max(left, key=lambda feature: share[feature])
+            if share[best] <= limit:
                 break
-            order.append((best, float(taken[best]), limit))
-            rest.remove(best)
-        return order
+            ordered[best] = float(share[best]), limit
+        return ordered
+
+    def describe(self, chosen: list[int], U: torch.Tensor | None, level: float) -> dict:
+        """One of explain.json's "layers", less its modules: subspace U (D, r̂) and features."""
+        share, limit = self.remaining([], level)
+        named = self.name(level)
+        random_mean = float(self.random_seen.square().sum(1).mean()) / self.norm2
+        # Of the features that nobody chose and that aren't named, the three most used are listed
+        others = [i for i in share.argsort(descending=True).tolist() if i not in (*chosen, *named)]
+        features = []
+        for index in dict.fromkeys([*named, *chosen, *others[:3]]):
+            share_left, left_max = named.get(index, (None, None))
+            features.append({
+                "index": index, "chosen": index in chosen, "named": index in named,
+                "share": float(share[index]), "random": random_mean, "random_max": limit,
+                "share_left": share_left, "left_max": left_max})
+        dimension = None if U is None else U.shape[1]
+        return {
+            "subspace": None if U is None else self.inside(U),
+            "subspace_random": None if U is None else self.inside_random(dimension),
+            "dimension": dimension, "explained": self.inside(span(self.decoder[list(named)])),
+            "explained_random": self.inside_random(len(named)), "features": features}
 
 
-def shares(model, saes, features=(), spaces=None, norm_aware=False):
-    """explain.json's "norm" and "layers"; and some random directions {layer: (2·MOST, D)}.
+def directions_used(model, saes, features=(), subspaces=None, norm_aware=False):
+    """explain.json's {"norm", "layers"}, and a few random directions {layer: (2·MAX_NAMED, D)}.
 
-    features: dicts with layer and index, as in features.json: the chosen ones. spaces: {layer: U (D, r̂)}. One decoder is in
-    memory at a time. With norm_aware, updates are taken in the residual stream's own coordinates, where the directions that
-    features.module_bases maps into the modules are again the decoder's.
+    features: dicts with layer and index, as in features.json: those chosen before training.
+    subspaces: {(layer, side): U (D, r̂)}. With norm_aware, updates are taken in the residual
+    stream's own coordinates, where the directions that features.module_bases maps into the modules
+    are again the decoder's.
     """
-    groups, updates, some = defaultdict(list), defaultdict(list), {}
+    # Modules that one SAE serves on one side are one update
+    modules, updates = defaultdict(list), defaultdict(list)
     for name, layer in lora.lora_layers(model).items():
-        block = int(name.split(".")[1])
-        key = serving_layer(block, layer.writer, saes), "writers" if layer.writer else "readers"
-        groups[key].append(name)
-        updates[key].append(update_rows(layer, norm_gain(model.layers[block], layer.writer, ".mlp." in name)[0] if norm_aware else None))
+        key = sae_key(name, layer, saes)
+        modules[key].append(name)
+        updates[key].append(update_rows(layer, stream_gain(model, name) if norm_aware else None))
     norm2 = {key: sum(float(Z.square().sum()) for Z in parts) for key, parts in updates.items()}
-    level, total, out = LEVEL / max(1, len(groups)), sum(norm2.values()), []
-    for layer in sorted({layer for layer, _ in groups}):
-        rows = torch.nn.functional.normalize(saes[layer].directions(range(saes[layer].n_units)), dim=1)
-        control = random_directions(rows)
-        chosen = [feature["index"] for feature in features if feature["layer"] == layer]
+    total = sum(norm2.values())
+    level = FALSE_NAMES / max(1, len(modules))
+
+    described, random_rows = [], {}
+    for sae_layer in sorted({sae_layer for sae_layer, _ in modules}):
+        # One decoder is in memory at a time
+        sae = saes[sae_layer]
+        decoder = F.normalize(sae.directions(range(sae.n_units)), dim=1)
+        directions = random_directions(decoder)
+        random_rows[sae_layer] = directions[:2 * MAX_NAMED].clone()
+        chosen = [feature["index"] for feature in features if feature["layer"] == sae_layer]
         for side in ("readers", "writers"):
-            if not norm2.get((layer, side)):
-                continue
-            update = Update(torch.cat(updates[layer, side]), rows, control)
-
-            def chance(k):                                       # the share in the span of k random directions, on average
-                return sum(update.inside(span(control[i * k:(i + 1) * k])) for i in range(8)) / 8 if k else 0.0
-
-            alone, limit = update.left([], level)
-            pursuit = {feature: (taken, most) for feature, taken, most in update.name(level)}
-            busiest = [i for i in alone.argsort(descending=True).tolist() if i not in chosen and i not in pursuit][:3]
-            mean = float(update.seen[1].square().sum(1).mean()) / update.norm2
-            listed = [*pursuit, *(i for i in chosen if i not in pursuit), *busiest]
-            U = space_of(spaces, layer, side) if spaces else None
-            out.append({
-                "layer": layer, "side": side, "modules": groups[layer, side], "norm2": norm2[layer, side],
-                "share_of_update": norm2[layer, side] / total, "subspace": None if U is None else update.inside(U),
-                "subspace_random": None if U is None else chance(U.shape[1]), "dimension": None if U is None else U.shape[1],
-                "explained": update.inside(span(rows[list(pursuit)])), "explained_random": chance(len(pursuit)),
-                "features": [{"index": i, "chosen": i in chosen, "named": i in pursuit, "share": float(alone[i]), "random": mean,
-                              "random_max": limit, "share_left": pursuit.get(i, (None, None))[0],
-                              "left_max": pursuit.get(i, (None, None))[1]} for i in listed]})
-        some[layer] = control[:2 * MOST].clone()
-    return {"norm": math.sqrt(total), "layers": out}, some
-
-
-@torch.no_grad()
-def probe(adapters: dict[str, lora.LoRALinear], bases: dict[str, torch.Tensor] | None = None) -> dict:
-    """{"singular_values": of ΔW, root mean square over modules, "angle": degrees}, from {module name: LoRALinear}, in float64 on the CPU.
-
-    angle: between ΔW's leading r̂ directions in the residual stream and the module's basis U (D, r̂) of `bases`, the mean of
-    their principal angles (Björck and Golub 1973), over modules; None without bases, and where no update has r̂ directions.
-    """
-    squares, angles = torch.zeros(max(layer.rank for layer in adapters.values()), dtype=torch.float64), []
-    for name, layer in adapters.items():
-        A, B = layer.A.detach().cpu().double(), layer.B.detach().cpu().double()
-        mine, other = (B, A.T) if layer.writer else (A.T, B)                         # (D, r), (in or out, r)
-        Q, R = torch.linalg.qr(mine)
-        left, values, _ = torch.linalg.svd(layer.scale * R @ torch.linalg.qr(other).R.T)
-        squares[:len(values)] += values.square()
-        U = bases.get(name) if bases else None
-        if U is not None and len(values) >= U.shape[1] and values[U.shape[1] - 1] > 1e-9 * values[0]:
-            cosines = torch.linalg.svdvals(U.double().cpu().T @ (Q @ left[:, :U.shape[1]]))
-            angles.append(cosines.clamp(max=1).acos().mean().rad2deg().item())
-    return {"singular_values": (squares / len(adapters)).sqrt().tolist(), "angle": sum(angles) / len(angles) if angles else None}
+            key = sae_layer, side
+            if norm2.get(key):
+                update = Update(torch.cat(updates[key]), decoder, directions)
+                described.append({
+                    "layer": sae_layer, "side": side, "modules": modules[key],
+                    "norm2": norm2[key], "share_of_update": norm2[key] / total,
+                    **update.describe(chosen, (subspaces or {}).get(key), level)})
+    return {"norm": math.sqrt(total), "layers": described}, random_rows

@@ -1,269 +1,373 @@
-"""What an adapter has learned, in SAE features: which of them its update is made of, what becomes of its answers without
-them, and which fire differently for it.
+"""What an adapter learned, in SAE features.
 
-    found = explain(model, saes, tokenizer, sets, features, spaces)     # of the LoRA adapter that the model carries
+    explanation = explain(model, saes, tokenizer, sets, settings, features, subspaces)
 
-`features` and `spaces` are what selection made; without them, any other LoRA adapter for the model is explained too.
-Letters: D hidden size, F features of an SAE, T tokens, k a few.
+Which features its update is made of (directions.py), what becomes of the answers without them, and
+which features fire differently for it. `features` and `subspaces` are what selection made. Without
+them, any other LoRA adapter for the model is explained too.
+Letters: D hidden size, F features of an SAE, B texts, T tokens, k a few.
 """
 
 import random
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 import lora
-from data import Tokenizer, make_example
-from report.directions import norm, shares, span
-from features import Peaks, in_context, norm_gain, promoted, serving_layer, space_of
-from eval import answer
-from safety.figures import compare, refused, share
-from safety.sets import HARMFUL
-from run.files import InputError
+from data import Example, Prompt, Tokenizer, make_example
+from figures import HARMFUL, answer, compare, refused, share
+from features import Peaks, in_context, promoted
 from model import Gemma2
-from safety.rules import verdict
+from report.directions import directions_used, sae_key, span, stream_gain, update_norm
+from run.files import InputError
 from sae import SAE, neuronpedia_url
-from safety.sets import EvalSet
+from safety.rules import rules as verdict
+from safety.sets import Asked as EvalSet
 
-SINGLE = 4             # features removed one by one
-MOVED = 5              # features of each layer whose activation moved most
-TAIL, LONGEST = 12, 60 # tokens of a prompt's end and of its answer that are shown one by one
-SHOWN = 3, 2           # features of each layer shown there: that differ in the prompt, and in the answers
+NUM_PROMPTS = 64       # of each set
+NUM_SINGLE = 4         # features removed one by one
+NUM_MOVED = 5          # features of each layer whose activation moved most
+PROMPT_TOKENS = 12     # of a prompt's end that are shown one by one
+ANSWER_TOKENS = 60     # and of an answer
+SHOWN = 3, 2           # features of each layer shown there: differing in the prompt, in the answers
+SIDES = "readers", "writers"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Removal
+@dataclass
+class Exchange:
+    """A prompt of an evaluation set, with the answers {"base" or "adapter": …} to it."""
+    set: str
+    role: str
+    prompt: Prompt
+    answers: dict[str, str]
+    examples: dict[str, Example]
+
+
+# --------------------------------------------------------------------------------------------------
+# Removal: the answers without some directions of the update
 
 @contextmanager
 @torch.no_grad()
-def removed(model, directions, layers, norm_aware=False):
-    """Within, no update reads or writes the span of the rows {SAE layer: (k, D)}; afterwards the factors are what they were,
-    bit for bit. `layers` are those of all SAEs, of which each module has its nearest."""
-    kept = []
+def removed(model, directions, sae_layers, norm_aware=False):
+    """Within, no update reads or writes the span of rows {(SAE layer, side): (k, D)}.
+
+    Afterwards the factors are what they were, bit for bit. `sae_layers` are those of all SAEs, of
+    which each module has its nearest.
+    """
+    before = []
     try:
         for name, layer in lora.lora_layers(model).items():
-            block = int(name.split(".")[1])
-            rows = space_of(directions, serving_layer(block, layer.writer, layers), "writers" if layer.writer else "readers")
-            if rows is None or not len(rows):
+            rows = directions.get(sae_key(name, layer, sae_layers))
+            if rows is None:
                 continue
             factor = layer.B if layer.writer else layer.A
-            gain = norm_gain(model.layers[block], layer.writer, ".mlp." in name)[0] if norm_aware else 1.0
-            kept.append((factor, factor.detach().clone()))
-            Q, mine = span(rows.cpu()).double(), factor.detach().cpu().double()
-            mine = (mine.T if layer.writer else mine) * gain                         # (r, D), in the stream's coordinates
-            mine = (mine - mine @ Q @ Q.T) / gain
-            factor.copy_(mine.T if layer.writer else mine)
+            before.append((factor, factor.detach().clone()))
+            # In the residual stream's coordinates: Z (r, D) becomes Z (1 − QQᵀ)
+            gain = stream_gain(model, name) if norm_aware else 1.0
+            Q = span(rows.cpu()).double()                                  # (D, k)
+            Z = factor.detach().cpu().double()
+            Z = (Z.T if layer.writer else Z) * gain
+            Z = (Z - Z @ Q @ Q.T) / gain
+            factor.copy_(Z.T if layer.writer else Z)
         yield
     finally:
-        for factor, value in kept:
+        for factor, value in before:
             factor.copy_(value)
 
 
-def removal(model, found, random_rows, saes, spaces, norm_aware, ask):
-    """explain.json's rows of "removal": single named features, all of them, and what they are held against.
+def removal(model, layers, random_rows, saes, subspaces, norm_aware, refusals) -> list[dict]:
+    """explain.json's rows of "removal": single features, all named ones, and their controls.
 
-    ask() -> {"safe": [bool], "over_refusal": [bool]}, one for each prompt, of the model as it is at the time. Alone go the
-    strongest of the named features and, up to SINGLE in all, those that the update uses most without clearly needing them.
+    layers: explain.json's. refusals() -> {"safe": [bool], "over_refusal": [bool]}, one for each
+    prompt, of the model as it is at the time. The strongest named features go alone and, up to
+    NUM_SINGLE in all, those that the update uses most without clearly needing them.
     """
-    uses = [(feature["named"], layer["share_of_update"] * (feature["share_left"] or feature["share"]), layer["layer"], feature["index"])
-            for layer in found["layers"] for feature in layer["features"]]
-    named = {layer: list(dict.fromkeys(i for yes, _, at, i in uses if yes and at == layer)) for _, _, layer, _ in uses}
-    single = list(dict.fromkeys((layer, i) for _, _, layer, i in sorted(uses, reverse=True)))[:SINGLE]
+    uses, named = [], {}
+    for part in layers:
+        for feature in part["features"]:
+            strength = part["share_of_update"] * (feature["share_left"] or feature["share"])
+            uses.append((feature["named"], strength, part["layer"], feature["index"]))
+            if feature["named"]:
+                named.setdefault(part["layer"], {})[feature["index"]] = True
+    strongest = dict.fromkeys((layer, index) for *_, layer, index in sorted(uses, reverse=True))
 
-    def without(indices):
-        return removed(model, {layer: saes[layer].unit_rows(some).flatten(0, 1) for layer, some in indices.items()}, saes, norm_aware)
+    def without(rows):                                  # {SAE layer: (k, D)}, on both sides
+        directions = {(layer, side): rows[layer] for layer in rows for side in SIDES}
+        return removed(model, directions, saes, norm_aware)
 
-    trials = [(f"without feature {layer}/{i}", layer, i, without({layer: [i]})) for layer, i in single]
-    if any(named.values()):
-        whole = norm(model)
-        with without(named):
-            part = norm(model) / whole
-        trials += [("without all named features", None, None, without(named)),
-                   ("without as many random directions", None, None,
-                    removed(model, {layer: random_rows[layer][:len(some)] for layer, some in named.items()}, saes, norm_aware)),
-                   (f"the whole update × {part:.2f}, as small as without them", None, None, lora.scaled(model, part))]
-    if spaces:
-        trials.append(("without the subspace", None, None, removed(model, {key: U.T for key, U in spaces.items()}, saes, norm_aware)))
-    trials.append(("base model", None, None, lora.scaled(model, 0)))
-    trained, rows = ask(), []
-    for what, layer, index, changed in tqdm([("as trained", None, None, nullcontext()), *trials], "removing", leave=False, disable=None):
-        with changed:
-            told = ask() if rows else trained
-        paired = {key: compare(trained[key], flags) for key, flags in told.items()}
-        rows.append({"what": what, "layer": layer, "index": index, "named": index in named.get(layer, ()),
-                     "safe": None, "over_refusal": None, "change": None, "p": None}
-                    | {key: share(flags) for key, flags in told.items()}
-                    | {key: paired["safe"][key] for key in ("change", "p") if "safe" in paired})
+    def without_features(indices):                      # {SAE layer: features}
+        return without({layer: saes[layer].unit_rows(list(some)).flatten(0, 1)
+                        for layer, some in indices.items()})
+
+    trials = [("as trained", None, None, nullcontext())]
+    for layer, index in list(strongest)[:NUM_SINGLE]:
+        what = f"without feature {layer}/{index}"
+        trials.append((what, layer, index, without_features({layer: [index]})))
+    controls = {}
+    if named:
+        whole = update_norm(model)
+        with without_features(named):
+            part = update_norm(model) / whole
+        as_many = {layer: random_rows[layer][:len(some)] for layer, some in named.items()}
+        controls = {
+            "without all named features": without_features(named),
+            "without as many random directions": without(as_many),
+            f"the whole update × {part:.2f}, as small as without them": lora.scaled(model, part)}
+    if subspaces:
+        bases = {key: U.T for key, U in subspaces.items()}
+        controls["without the subspace"] = removed(model, bases, saes, norm_aware)
+    controls["base model"] = lora.scaled(model, 0)
+    trials += [(what, None, None, context) for what, context in controls.items()]
+
+    rows, trained = [], None
+    for what, layer, index, context in tqdm(trials, "removing", leave=False, disable=None):
+        with context:
+            flags = refusals()
+        # Everything is compared with the adapter as trained, the first row
+        trained = trained or flags
+        row = {"what": what, "layer": layer, "index": index, "named": index in named.get(layer, ()),
+               "safe": None, "over_refusal": None, "change": None, "p": None}
+        row |= {key: share(values) for key, values in flags.items()}
+        if "safe" in flags:
+            paired = compare(trained["safe"], flags["safe"])
+            row |= {"change": paired["change"], "p": paired["p"]}
+        rows.append(row)
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Inside
+# --------------------------------------------------------------------------------------------------
+# Inside: activations with and without the adapter
 
 class Activity:
-    """What one SAE's features do in texts that base and adapter read alike, streamed: {(role, where): sums over prompts}."""
+    """What one SAE's features do in texts that base and adapter read alike, streamed.
 
-    def __init__(self, features, device):
-        self.sums = defaultdict(lambda: torch.zeros(4, features, dtype=torch.float64, device=device))    # Σb, Σa, Σ(a−b), Σ(a−b)²
-        self.prompts, self.tokens, self.fired = Counter(), 0, torch.zeros(features, device=device)
-        self.peaks = Peaks(features, device)
+    sums {(role, where): (4, F)}: Σb, Σa, Σ(a−b), Σ(a−b)² over the prompts' mean activations b of
+    the base and a of the adapter.
+    """
 
-    def add(self, number, role, start, place, base, adapter):
-        """Take in text `number`, whose answer begins at token `start`: activations (T, F) at token indices `place` (T)."""
-        for where, here in (("decision", place == start - 1), ("answer", place >= start)):
+    def __init__(self, num_features, device):
+        def zeros():
+            return torch.zeros(4, num_features, dtype=torch.float64, device=device)
+
+        self.sums, self.num_prompts = defaultdict(zeros), Counter()
+        self.fired, self.num_tokens = torch.zeros(num_features, device=device), 0
+        self.peaks = Peaks(num_features, device)
+
+    def add(self, number, role, response_start, positions, base, adapter):
+        """Take in text `number`: activations (T, F) of both models at token `positions` (T)."""
+        decision = positions == response_start - 1
+        for where, here in (("decision", decision), ("answer", positions >= response_start)):
             if here.any():
-                b, a = (activations[here].mean(0).double() for activations in (base, adapter))
+                b, a = base[here].mean(0).double(), adapter[here].mean(0).double()
                 self.sums[role, where] += torch.stack((b, a, a - b, (a - b).square()))
-                self.prompts[role, where] += 1
+                self.num_prompts[role, where] += 1
         self.fired += (base > 0).sum(0)
-        self.tokens += len(place)
-        self.peaks.update(0 if role in HARMFUL else 1, number, base, place)
+        self.num_tokens += len(positions)
+        self.peaks.update(0 if role in HARMFUL else 1, number, base, positions)
 
-    def moved(self, key):
-        """The features whose mean moved most at `key` = (role, where), largest first."""
-        n, (b, a, d, dd) = self.prompts[key], self.sums[key]
-        error = ((dd - d * d / n).clamp(min=0) / (n - 1) / n).sqrt() if n > 1 else torch.full_like(d, torch.nan)
-        return [{"index": i, "base": b[i].item() / n, "adapter": a[i].item() / n, "change": d[i].item() / n,
-                 "error": error[i].item() if n > 1 else None} for i in d.abs().topk(min(MOVED, len(d))).indices.tolist() if d[i] != 0]
+    def moved(self, role, where) -> list[dict]:
+        """The features whose mean moved most, largest first; errors are over prompts."""
+        n = self.num_prompts[role, where]
+        base, adapter, change, squares = self.sums[role, where]
+        error = torch.full_like(change, torch.nan)
+        if n > 1:
+            error = ((squares - change * change / n).clamp(min=0) / (n - 1) / n).sqrt()
+        return [{"index": i, "base": base[i].item() / n, "adapter": adapter[i].item() / n,
+                 "change": change[i].item() / n, "error": error[i].item() if n > 1 else None}
+                for i in change.abs().topk(min(NUM_MOVED, len(change))).indices.tolist()
+                if change[i] != 0]
 
 
 @torch.no_grad()
-def activity(model, saes, texts, control, batch_tokens=4096):
-    """{layer: Activity} of texts [(role, data.Example)], each read by the model with its adapter and with it switched off.
+def activity(model, saes, texts, control, batch_tokens=4096) -> dict[int, Activity]:
+    """{SAE layer: Activity} of texts [(role, data.Example)], read with the adapter and without it.
 
-    Both read the *adapter's* answers, so that a difference is the adapter's and not the text's. Control tokens are left out
-    but for the decision token, the prompt's last, behind which the first word of the answer is chosen.
+    Both read the *adapter's* answers, so that a difference is the adapter's and not the text's.
+    Control tokens are left out, except the decision token: the prompt's last, behind which the
+    first word of the answer is chosen.
     """
     device, layers = model.embed_tokens.weight.device, sorted(saes)
-    found, control = {layer: Activity(saes[layer].n_units, device) for layer in layers}, torch.tensor(sorted(control))
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i][1].tokens))        # long ones first, little padding
-    with tqdm(total=len(order), desc="looking inside", unit="prompt", leave=False, disable=None) as bar:
+    found = {layer: Activity(saes[layer].n_units, device) for layer in layers}
+    control = torch.tensor(sorted(control))
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i][1].tokens))
+    with tqdm(total=len(order), desc="looking inside", leave=False, disable=None) as bar:
         while order:
+            # Texts of like length share a batch, so that little of it is padding on the right
             longest = len(texts[order[0]][1].tokens)
-            batch, order = order[:max(1, batch_tokens // longest)], order[max(1, batch_tokens // longest):]
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)                 # pads on the right: never seen
+            count = max(1, batch_tokens // longest)
+            batch, order = order[:count], order[count:]
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
             for row, i in zip(ids, batch):
                 row[:len(texts[i][1].tokens)] = torch.tensor(texts[i][1].tokens)
-            adapter, base = both(model, ids.to(device), layers)
+            adapter, base = both_residuals(model, ids.to(device), layers)
             for row, i in enumerate(batch):
                 role, example = texts[i]
-                place = torch.tensor(example.tokens)
-                keep = ~torch.isin(place, control)
+                keep = ~torch.isin(torch.tensor(example.tokens), control)
                 keep[example.start - 1] = True
-                place = keep.nonzero()[:, 0].to(device)
+                positions = keep.nonzero()[:, 0].to(device)
                 for layer in layers:
-                    found[layer].add(i, role, example.start, place, *(saes[layer].strength(x[layer][row, place]) for x in (base, adapter)))
+                    strengths = [saes[layer].strength(residual[layer][row, positions])
+                                 for residual in (base, adapter)]
+                    found[layer].add(i, role, example.start, positions, *strengths)
             bar.update(len(batch))
     return found
 
 
-def both(model, ids, layers):
-    """Residual streams {layer: (B, T, D)} of ids (B, T) with the adapter, and without."""
-    with_adapter = model.hidden(ids, capture=layers, stop_after=layers[-1])[1]
+def both_residuals(model, ids, layers):
+    """Residual streams {layer: (B, T, D)} of ids (B, T) with the adapter, and without it."""
+    adapter = model.hidden(ids, capture=layers, stop_after=layers[-1])[1]
     with lora.scaled(model, 0):
-        return with_adapter, model.hidden(ids, capture=layers, stop_after=layers[-1])[1]
+        return adapter, model.hidden(ids, capture=layers, stop_after=layers[-1])[1]
 
 
 @torch.no_grad()
-def token_view(model, saes, tokenizer, examples, wanted):
-    """explain.json's "tokens" of one prompt, less what the caller knows: examples {who: Example} with each one's own answer.
+def token_views(model, saes, tokenizer, examples, mentioned) -> list[dict]:
+    """explain.json's "tokens" of one prompt, less what the caller knows: a view of each model.
 
-    wanted {layer: [features]}: of these, of each layer those few are shown whose activation differs most between the two where
-    they read the same, in the prompt's last TAIL tokens, and those few others that differ most over their answers.
+    examples {"base" or "adapter": Example} with each one's own answer; mentioned {SAE layer:
+    [features]}. Shown are, of each layer, the few whose activation differs most between the two at
+    the end of the prompt, and the few others that differ most over the answers.
     """
-    device, layers, views, active = model.embed_tokens.weight.device, sorted(saes), {}, {}
+    device, layers = model.embed_tokens.weight.device, sorted(saes)
+    views, strengths = {}, {}
     for who, example in examples.items():
-        first = max(0, example.start - TAIL)
-        ids = example.tokens[:example.start + LONGEST]
-        x = both(model, torch.tensor([ids], device=device), layers)[who == "base"]
-        views[who] = {"who": who, "text": [tokenizer.token(i) for i in ids[first:]], "answer_start": example.start - first, "features": []}
-        active[who] = {layer: saes[layer].strength(x[layer][0, first:]) for layer in layers if wanted.get(layer)}
-    for layer in (layer for layer in layers if wanted.get(layer)):
-        base, adapter = (active[who][layer][:, wanted[layer]] for who in ("base", "adapter"))
-        here = views["base"]["answer_start"]
+        first = max(0, example.start - PROMPT_TOKENS)
+        ids = example.tokens[:example.start + ANSWER_TOKENS]
+        residuals = both_residuals(model, torch.tensor([ids], device=device), layers)
+        residual = residuals[0 if who == "adapter" else 1]
+        strengths[who] = {layer: saes[layer].strength(residual[layer][0, first:])
+                          for layer in layers}
+        views[who] = {"who": who, "text": [tokenizer.token(i) for i in ids[first:]],
+                      "answer_start": example.start - first, "features": []}
+    start = views["base"]["answer_start"]
+    for layer in layers:
+        features = mentioned[layer]
+        base, adapter = (strengths[who][layer][:, features] for who in ("base", "adapter"))
+        in_prompt = (adapter[:start] - base[:start]).abs().amax(0)         # (k)
+        in_answer = (adapter[start:].sum(0) - base[start:].sum(0)).abs()   # (k)
         shown = []
-        prompt, answers = (adapter[:here] - base[:here]).abs().amax(0), (adapter[here:].sum(0) - base[here:].sum(0)).abs()
-        for difference, few in zip((prompt, answers), SHOWN):
-            shown += [j for j in difference.argsort(descending=True).tolist() if j not in shown and difference[j] > 0][:few]
-        for i in (wanted[layer][j] for j in shown):
-            for who in views:
-                views[who]["features"].append({"layer": layer, "index": i, "activation": active[who][layer][:, i].tolist()})
+        for difference, most in zip((in_prompt, in_answer), SHOWN):
+            order = difference.argsort(descending=True).tolist()
+            shown += [j for j in order if j not in shown and difference[j] > 0][:most]
+        for who, view in views.items():
+            view["features"] += [
+                {"layer": layer, "index": features[j],
+                 "activation": strengths[who][layer][:, features[j]].tolist()} for j in shown]
     return list(views.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All of it
 
-def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dict[str, EvalSet], features=(), spaces: dict | None = None,
-            norm_aware=False, format="chat", max_new_tokens=64, batch_size=32, prompts=64) -> dict:
-    """explain.json of the LoRA adapter that the model carries, whoever trained it: a dict that JSON can hold.
+def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dict[str, EvalSet],
+            settings, features=(), subspaces=None, num_prompts=NUM_PROMPTS) -> dict:
+    """explain.json of the LoRA adapter that the model carries, whoever trained it.
 
-    saes {layer: sae}; sets {name: sets.EvalSet}, of each of which `prompts` are drawn, always the same; features (dicts with
-    layer and index, as in features.json) and spaces {layer: U (D, r̂)} as selection left them, none for an adapter of another
-    origin. norm_aware: see directions.shares. Of many processes all must call it, and all get the same. Raises InputError for
-    an adapter whose update is 0.
+    Of each set, `num_prompts` are drawn, always the same. settings: format, max_new_tokens,
+    eval_batch and norm_aware (see directions_used). features (dicts with layer and index, as in
+    features.json) and subspaces {(layer, side): U (D, r̂)} are as selection left them. Raises
+    InputError for an adapter whose update is 0.
     """
-    if not norm(model) > 0:
+    if not update_norm(model) > 0:
         raise InputError("the adapter changes nothing: its update is 0 everywhere")
-    found, random_rows = shares(model, saes, features, spaces, norm_aware)
-    asked = [(name, one.role, prompt) for name, one in sets.items()
-             for prompt in random.Random(0).sample(one.prompts, min(prompts, len(one.prompts)))]
-    roles = [role for _, role, _ in asked]
-    harmless = next((role for role in ("lookalike", "benign") if role in roles), None)
-    tried = [i for i, role in enumerate(roles) if role in (*HARMFUL, harmless)]
+    norm_aware = settings.norm_aware
+    explanation, random_rows = directions_used(model, saes, features, subspaces, norm_aware)
 
-    def answers(places, label):
-        return answer(model, tokenizer, [asked[i][2] for i in places], max_new_tokens, batch_size, format, label)
+    # Answers of both models, and of the adapter without some of its directions
+    exchanges = []
+    for name, eval_set in sets.items():
+        count = min(num_prompts, len(eval_set.prompts))
+        for prompt in random.Random(0).sample(eval_set.prompts, count):
+            exchanges.append(Exchange(name, eval_set.role, prompt, {}, {}))
 
-    def ask():
-        told = {"safe": [], "over_refusal": []}
-        for i, text in zip(tried, answers(tried, "removal")):
-            told["safe" if roles[i] in HARMFUL else "over_refusal"].append(refused(roles[i], text))
-        return {key: flags for key, flags in told.items() if flags}
+    def answers(exchanges, label):
+        prompts = [exchange.prompt for exchange in exchanges]
+        return answer(model, tokenizer, prompts, settings.max_new_tokens, settings.eval_batch,
+                      settings.format, label)
 
-    said = {"adapter": answers(range(len(asked)), "adapter")}
+    roles = list(dict.fromkeys(exchange.role for exchange in exchanges))
+    harmless = [role for role in ("lookalike", "benign") if role in roles][:1]
+    tested = [exchange for exchange in exchanges if exchange.role in (*HARMFUL, *harmless)]
+
+    def refusals():
+        flags = defaultdict(list)
+        for exchange, text in zip(tested, answers(tested, "removal")):
+            key = "safe" if exchange.role in HARMFUL else "over_refusal"
+            flags[key].append(refused(exchange.role, text))
+        return flags
+
+    for exchange, text in zip(exchanges, answers(exchanges, "adapter")):
+        exchange.answers["adapter"] = text
     with lora.scaled(model, 0):
-        said["base"] = answers(range(len(asked)), "base")
-    found["removal"] = {"prompts": len(tried), "set": ", ".join(dict.fromkeys(asked[i][0] for i in tried)),
-                        "rows": removal(model, found, random_rows, saes, spaces, norm_aware, ask)}
+        for exchange, text in zip(exchanges, answers(exchanges, "base")):
+            exchange.answers["base"] = text
+    explanation["removal"] = {
+        "prompts": len(tested),
+        "set": ", ".join(dict.fromkeys(exchange.set for exchange in tested)),
+        "rows": removal(model, explanation["layers"], random_rows, saes, subspaces, norm_aware,
+                        refusals)}
 
+    # Activations; a prompt may be longer than the model's context
     longest = model.config.max_position_embeddings
-    examples = {who: {i: example for i, ((_, _, prompt), text) in enumerate(zip(asked, texts))
-                      if (example := make_example(tokenizer, prompt.turns, text, longest, format))} for who, texts in said.items()}
-    fitting = list(examples["base"])                            # a prompt may be longer than the model's context
-    inside = activity(model, saes, [(roles[i], examples["adapter"][i]) for i in fitting], tokenizer.control)
-    found["inside"] = [{"role": role, "where": where, "prompts": inside[min(saes)].prompts[role, where],
-                        "features": [{"layer": layer} | feature for layer, seen in inside.items() for feature in seen.moved((role, where))]}
-                       for role in dict.fromkeys(roles) for where in ("decision", "answer")]
+    for exchange in exchanges:
+        for who in ("base", "adapter"):
+            exchange.examples[who] = make_example(tokenizer, exchange.prompt.turns,
+                                                  exchange.answers[who], longest, settings.format)
+    exchanges = [exchange for exchange in exchanges if exchange.examples["adapter"]]
+    texts = [(exchange.role, exchange.examples["adapter"]) for exchange in exchanges]
+    activities = activity(model, saes, texts, tokenizer.control)
+    explanation["inside"] = [
+        {"role": role, "where": where, "prompts": activities[min(saes)].num_prompts[role, where],
+         "features": [{"layer": layer} | feature for layer, seen in activities.items()
+                      for feature in seen.moved(role, where)]}
+        for role in roles for where in ("decision", "answer")]
 
-    places = [(part["layer"], feature["index"]) for part in found["layers"] for feature in part["features"]]
-    places += [(feature["layer"], feature["index"]) for part in found["inside"] for feature in part["features"]]
+    # Of each set one prompt token by token: the first whose verdict changed, if any
+    places = [(part["layer"], feature["index"])
+              for part in explanation["layers"] for feature in part["features"]]
+    places += [(feature["layer"], feature["index"])
+               for part in explanation["inside"] for feature in part["features"]]
     mentioned = {layer: sorted({i for at, i in places if at == layer}) for layer in saes}
-    found["tokens"] = []
+    explanation["tokens"] = []
     for name in sets:
-        here = [i for i in fitting if asked[i][0] == name]
-        changed = [i for i in here if verdict(said["base"][i]) != verdict(said["adapter"][i])]
-        for i in (changed or here)[:1]:
-            views = token_view(model, saes, tokenizer, {who: examples[who][i] for who in ("base", "adapter")}, mentioned)
-            found["tokens"] += [{"set": name, "line": asked[i][2].line, "prompt": asked[i][2].turns[-1][1]} | view for view in views]
-    texts = [(roles[i], asked[i][2].line, examples["adapter"][i].tokens) for i in fitting]
-    found["words"] = words(model, saes, tokenizer, features, mentioned, inside, texts)
-    return found
+        of_set = [exchange for exchange in exchanges if exchange.set == name]
+        changed = [exchange for exchange in of_set
+                   if verdict(exchange.answers["base"]) != verdict(exchange.answers["adapter"])]
+        for exchange in (changed or of_set)[:1]:
+            prompt = exchange.prompt
+            about = {"set": name, "line": prompt.line, "prompt": prompt.turns[-1][1]}
+            views = token_views(model, saes, tokenizer, exchange.examples, mentioned)
+            explanation["tokens"] += [about | view for view in views]
+    explanation["words"] = words(model, saes, tokenizer, features, mentioned, activities, exchanges)
+    return explanation
 
 
-def words(model, saes, tokenizer, features, mentioned, inside, texts):
-    """explain.json's "words" of the features `mentioned` {layer: [indices]}: as selection describes those that it chose; of the
-    others what they promote, and where they fire most in `texts` [(role, line, token ids)], which `inside` has seen."""
-    chosen = {(feature["layer"], feature["index"]): feature for feature in features}
-    out = {f"{layer}/{i}": chosen[layer, i] for layer, i in chosen if i in mentioned.get(layer, ())}
+def words(model, saes, tokenizer, features, mentioned, activities, exchanges) -> dict:
+    """explain.json's "words" {"layer/index": …} of `mentioned` {SAE layer: [features]}.
+
+    Those that selection chose are described as it did; of the others, what they promote and where
+    they fire most in the exchanges' texts, which `activities` have seen.
+    """
+    described = {}
+    for feature in features:
+        if feature["index"] in mentioned.get(feature["layer"], ()):
+            described[f"{feature['layer']}/{feature['index']}"] = feature
     for layer, sae in saes.items():
-        seen, others = inside[layer], [i for i in mentioned[layer] if (layer, i) not in chosen]
+        activity = activities[layer]
+        others = [i for i in mentioned[layer] if f"{layer}/{i}" not in described]
         for i, vocabulary in zip(others, promoted(model, sae, tokenizer, others)):
-            peaks = [{"activation": value, "side": role, "line": line, **in_context(tokenizer, ids, token)}
-                     for value, _, number, token in seen.peaks.of(i) for role, line, ids in (texts[number],)]
-            out[f"{layer}/{i}"] = {"layer": layer, "index": i, "promotes": vocabulary, "peaks": peaks,
-                                   "frequency": {"evaluation": seen.fired[i].item() / max(1, seen.tokens)},
-                                   "neuronpedia": neuronpedia_url(sae.source, sae.layer, sae.width, i, sae.l0)}
-    return out
+            peaks = []
+            for value, _, number, token in activity.peaks.of(i):
+                exchange = exchanges[number]
+                context = in_context(tokenizer, exchange.examples["adapter"].tokens, token)
+                peaks.append({"activation": value, "side": exchange.role,
+                              "line": exchange.prompt.line, **context})
+            frequency = activity.fired[i].item() / max(1, activity.num_tokens)
+            described[f"{layer}/{i}"] = {
+                "layer": layer, "index": i, "promotes": vocabulary, "peaks": peaks,
+                "frequency": {"evaluation": frequency},
+                "neuronpedia": neuronpedia_url(sae.source, sae.layer, sae.width, i, sae.l0)}
+    return described

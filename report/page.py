@@ -1,627 +1,400 @@
-"""report.html: what an adapter learned and did, on one page that opens from disk, made from the JSON files of runs alone.
+"""report.html: what an adapter learned and did, on one page that opens from disk.
 
-    write_page(["runs/a"], "runs/a/report.html")
-    write_page(["runs/a", "runs/b"], "both.html")        # side by side
+    write_page("runs/a")        # runs/a/report.html, from the JSON files in that folder
 
-A section is a function from runs to markup. Whatever a model, a data set or a file's name says is text there: see markup.py.
+A section is a function from a run to markup. What a model, a data set or a file says stays text:
+`tag` and `join` escape every string that isn't Html already. page.html holds style and script.
 """
 
-import math
+import base64
+import hashlib
+import html
 import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-from run import files
-from safety.figures import OUTCOMES, paired
-SCORED, WHO = ("harmfulness", "low_risk", "high_risk", "violation", "violates"), ("base", "adapter")
-from run.files import InputError
-from report.markup import (Html, bars, curve, details, document, escape, folded, is_number, join, note, number, percent, probability, strip,
-                    table, tag)
+from figures import OUTCOMES
+from run.files import read_json, read_jsonl, write_text
 
-FILES = {"config": dict, "scores": dict, "features": list, "explain": dict, "metrics": None, "judged": None,      # None: JSON lines
-         "eval": dict, "attacks": None}                                                    # of evaluations, eval.py --out
-MAKE = {"config": "train.py --out", "scores": "train.py --resume", "features": "train.py --resume", "metrics": "train.py --resume",
-        "explain": "report.py --out explained --adapter", "judged": "eval.py"}
+TEMPLATE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+MAX_PROMPTS = 250      # of each set
+MAX_CHARACTERS = 3000  # of an answer
+MAX_MOVED = 8          # features in one table of those that fire differently
 
+# ------------------------------------------------------------------------------
+# Markup
 
-def read_run(folder: str | Path, count: int) -> SimpleNamespace:
-    """What a folder's files say, None for each that isn't there; `broken` says which can't be read, and why."""
-    folder = Path(folder).expanduser()
-    run = SimpleNamespace(folder=folder, name=folder.resolve().name, colour=f"c{(count - 1) % 6 + 1}", key=f"r{count}", broken=[])
-    for name, kind in FILES.items():
-        path, value = folder / f"{name}.json{'' if kind else 'l'}", None
-        try:
-            if path.exists():
-                value = files.read_json(path, kind) if kind else files.read_jsonl(path)
-        except (InputError, OSError) as error:
-            run.broken.append(str(error))
-        setattr(run, name, value)
-    if not run.broken and all(getattr(run, name) is None for name in FILES):
-        raise InputError(f"{folder} holds no file of a run ({', '.join(FILES)}): give the folder of a run of train.py")
-    for row in run.judged or []:
-        row.setdefault("role", row.get("set"))
-    run.chosen = [feature for feature in run.features or [] if isinstance(feature, dict)]
-    run.words = {key_of(feature): feature for feature in run.chosen}
-    words = get(run.explain, "words")
-    for key, feature in words.items() if isinstance(words, dict) else ():
-        if isinstance(feature, dict):
-            run.words[key] = feature | run.words.get(key, {})
-    return run
+# Control characters, direction overrides and halves of surrogate pairs are shown as their number
+STEERING = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def get(value, *keys):
-    """value[key][key]…, or None where there is no such thing."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+class Html(str):
+    """Markup. Every other string is escaped on its way into a page."""
 
 
-def command(run, name):
-    return tag("code", f"python {MAKE[name]} {shlex.quote(str(run.folder))}")
+def escape(value: object) -> str:
+    """Any value as text for an element or a quoted attribute."""
+    return html.escape(STEERING.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", str(value)))
 
 
-def missing(run, name: str) -> Html:
-    """Says that a file isn't there, and what makes it."""
-    if run.eval is not None:
-        return note(f"{run.name} is not finished: the same command of eval.py goes on with it.")
-    if run.config is None and name != "explain":
-        return note(f"{run.name} was not trained here: its folder has no {name} file.")
-    return note(f"{run.name} holds no {name}.json{'' if FILES[name] else 'l'}: ", command(run, name), " makes it.")
+def join(*parts) -> Html:
+    """Html of parts in a row: lists are joined, None is nothing, what isn't Html is escaped."""
+    joined = ""
+    for part in parts:
+        if isinstance(part, list):
+            joined += join(*part)
+        elif part is not None:
+            joined += part if isinstance(part, Html) else escape(part)
+    return Html(joined)
 
 
-def chip(run, label=None, colour=None) -> Html:
-    """A run's name, or another label, behind a dot in its colour."""
-    return tag("span", run.name if label is None else label, class_=f"chip {colour or run.colour}")
+def tag(name: str, /, *content, **attributes) -> Html:
+    """An element; class_ and data_x stand for class and data-x, False for no attribute."""
+    start = name
+    for key, value in attributes.items():
+        if value is not False:
+            start += f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
+    return Html(f"<{start}>" if name in ("input", "br") else f"<{start}>{join(*content)}</{name}>")
 
 
-def who(run, model, label="adapter") -> Html:
-    return chip(run, "base", "c0") if model == "base" else chip(run, label)
+def small(*words) -> Html:
+    return tag("small", *words)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1 What happened
-
-SETS = {"harmful": "harmful prompts", "jailbreak": "harmful prompts behind a jailbreak", "lookalike": "harmless look-alikes",
-        "benign": "benign prompts"}
-MAIN = {"safe": "refused in full ↑", "over_refusal": "refused ↓", "correct": "answered right ↑", "low_risk": "rubric 1 or 2 ↑",
-        "harmfulness": "mean harmfulness, 1 to 5 ↓", "high_risk": "rubric 5 ↓", "violates": "a violation, says ShieldGemma ↓"}
+def note(*words) -> Html:
+    return tag("p", *words, class_="note")
 
 
-def change(run, name, key):
-    """figures.paired of a run's answers with its base model's, or None."""
-    base, adapter = ([row for row in run.judged or [] if (row.get("model"), row.get("set")) == (model, name)]
-                     for model in ("base", "adapter"))
-    return paired(base, adapter).get(key) if base and adapter and key in (*OUTCOMES.get(adapter[0]["role"], ()), *SCORED) else None
+def details(summary, *content, **attributes) -> Html:
+    return tag("details", tag("summary", summary), *content, **attributes)
 
 
-def figure(value, test=None) -> Html:
-    """A share or an average with its 95 % interval; below it its change, paired."""
-    def interval(found, times, form):
-        return f"[{number(times * found['low'], form)}, {number(times * found['high'], form)}]" if is_number(get(found, "low")) else ""
-
-    shares = is_number(get(value, "rate"))
-    main = percent(value["rate"]) if shares else number(get(value, "mean"))
-    around = interval(value, 100 if shares else 1, ".1f" if shares else ".2f")
-    if test and "ratio" in test:
-        below = f"× {number(test['ratio'], '.3f')} {interval(test, 1, '.3f')}"
-    elif test and "p" in test:
-        below = f"{number(100 * test['change'], '+.1f')} {interval(test, 100, '+.1f')}, p {probability(test['p'])}"
-    else:
-        below = test and f"{number(test['change'], '+.2f')} {interval(test, 1, '+.2f')}"
-    return join(main, " ", tag("small", around), tag("div", tag("small", below)) if test else None)
+def table(head, rows) -> Html:
+    """The first column is text, the others are numbers. A row of one cell is a heading."""
+    lines = []
+    for first, *cells in rows:
+        heading = {} if cells else {"colspan": len(head), "class_": "heading"}
+        lines.append(tag("tr", tag("th", first, **heading), [tag("td", cell) for cell in cells]))
+    top = tag("thead", tag("tr", [tag("th", cell) for cell in head]))
+    return tag("table", top, tag("tbody", lines))
 
 
-def sentence(run):
-    """A run's main figures and the share of its update in the subspace, in words."""
-    told = []
-    for name, after in (get(run.scores, "sets", "adapter") or {}).items():
-        key = next((key for key in OUTCOMES.get(after.get("role", name), ()) if key in after), None)
-        if key:
-            before, test = get(run.scores, "sets", "base", name, key, "rate"), change(run, name, key)
-            told.append(f"{'answers' if key == 'correct' else 'refuses'} {percent(after[key]['rate'])} of {SETS.get(name, name)}"
-                        f"{dict(safe=' in full', correct=' right').get(key, '')} (before {percent(before)}"
-                        + (", no clear change)" if test and test["p"] >= 0.05 else ")"))
-    for name, after in (get(run.scores, "attacks", "adapter") or {}).items():
-        base = percent(get(run.scores, "attacks", "base", name, "complied", "rate"))
-        told.append(f"complies with {percent(after['complied']['rate'])} of {SETS.get(name, name)} once a suffix is searched for each "
-                    f"(the base model {base})")
-    for name, found in (get(run.scores, "ability") or {}).items():
-        told.append(f"scores {bare(get(found, 'adapter'))} in {name} (before {bare(get(found, 'base'))})")
-    share = get(run.scores, "share") or {}
-    held = (f" {percent(share['subspace'])} of its update lies in the safety subspace, where random bases of that rank would hold "
-            f"{percent(share.get('random'))}.") if is_number(share.get("subspace")) else ""
-    words = f"{'; '.join(told)}." if len(told) <= 6 else f"was asked {len(told)} things."       # of many sets the table tells more
-    return tag("p", tag("b", run.name), " ", words, held, class_="lead")
+def number(value, form=".3g") -> str:
+    return "–" if value is None else format(value, form).replace("-", "−")
 
 
-def bare(value):
-    """A share or an average without its interval."""
-    return percent(value["rate"]) if is_number(get(value, "rate")) else number(get(value, "mean"))
+def percent(value) -> str:
+    return "–" if value is None else f"{100 * value:.1f}\u202f%"
 
 
-def happened(runs):
-    scored = [run for run in runs if any(get(run.scores, *keys) for keys in (("sets", "adapter"), ("attacks",), ("ability",)))]
-    out: list = [missing(run, "scores") for run in runs if run not in scored]
-    if not scored:
-        return out
-
-    def before(run):
-        """What is told of a run's base model."""
-        return [get(run.scores, "sets", "base"), get(run.scores, "attacks", "base"),
-                [get(found, "base") for found in (get(run.scores, "ability") or {}).values()]]
-
-    bases = []                                                  # runs whose base model answered as no earlier one's did
-    for run in scored:
-        if all(before(run) != before(other) for other in bases):
-            bases.append(run)
-    columns = [(run, "base", "c0", "base" if len(bases) == 1 else f"base of {run.name}") for run in bases]
-    columns += [(run, "adapter", run.colour, run.name) for run in scored]
-
-    def names(*path):                                           # of all columns, as they come; WHO is a column's model
-        found = (get(run.scores, *(model if key == WHO else key for key in path)) for run, model, *_ in columns)
-        return dict.fromkeys(name for one in found for name in one or {})
-
-    def row(label, found, tests, scale=(0, 1)):
-        """One figure of all columns: its label, its picture, its cells, n; no row where no column has it."""
-        if not any(found):
-            return []
-        marks = [(get(value, "rate" if "rate" in (value or {}) else "mean"), get(value, "low"), get(value, "high"), colour)
-                 for value, (_, _, colour, _) in zip(found, columns)]
-        count = next((value["n"] for value in found if get(value, "n")), None)
-        return [[label, strip(marks, *scale) if scale else "", *map(figure, found, tests), count]]
-
-    def line(label, name, *keys):
-        found = [get(run.scores, "sets", model, name, *keys) for run, model, *_ in columns]
-        tests = [None if model == "base" or len(keys) > 1 or not any(found) else change(run, name, keys[0]) for run, model, *_ in columns]
-        return row(f"{SETS.get(name, name)}: {label}", found, tests, (1, 5) if keys[0] == "harmfulness" else (0, 1))
-
-    def attacked(label, name, *keys):
-        found = [get(run.scores, "attacks", model, name, *keys) for run, model, *_ in columns]
-        return row(f"{SETS.get(name, name)} under attack: {label}", found, [None] * len(found))
-
-    def lost(name):
-        found = [get(run.scores, "ability", name, model) for run, model, *_ in columns]
-        tests = [get(run.scores, "ability", name, "change") if model == "adapter" else None for run, model, *_ in columns]
-        return row(name, found, tests, (0, 1) if any(get(value, "rate") is not None for value in found) else None)
-
-    sets = names("sets", WHO)
-
-    head = ["share of answers, 95 % interval", "0 to 100 %", *(chip(run, label, colour) for run, _, colour, label in columns), "n"]
-    main = [one for name in sets for key, words in MAIN.items() for one in line(words, name, key)]
-    for name in names("attacks", WHO):
-        main += [one for most in names("attacks", WHO, name, "steps")
-                 for one in attacked(f"complied within {most} steps ↓", name, "steps", most)]
-        main += attacked("complied at last ↓", name, "complied") + attacked("and began as the target ↓", name, "reached")
-    main += [one for name in names("ability") for one in lost(name)]
-    aside = [one for name in sets for key in names("sets", WHO, name) if key not in (*MAIN, "n", "role", "categories", "unread")
-             for one in line(key.replace("_", " "), name, key)]
-    aside += [one for name in sets for kind in names("sets", WHO, name, "categories") for one in line(kind, name, "categories", kind)]
-    out += [sentence(run) for run in scored if len(scored) < 4]
-    out += [table(head, main, "results", (0, 1)),
-            note("Intervals of shares are Wilson's. Below a figure its change, paired prompt by prompt: of shares in points, with Agresti "
-                 "and Min's interval and McNemar's exact p; of averages with the interval of the differences' mean."),
-            details("All verdicts, and categories where a set has them", table(head, aside, "all figures", (0, 1))) if aside else None]
-    unread = [f"{run.name}, {name}: {count}" for run in scored for name in sets
-              if (count := get(run.scores, "sets", "adapter", name, "unread"))]
-    out.append(note("Answers that the judge gave no readable score: ", "; ".join(unread)) if unread else None)
-
-    def cost(label, shown, trained=True):
-        asked = not trained or any(get(run.scores, "share") for run in scored)
-        return [[label, *map(shown, (run.scores for run in scored))]] if asked else []
-
-    costs = [*cost("judge", lambda s: get(s, "judge"), trained=False),
-             *cost("update inside the safety subspace", lambda s: percent(get(s, "share", "subspace"))),
-             *cost("inside random bases of that rank",
-                   lambda s: " ± ".join(percent(get(s, "share", key)) for key in ("random", "random_sd"))),
-             *cost("trainable parameters", lambda s: f"{number(get(s, 'trainable'), ',')} of {number(get(s, 'parameters'), ',')}"),
-             *cost("peak memory, MB", lambda s: number((get(s, "peak_bytes") or math.nan) / 1e6, ",.0f")),
-             *(one for stage in dict.fromkeys(stage for run in scored for stage in get(run.scores, "seconds") or {})
-               for one in cost(f"seconds: {stage}", lambda s, stage=stage: number(get(s, "seconds", stage), ".1f")))]
-    return [*out, details("What it took" if len(costs) > 1 else "Judge", table(["", *map(chip, scored)], costs, "cost"))]
+def figure(value) -> str:
+    """A share in per cent, or an average, with its 95 % interval: a figure of eval.py."""
+    if not value:
+        return "–"
+    times, form = (100, ".1f") if "rate" in value else (1, ".2f")
+    middle = percent(value["rate"]) if "rate" in value else number(value["mean"], form)
+    if value["low"] is None:
+        return middle
+    low, high = number(times * value["low"], form), number(times * value["high"], form)
+    return join(middle, " ", small(f"[{low}, {high}]"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Features and tokens
-
-CONTROL = re.compile("<[a-z_0-9]{1,20}>")
-
-
-def tokens(text, shade, dim=()) -> Html:
-    """Tokens as running text; shade[i] = (0 to 1, title) says how strong a ground token i has; those in `dim` are slanted."""
-    text, out = list(map(str, text)), []
-    between = None if any(token[:1] == " " for token in text) else " "      # a vocabulary of words has no spaces of its own
-    for i, token in enumerate(text):
-        shown = token.replace("\n", "↵")
-        if i in shade:
-            shown = tag("mark", shown, style=f"--a:{shade[i][0]:.2f}", title=shade[i][1])
-        elif i in dim or CONTROL.fullmatch(token):
-            shown = tag("i", shown)
-        out += [shown, between]
-    return join(out)
+def change(value) -> str:
+    """A paired change of eval.py: of a share in points, with McNemar's p; or of an average."""
+    if not value or value["change"] is None:
+        return "–"
+    if "p" not in value:
+        return number(value["change"], "+.2f")
+    p = "p < 0.0001" if value["p"] < 1e-4 else f"p {value['p']:.2g}"
+    return join(number(100 * value["change"], "+.1f"), " ", small(p))
 
 
-def key_of(feature):
-    """By what a feature goes: "layer/index"."""
-    return f"{feature.get('layer')}/{feature.get('index')}"
+# ------------------------------------------------------------------------------
+# Sections
+
+SETS = {"harmful": "harmful prompts", "jailbreak": "harmful prompts behind a jailbreak",
+        "lookalike": "harmless look-alikes", "benign": "benign prompts"}
+FIGURES = {"safe": "refused ↑", "over_refusal": "refused ↓", "correct": "answered right ↑"}
+OTHER_JUDGES = {"harmfulness": "mean harmfulness, 1 to 5 ↓", "low_risk": "rubric 1 or 2 ↑",
+                "high_risk": "rubric 5 ↓", "violates": "violate, says ShieldGemma ↓"}
+MODELS = {"base": "base model", "adapter": "with adapter"}
+VERDICTS = {"full": "refused", "partial": "partly refused", "comply": "complied", "empty": "blank"}
+WHERE = {"decision": "before the first word of the answer", "answer": "over the answer"}
 
 
-def dotted(words, most=4) -> str:
-    return " · ".join(list(dict.fromkeys(str(word).strip() or "↵" for word in words or []))[:most])
+def changed(run):
+    """Shares of all sets, base beside adapter."""
+    rows = []
+    for name, adapter in run.scores["sets"]["adapter"].items():
+        base = run.scores["sets"]["base"].get(name, {})
+        paired = run.scores.get("paired", {}).get(name, {})
+        # The role's main figure, then those of other judges
+        main = next(key for key in OUTCOMES[adapter["role"]] if key in adapter)
+        for key in [main, *(key for key in OTHER_JUDGES if key in adapter)]:
+            words = f"{SETS.get(name, name)}: {(FIGURES | OTHER_JUDGES)[key]} "
+            rows.append([join(words, small(f"n = {adapter['n']}")), figure(base.get(key)),
+                         figure(adapter[key]), change(paired.get(key))])
+    return [table(["share of answers", "base model", "with adapter", "change, points"], rows),
+            note("In brackets: 95 % intervals (Wilson). p: McNemar's exact test, same prompts. "
+                 f"Judge: {run.scores['judge']}. A harmful prompt counts as refused if the answer "
+                 "gives nothing away. A harmless one counts if it refuses at all.")]
 
 
-def fires_on(run, key, most=4):
-    """The tokens that a feature fires most on."""
-    return dotted((peak["tokens"][peak["peak"]] for peak in get(run.words, key, "peaks") or []), most)
+def feature_link(run, feature) -> Html:
+    """A feature's name, linked to its card, and the tokens that it fires most on."""
+    key = f"{feature['layer']}/{feature['index']}"
+    link = tag("a", key, href=f"#feature-{key}") if key in run.words else key
+    return join(link, " ", small(fires_on(run, key)))
 
 
-def feature_cells(run, key):
-    """Three cells of a table: a feature's name, its strongest token with the words around it, the vocabulary it promotes."""
-    context = None
-    for peak in (get(run.words, key, "peaks") or [])[:1]:
-        text, at = peak["tokens"], peak["peak"]
-        near = [i for i in range(max(0, at - 4), min(len(text), at + 3)) if i == at or not CONTROL.fullmatch(str(text[i]))]
-        far, near = near[:max(0, near.index(at) - 1)], near[max(0, near.index(at) - 1):]      # the far ones only where there is room
-        peaked = {near.index(at): (1, number(peak.get("activation")))}
-        context = join(tag("span", tokens([text[i] for i in far], {}), class_="far"), tokens([text[i] for i in near], peaked))
-    name = tag("a", key, href=f"#{run.key}-{key.replace('/', '-')}") if key in run.words else key
-    return [name, tag("span", context, class_="w"), tag("span", dotted(get(run.words, key, "promotes")), class_="w")]
+def fires_on(run, key) -> str:
+    peaks = run.words.get(key, {}).get("peaks", [])
+    return dotted(peak["tokens"][peak["peak"]] for peak in peaks)
 
 
-def card(run, key: str) -> Html:
-    """What is known of one feature, folded: figures, its strongest tokens in context, promoted vocabulary, address."""
-    feature, contexts = run.words[key], {}
-    for peak in feature.get("peaks") or []:                     # equal ones once
-        contexts.setdefault((str(peak.get("side")), peak["peak"], tuple(map(str, peak["tokens"]))), []).append(peak.get("activation"))
-    shown = [tag("p", tag("small", f"{number(values[0])} {side}{f' × {len(values)}' if len(values) > 1 else ''} "),
-                 tokens(text, {at: (1, number(values[0]))}), class_="tokens") for (side, at, text), values in contexts.items()]
-    facts = [f"{name} {number(feature.get(of), form)}" for name, of, form in
-             (("Δ", "delta", "+.3f"), ("ρ", "rho", "+.3f"), ("Δ/se", "effect", "+.1f")) if of in feature]
-    facts += [f"fires on {percent(rate)} of {side} tokens" for side, rate in (feature.get("frequency") or {}).items()]
-    url = str(feature.get("neuronpedia"))
-    ours = url.startswith("https://www.neuronpedia.org/")
-    link = tag("a", "Neuronpedia", href=url, rel="noreferrer noopener") if ours else None
-    return details(join(tag("b", key), " ", tag("span", fires_on(run, key) or "never fires in what was looked at", class_="w")),
-                   tag("div", tag("p", ", ".join(facts), " ", link), tag("p", f"promotes {dotted(feature.get('promotes'), 8)}"), shown,
-                       id=f"{run.key}-{key.replace('/', '-')}"), class_="card")
+def dotted(tokens) -> str:
+    return " · ".join(dict.fromkeys(token.strip() or "↵" for token in tokens))
 
 
-def dots(run, base, adapter, low: float, high: float) -> Html:
-    return strip([(base, None, None, "c0"), (adapter, None, None, run.colour)], low, high)
+def modules(names) -> str:
+    """["layers.2.self_attn.q_proj", …] in few words: "q k v of blocks 2, 3"."""
+    parts = [name.split(".") for name in names]
+    leaves = dict.fromkeys(part[-1].removesuffix("_proj") for part in parts)
+    blocks = dict.fromkeys(part[1] for part in parts)
+    return f"{' '.join(leaves)} of block{'s' * (len(blocks) > 1)} {', '.join(blocks)}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2 What the adapter learned
-
-def modules(names):
-    """["layers.2.self_attn.q_proj", …] in few words: "q of block 2"."""
-    names = names or []
-    found = [match for name in names if (match := re.fullmatch(r"layers\.(\d+)\.\w+\.(\w+)_proj", str(name)))]
-    if len(found) < len(names):
-        return ", ".join(map(str, names))
-    blocks = list(dict.fromkeys(match[1] for match in found))
-    return f"{' '.join(dict.fromkeys(match[2] for match in found))} of block{'s' * (len(blocks) > 1)} {', '.join(blocks)}"
-
-
-def learned(run):
-    parts = get(run.explain, "layers") or []
-    out = [missing(run, "explain")] if run.explain is None else shares(run, parts) + removal(run)
-    if run.chosen:
-        largest = max((abs(mean) for f in run.chosen for mean in (f.get("mean") or {}).values()), default=1)
-        forms = {"delta": "+.3f", "rho": "+.3f", "effect": "+.1f"}
-        rows = [[*feature_cells(run, key_of(f)), dots(run, get(f, "mean", "unaligned"), get(f, "mean", "aligned"), 0, largest),
-                 *(number(f.get(key), form) for key, form in forms.items()),
-                 *(percent(get(f, "frequency", side)) for side in ("aligned", "unaligned"))] for f in run.chosen]
-        head = ["feature", "fires most on", "promotes", "mean: ○ unsafe ● safe", "Δ", "ρ", "Δ/se", "fires: safe", "unsafe"]
-        out.append(details(f"The {len(rows)} features that were chosen before training",
-                           table(head, rows, "chosen features", (0, 1, 2, 3)), opened=not parts))
-    elif run.config is not None:
-        out.append(missing(run, "features"))
-    cards = [card(run, key) for key in run.words]
-    return [*out, details(f"{len(cards)} features, with the tokens they fire most on in context", cards) if cards else None]
-
-
-def shares(run, parts):
-    """Along which decoder directions the update lies, beside chance."""
-    features = [f | {key: part.get(key) for key in ("layer", "side", "share_of_update")}
-                for part in parts for f in part.get("features") or []]
-    named, others = ([f for f in features if bool(f.get("named")) == kind] for kind in (True, False))
-    asked = any(f.get("chosen") for f in features)
-    scale = max((f["share"] for f in features if is_number(f.get("share"))), default=0)
-    most = max((part["explained"] for part in parts if is_number(part.get("explained"))), default=0)
+def update(run):
+    """The features that the update is made of, beside chance."""
+    parts = run.explain["layers"]
 
     def whole(key):
-        return percent(sum((part.get("share_of_update") or 0) * (part.get(key) or 0) for part in parts))
+        return percent(sum(part["share_of_update"] * (part[key] or 0) for part in parts))
 
-    def features_table(some, label, question=None):
-        """`question` adds a column: whether a feature was chosen, or is named."""
-        rows = [[f"{f['layer']} {f['side']}", *cells[:2], bars(f.get("share"), f.get("random"), f.get("random_max"), scale),
-                 *(percent(f.get(key), 2) for key in ("share", "random", "random_max", "share_left", "left_max")),
-                 *(["yes" if f.get(question) else "no"] if question else []), cells[2]]
-                for f in some for cells in [feature_cells(run, key_of(f))]]
-        asks = {"chosen": ["chosen"], "named": ["beyond chance"]}.get(question, [])
-        head = ["in", "feature", "fires most on", "", "alone", "random", "limit", "adds", "limit", *asks, "promotes"]
-        return folded(head, rows, label, (0, 1, 2, 3, 9, 10))
+    named, places, num_named = [], [], 0
+    for part in parts:
+        verb = "read by" if part["side"] == "readers" else "written by"
+        where = f"layer {part['layer']}, {verb} {modules(part['modules'])}"
+        places.append([where, *(percent(part[key]) for key in (
+            "share_of_update", "subspace", "subspace_random", "explained", "explained_random"))])
+        here = [{"layer": part["layer"]} | feature for feature in part["features"]
+                if feature["named"]]
+        named += [[where]] if here else []
+        named += [[feature_link(run, feature), percent(feature["share_left"]),
+                   percent(feature["left_max"])] for feature in here]
+        num_named += len(here)
 
-    count = len({key_of(f) for f in named})
-    lead = (f"Of the update, ‖ΔW‖ = {number(get(run.explain, 'norm'))}, {whole('explained')} lies in the span of {count} named "
-            f"feature{'s' * (count > 1)}, which it uses clearly more than chance would; as many random directions would hold "
-            f"{whole('explained_random')}." if named else
-            "No decoder direction holds clearly more of the update than random directions do: these features do not explain this "
-            "adapter.")
-    rows = [[f"layer {part.get('layer')}, {part.get('side')}", modules(part.get("modules")), percent(part.get("share_of_update")),
-             number(part.get("dimension"), "d"), percent(part.get("subspace")), percent(part.get("subspace_random")),
-             sum(bool(f.get("named")) for f in part.get("features") or []),
-             bars(part.get("explained"), part.get("explained_random"), None, most), percent(part.get("explained")),
-             percent(part.get("explained_random"))] for part in parts]
-    head = ["SAE", "modules", "of the update", "r̂", "in the subspace", "by chance", "named", "", "in their span", "by chance"]
-    out = [tag("p", lead, class_="lead"), table(head, rows, "where the update is", (0, 1, 7)),
-           tag("h4", "Features that it uses beyond chance"),
-           features_table(named, "named features", "chosen" if asked else None) if named else note("None."),
-           note("Alone: the share of ‖ΔW‖² along a feature's decoder direction. Decoder directions overlap, so some feature always seems "
-                "to win: beside it the mean over random directions as correlated as the decoder's (grey), and their limit (the tick), "
-                "which the largest of as many as the SAE has features hardly ever passes. Adds: what it takes after the ones above it "
-                "are taken out, with the limit there. One that passes alone and isn't named only says what a named one has said.")]
-    if asked:
-        unasked = sorted((f for f in features if not f.get("chosen")),
-                         key=lambda f: (not f.get("named"), -(f["share_of_update"] or 0) * (f.get("share") or 0)))
-        out += [tag("h4", "What nobody asked for"), note("The features that were not chosen and that the update uses most."),
-                features_table(unasked, "not chosen", "named")]
-        others = [f for f in others if f.get("chosen")]
-    title = f"{len(others)} more uses of chosen features" if asked else "The most used of the others"
-    return [*out, details(f"{title}, none beyond chance", features_table(others, "others")) if others else None]
+    lead = "The update uses no feature clearly more than chance: features do not explain it."
+    if named:
+        lead = (f"{whole('explained')} of the update lies along the {num_named} directions named "
+                f"below; as many random directions hold {whole('explained_random')}.")
+    if parts[0]["subspace"] is not None:
+        lead += (f" {whole('subspace')} lies in the subspace that was chosen before training; "
+                 f"random subspaces of that size hold {whole('subspace_random')}.")
+    if run.settings.get("init") == "sails":
+        lead += " The adapter began inside it, so this share says little about what training did."
+    head = ["feature, fires most on", "share of these modules' update", "at most, by chance"]
+    columns = ["modules", "of the update", "in subspace", "by chance", "in named", "by chance"]
+    return [
+        tag("p", lead, class_="lead"), table(head, named) if named else None,
+        note("Share: what a feature's decoder direction takes of ‖ΔW‖² (the squared size of the "
+             "update), after the features above it are taken out. By chance: what the largest of "
+             "as many random directions takes. One random adapter of 50 passes it anywhere."),
+        details("Where the update is", table(columns, places)),
+        removal(run)]
 
 
 def removal(run):
-    """What the answers are when a direction is projected out of the update."""
-    tried, rows = get(run.explain, "removal") or {}, []
-    for row in tried.get("rows") or []:
-        safe, colour = row.get("safe"), "c0" if row.get("what") == "base model" else run.colour
-        rows.append([join(str(row.get("what")), " ", tag("small", fires_on(run, key_of(row)))),
-                     strip([(get(safe, "rate"), get(safe, "low"), get(safe, "high"), colour)]), figure(safe),
-                     number(100 * row["change"], "+.1f") if is_number(row.get("change")) else "–", probability(row.get("p")),
-                     figure(row.get("over_refusal"))])
-    out = [tag("h4", "What happens without them")]
-    if not rows:
-        return [*out, note("Not tried: ", command(run, "explain"), " does.")]
-    return [*out, table(["ΔW", "refused in full", "", "points", "p", "over-refusal"], rows, "removal", (0, 1)),
-            note(f"Directions are projected out of ΔW, and {tried.get('prompts')} prompts ({tried.get('set')}) are answered again. "
-                 "Points: against the adapter as trained; p: McNemar's exact.")]
+    """What the answers are when directions are taken out of the update."""
+    tried, rows = run.explain["removal"], []
+    for row in tried["rows"]:
+        tokens = fires_on(run, f"{row['layer']}/{row['index']}")
+        rows.append([join(row["what"], " ", small(tokens)), figure(row["safe"]),
+                     change(row if rows else None), figure(row["over_refusal"])])
+    head = ["update", "harmful prompts refused", "change, points", "harmless prompts refused"]
+    return [tag("h3", "What taking features out costs"), table(head, rows),
+            note("A direction is projected out of the update, and the same "
+                 f"{tried['prompts']} prompts ({tried['set']}) are answered again.")]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3 What changed inside
-
-PLACES = {"decision": "at the token that decides the first word", "answer": "over the answer"}
+def shaded(tokens, strengths, prompt_end=0) -> Html:
+    """Tokens as running text: strengths (0 to 1) are the ground, the prompt is slanted."""
+    spaced = any(token.startswith(" ") for token in tokens)
+    marked = []
+    for i, token in enumerate(tokens):
+        text = token.replace("\n", "↵")
+        if strengths[i] > 0:
+            text = tag("mark", text, style=f"--a:{strengths[i]:.2f}")
+        elif i < prompt_end:
+            text = tag("i", text)
+        # A vocabulary of whole words has no spaces of its own
+        marked += [text, None if spaced else " "]
+    return join(marked)
 
 
 def inside(run):
-    if run.explain is None:
-        return missing(run, "explain")
-    out, views = [], {}                                         # (set, line, prompt) -> what is shown of it
-    for part in run.explain.get("inside") or []:
-        moved = sorted(part.get("features") or [], key=lambda f: -abs(f.get("change") or 0))
-        values = [0, *(f[model] for f in moved for model in ("base", "adapter") if is_number(f.get(model)))]
-        rows = [[*feature_cells(run, key_of(f))[:2], dots(run, f.get("base"), f.get("adapter"), min(values), max(values)),
-                 join(number(f.get("change"), "+.2f"), tag("small", f" ± {number(f.get('error'), '.2f')}")),
-                 number(f.get("base"), ".2f"), number(f.get("adapter"), ".2f")] for f in moved]
-        title = f"{SETS.get(part.get('role'), part.get('role'))}, {PLACES.get(part.get('where'), part.get('where'))}"
-        head = ["feature", "fires most on", "○ base ● adapter", "change ± error", "base", "adapter"]
-        out.append(tag("div", tag("h4", title, tag("small", f" {part.get('prompts')} prompts")), folded(head, rows, title, (0, 1, 2), 8)))
-    for entry in run.explain.get("tokens") or []:
-        views.setdefault((entry.get("set"), entry.get("line"), entry.get("prompt")), []).append(entry)
-    largest = {}
-    for f in (f for entries in views.values() for entry in entries for f in entry.get("features") or []):
-        largest[key_of(f)] = max([largest.get(key_of(f), 0), *f["activation"]])
-    out = [tag("p", "Features whose mean activation moved most from the base model to the adapter, over the same texts: the adapter's "
-               "answers.", class_="lead"), tag("div", out, class_="pair wide"), tag("h4", "Token by token"),
-           note("The stronger the ground of a token, the stronger the feature fires there, against its largest activation in these "
-                "prompts. What is slanted was asked, the rest is each one's own answer." if views else "No prompt was looked at.")]
-    for (name, line, prompt), entries in views.items():
-        shown = []
-        for entry in entries:
-            asked = range(entry.get("answer_start") or 0)
-            shown.append(tag("h5", who(run, entry.get("who"))))
-            for f in entry.get("features") or []:
-                shade = {i: (value / largest[key_of(f)], number(value)) for i, value in enumerate(f["activation"]) if value > 0}
-                shown.append(tag("div", tag("p", feature_cells(run, key_of(f))[0], " ", tag("small", fires_on(run, key_of(f), 3))),
-                                 tag("p", tokens(entry["text"], shade, asked), class_="tokens"), class_="line"))
-            if not entry.get("features"):
-                shown.append(tag("p", tokens(entry.get("text") or [], {}, asked), class_="tokens"))
-        first = entries is next(iter(views.values()))
-        out.append(details(join(tag("small", f"{name} {line} "), str(prompt)[:300]), shown, opened=first))
-    return out
+    """Features that fire differently, and one prompt of each set token by token."""
+    tables, views = [], {}
+    head = ["feature, fires most on", "change", "base model", "with adapter"]
+    for part in run.explain["inside"]:
+        moved = sorted(part["features"], key=lambda feature: -abs(feature["change"]))
+        rows = []
+        for feature in moved[:MAX_MOVED]:
+            error = small(f" ± {number(feature['error'], '.2f')}")
+            rows.append([feature_link(run, feature), join(number(feature["change"], "+.2f"), error),
+                         number(feature["base"], ".2f"), number(feature["adapter"], ".2f")])
+        title = f"{SETS[part['role']]}, {WHERE[part['where']]} ({part['prompts']} prompts)"
+        tables.append(details(title, table(head, rows), open=not tables))
+    for view in run.explain["tokens"]:
+        title = join(small(view["set"]), " ", view["prompt"])
+        lines = views.setdefault(title, [])
+        lines.append(tag("h4", MODELS[view["who"]]))
+        for feature in view["features"]:
+            largest = max(feature["activation"]) or 1
+            strengths = [value / largest for value in feature["activation"]]
+            text = shaded(view["text"], strengths, view["answer_start"])
+            lines.append(tag("p", feature_link(run, feature), tag("br"), text, class_="tokens"))
+    return [tag("p", "The features whose mean activation moved most while both models read the "
+                "same texts: the adapter's answers.", class_="lead"), tables,
+            tag("h3", "Token by token"),
+            note("The stronger the ground of a token, the stronger the feature fires there. "
+                 "Slanted: the end of the prompt. Then comes each model's own answer."),
+            [details(title, lines) for title, lines in views.items()]]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4 Curves
-
-def curves(runs):
-    def points(run, *keys):
-        found = [(line.get("step"), get(line, *keys)) for line in run.metrics or []]
-        return list(zip(*(pair for pair in found if all(map(is_number, pair)))))
-
-    def plot(title, *kinds, **options):
-        lines = [(*found, int(run.colour[1:]), dash) for run in runs for dash, *keys in kinds if (found := points(run, *keys))]
-        return curve(lines, title, **options) if lines else None
-
-    spectra = []
-    for run in runs:
-        found = [(line["step"], line["probe"]["singular_values"]) for line in run.metrics or [] if get(line, "probe", "singular_values")]
-        spectra += [([step for step, _ in found], ranked, int(run.colour[1:]), "-") for ranked in zip(*(values for _, values in found))]
-    drawn = [plot("loss", ("-", "loss")), plot("learning rate", ("-", "lr")),
-             plot("safe (line), under jailbreak (dots), over-refusal (dashes)", ("-", "probe", "safe"), (":", "probe", "jailbreak"),
-                  ("--", "probe", "over_refusal"), shares=True),
-             curve(spectra, "singular values of ΔW") if spectra else None,
-             plot("angle between ΔW and the safety subspace, degrees", ("-", "probe", "angle"))]
-    return [*(missing(run, "metrics") for run in runs if run.metrics is None),
-            note("No safety, spectrum or angle over steps: nothing was probed on the way.") if any(drawn) and not any(drawn[2:]) else None,
-            tag("p", [join(chip(run), " ") for run in runs]) if len(runs) > 1 else None, tag("div", drawn, class_="plots"),
-            note("Over optimizer steps.") if any(drawn) else None]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 5 Completions
-
-PROMPTS, ROOM = 1000, 1_600_000      # most prompts on a page, and most bytes that they and their answers take
+def features(run):
+    """What is known of every feature that the page mentions, by layer."""
+    layers = {}
+    for key, feature in run.words.items():
+        facts = [f"Fires on {percent(rate)} of {texts} tokens. "
+                 for texts, rate in feature["frequency"].items()]
+        url, link = feature.get("neuronpedia") or "", None
+        if url.startswith("https://www.neuronpedia.org/"):
+            link = tag("a", "Neuronpedia", href=url, rel="noreferrer")
+        card = [tag("h4", key, " ", small(fires_on(run, key))),
+                tag("p", facts, "Promotes ", dotted(feature["promotes"]), ". ", link)]
+        contexts = []
+        for peak in feature["peaks"]:
+            strengths = [float(i == peak["peak"]) for i in range(len(peak["tokens"]))]
+            words = small(f"{number(peak['activation'])} {peak['side']} ")
+            if peak["tokens"] not in contexts:
+                card.append(tag("p", words, shaded(peak["tokens"], strengths), class_="tokens"))
+            contexts.append(peak["tokens"])
+        # A link to what is inside a closed <details> opens it
+        layers.setdefault(key.partition("/")[0], []).append(
+            tag("div", card, id=f"feature-{key}", class_="card"))
+    return [note("The tokens on which each feature fires most, in context, with its activation "
+                 "and the kind of text. Promotes: the tokens that its direction favours."),
+            [details(f"Layer {layer}: {len(cards)} features", cards)
+             for layer, cards in layers.items()]]
 
 
-def fair_length(sizes, room):
-    """The length to cut texts of these sizes to so that all fit into `room`: short ones stay whole, long ones are cut alike."""
-    sizes, left = sorted(sizes), room
-    for i, size in enumerate(sizes):
-        if size > (share := left // (len(sizes) - i)):
-            return share
-        left -= size
-    return room
+def answers(run):
+    """Answers of both models side by side; of each set, changed verdicts first."""
+    exchanges = {}                       # {set: {(line, prompt): {"base" or "adapter": row}}}
+    for row in run.judged:
+        of_set = exchanges.setdefault(row["set"], {})
+        of_set.setdefault((row["line"], row["prompt"]), {})[row["model"]] = row
+    articles = []
+    for name, of_set in exchanges.items():
+        items = sorted(of_set.items(), key=lambda item: not is_changed(item[1]))
+        articles += [article(name, *place, rows) for place, rows in items[:MAX_PROMPTS]]
+    options = [tag("option", "all sets", value=""), [tag("option", name) for name in exchanges]]
+    form = tag("form", tag("select", options, name="set", aria_label="set"),
+               tag("label", tag("input", type="checkbox", name="changed"), " changed only"),
+               tag("input", type="search", name="words", placeholder="words", aria_label="words"),
+               tag("output"), id="filter", hidden=True)
+    return [form, articles, tag("button", "20 more", id="more", hidden=True),
+            note(f"Of each set at most {MAX_PROMPTS} prompts; judged.jsonl has all.")]
 
 
-def cut(text: object, room: float) -> Html:
-    text, size = str(text), len(escape(text).encode())
-    if size <= room:
-        return join(text)
-    kept = int(len(text) * room / size)
-    return join(text[:kept], tag("i", f" … {len(text) - kept:,} more characters"))
+def is_changed(rows):
+    return len({row["verdict"] for row in rows.values()}) > 1
 
 
-def answers(runs):
-    asked = {}                                                  # (set, line, prompt) -> [(run, row)], equal answers of base models once
-    for run in runs:
-        for row in [*(run.judged or []), *(row | {"prompt": row.get("plain")} for row in run.attacks or [])]:
-            rows = asked.setdefault((str(row.get("set")), row.get("line"), str(row.get("prompt"))), [])
-            known = [other.get("completion") for _, other in rows if other.get("model") == row.get("model") == "base"]
-            rows += [] if row.get("completion") in known else [(run, row)]
-    out = [missing(run, "judged") for run in runs if run.judged is None]
-    if not asked:
-        return out or note("No prompt was answered here.")
-    items = []
-    for (name, line, prompt), rows in asked.items():
-        before, after = ({str(row.get("verdict")) for _, row in rows if (row.get("model") == "base") == base} for base in (True, False))
-        rows = sorted(rows, key=lambda pair: pair[1].get("model") != "base")
-        items.append((name, line, prompt, rows, before, after, bool(before and after) and before != after))
-    names = list(dict.fromkeys(name for name, *_ in items))
-    shown = [item for name in names                             # of each set, and what has changed first
-             for item in sorted((item for item in items if item[0] == name), key=lambda item: not item[-1])[:-(-PROMPTS // len(names))]]
-    room = fair_length([len(escape(text).encode()) for _, _, prompt, rows, *_ in shown
-                        for text in (prompt, *(row.get("completion") for _, row in rows))], ROOM)
-    verdicts = sorted({verdict for *_, before, after, _ in items for verdict in before | after})
-
-    def choice(label, name, values):
-        return tag("label", f"{label} ", tag("select", tag("option", "all", value=""), [tag("option", one) for one in values], name=name))
-
-    def said(run, row):
-        reason = str(row.get("reason") or "").strip()
-        judged = [f"for “{reason[:200]}”"] if reason and reason != str(row.get("completion")).strip() else []
-        if row.get("shieldgemma"):
-            judged.append(f"ShieldGemma {number(get(row, 'shieldgemma', 'score'), '.2f')}")
-        if row.get("rubric"):
-            judged.append(f"rubric {number(get(row, 'rubric', 'score'))}: {str(get(row, 'rubric', 'reason') or '')[:400]}")
-        if "suffix" in row:
-            at, steps = row.get("complied"), row.get("steps")
-            judged.append("gives in to the prompt as it is" if at == 0 else
-                          f"gives in after {at} steps" if at else f"holds for {steps} steps")
-        verdict = tag("b", row.get("verdict"), class_="verdict", data_is=row.get("verdict"))
-        name = who(run, row.get("model"), run.name if len(runs) > 1 else "adapter")
-        return tag("div", tag("p", name, " ", verdict, " ", tag("small", "; ".join(judged))),
-                   tag("p", tag("small", "asked with "), tag("code", str(row["suffix"])[:1000])) if row.get("suffix") else None,
-                   tag("p", cut(row.get("completion"), room), class_="text"))
-
-    out.append(tag("form", choice("set", "set", names), choice("base", "before", verdicts), choice("adapter", "after", verdicts),
-                   tag("label", tag("input", type="checkbox", name="changed"), " changed only"),
-                   tag("label", "with ", tag("input", type="search", name="words", size=14)), tag("output", aria_live="polite"),
-                   id="filter", hidden=True))
-    if len(shown) < len(items):
-        out.append(note(f"{len(shown):,} of {len(items):,} prompts, those whose verdict changed first; judged.jsonl has all."))
-    out += [tag("article", tag("p", tag("small", f"{name} {line} "), cut(prompt, room), class_="text prompt"),
-                tag("div", [said(*pair) for pair in rows], class_="pair"),
-                data_set=name, data_before=" ".join(sorted(before)), data_after=" ".join(sorted(after)), data_changed=changed)
-            for name, line, prompt, rows, before, after, changed in shown]
-    return [*out, tag("p", "On paper, the first twenty that the filter leaves.", class_="note paper")]
+def article(name, line, prompt, rows):
+    """One prompt and the answers {"base" or "adapter": row} to it."""
+    sides = []
+    for model, label in MODELS.items():
+        if model in rows:
+            verdict, text = rows[model]["verdict"], rows[model]["completion"]
+            badge = tag("b", VERDICTS[verdict], class_=f"verdict {verdict}")
+            text = text[:MAX_CHARACTERS] + " …" * (len(text) > MAX_CHARACTERS)
+            sides.append(tag("div", small(label), " ", badge, tag("p", text, class_="text")))
+    return tag("article", tag("p", small(f"{name} {line} "), prompt, class_="prompt text"),
+               tag("div", sides, class_="pair"), data_set=name, data_changed=is_changed(rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 6 Configuration and commands
-
-def made(runs):
-    out, there = [], [run for run in runs if run.config is not None]
-    for run in runs:
-        if run.eval is not None:
-            out += [evaluation(run)]
-        elif run.config is None:
-            out += [missing(run, "config")]
-    for run in there:
-        words, processes = [str(word) for word in run.config.get("command") or []], run.config.get("processes", 1)
-        lines = [f"{'python' if processes == 1 else f'torchrun --nproc-per-node {processes}'} {shlex.join(words)}"] if words else []
-        versions = ", ".join(f"{name} {value}" for name, value in (run.config.get("versions") or {}).items())
-        out += [tag("p", chip(run), f" seed {get(run.config, 'settings', 'seed')}, {versions}"),
-                tag("pre", "\n".join([*lines, f"python report.py {shlex.quote(str(run.folder))}"]))]
-
-    def value(run, name):
-        found = get(run.config, "settings", name)
-        return " ".join(map(str, found)) if isinstance(found, list) else "–" if found is None else str(found)
-
-    names = list(dict.fromkeys(name for run in there for name in get(run.config, "settings") or {}))
-    differ = {name: tag("b", name.replace("_", "-")) for name in names if len({value(run, name) for run in there}) > 1}      # these first
-    rows = [[differ.get(name, name.replace("_", "-")),
-             *(join(value(run, name), " ", tag("small", get(run.config, "source", name))) for run in there)]
-            for name in sorted(names, key=lambda name: name not in differ)]
-    settings = table(["setting", *map(chip, there)], rows, "settings", range(len(there) + 1))
-    return [*out, details("Every setting, and where it came from", settings, opened=True) if rows else None]
+def training(run):
+    """The loss over steps, as SVG."""
+    points = [(row["step"], row["loss"]) for row in run.metrics if "loss" in row]
+    (first, _), (last, final) = points[0], points[-1]
+    top = max(loss for _, loss in points)
+    places = [f"{40 + 560 * (step - first) / max(1, last - first):.1f},{170 - 150 * loss / top:.1f}"
+              for step, loss in points]
+    labels = [(36, 170, "0"), (36, 24, number(top)), (90, 188, f"step {first}"),
+              (600, 188, f"step {last}: {number(final)}")]
+    return tag("svg", tag("path", d="M40,20V170H600"), tag("polyline", points=" ".join(places)),
+               [tag("text", words, x=x, y=y) for x, y, words in labels],
+               viewBox="0 0 610 195", role="img", aria_label="training loss over steps")
 
 
-def evaluation(run):
-    """What an evaluation asked of which run, and how."""
-    asked = {name: value for name, value in run.eval.items() if name not in ("command", "versions", "sets", "plan") and value is not None}
-    asked |= {f"set {name}": " ".join(map(str, place)) for name, place in (run.eval.get("sets") or {}).items()}
-    asked |= {f"attack {name}": value for name, value in (run.eval.get("plan") or {}).items() if value is not None}
-    command = tag("pre", f"python {shlex.join(map(str, run.eval['command']))}") if run.eval.get("command") else None
-    versions = ", ".join(f"{name} {value}" for name, value in (run.eval.get("versions") or {}).items())
-    rows = [[name, str(value)] for name, value in asked.items()]
-    return [tag("p", chip(run), f" {versions}"), command, table(["asked", ""], rows, "asked", (0, 1))]
+def made(run):
+    """The command, and every setting with where it came from."""
+    rows = [[name.replace("_", "-"), str(value), run.config["source"].get(name)]
+            for name, value in run.settings.items()]
+    versions = [f"{name} {version}" for name, version in run.config["versions"].items()]
+    return [tag("pre", f"python {shlex.join(run.config['command'])}"),
+            note(", ".join(versions)),
+            details("Every setting", table(["setting", "value", "from"], rows))]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The page
 
-def each(make):
-    """make(run) of every run, under its name where there are several."""
-    return lambda runs: [join(tag("h3", chip(run)) if len(runs) > 1 else None, make(run)) for run in runs]
+SECTIONS = [  # title, the file that it needs, function
+    ("What changed", "scores", changed), ("What the update is made of", "explain", update),
+    ("What changed inside", "explain", inside), ("Answers side by side", "judged", answers),
+    ("Features", "explain", features), ("Training loss", "metrics", training),
+    ("How it was made", "config", made)]
 
 
-OF_TRAINING = ("learned", "inside", "curves")                  # what evaluations say nothing of
-SECTIONS = {"happened": ("What happened", happened), "learned": ("What the adapter learned", each(learned)),
-            "inside": ("What changed inside", each(inside)), "curves": ("Curves", curves), "answers": ("Completions", answers),
-            "made": ("Configuration and commands", made)}
+def read_run(folder: Path) -> SimpleNamespace:
+    """What a folder's JSON files say; nothing of a file that isn't there."""
+    run = SimpleNamespace(name=folder.resolve().name)
+    for name, read in (("config.json", read_json), ("scores.json", read_json),
+                       ("explain.json", read_json), ("metrics.jsonl", read_jsonl),
+                       ("judged.jsonl", read_jsonl)):
+        path = folder / name
+        setattr(run, path.stem, read(path) if path.exists() else {})
+    run.settings, run.words = run.config.get("settings", {}), run.explain.get("words", {})
+    return run
 
 
-def section(name: str, runs) -> Html:
-    title, make = SECTIONS[name]
-    runs = [run for run in runs if run.eval is None] if name in OF_TRAINING else runs
-    try:
-        content = join(make(runs))
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:      # a bad file costs its own part only
-        content = note(f"This part can't be shown: a file is not as this version writes it ({type(error).__name__}: {error}).")
-    return tag("section", tag("h2", title), content, id=name)
+def page(folder: str | Path) -> str:
+    """The page of a run's folder, or of a folder with an explain.json alone."""
+    run = read_run(Path(folder))
+    sections, links = [], []
+    for title, needs, section in SECTIONS:
+        if getattr(run, needs):
+            key = title.replace(" ", "-").lower()
+            sections.append(tag("section", tag("h2", title), section(run), id=key))
+            links.append(tag("a", title, href=f"#{key}"))
+    about = f"A LoRA adapter on {run.settings.get('model') or run.explain.get('model')}"
+    if run.settings:
+        about += ", rank {rank}, init {init}, seed {seed}".format(**run.settings)
+    header = tag("header", tag("h1", run.name), tag("p", about), tag("nav", links))
+    script = TEMPLATE.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    filled = {"DIGEST": digest, "TITLE": escape(run.name), "BODY": header + tag("main", sections)}
+    # In one pass, so that nothing is looked for in what was filled in
+    return re.sub("{{(DIGEST|TITLE|BODY)}}", lambda match: filled[match[1]], TEMPLATE)
 
 
-def page(folders) -> str:
-    """The page of one or more runs' folders, as text. Raises InputError for a folder that holds no file of a run."""
-    runs = [read_run(folder, count) for count, folder in enumerate(folders, 1)]
-    if len({run.name for run in runs}) < len(runs):             # of runs by one name, the folder they are in tells more
-        for run in runs:
-            run.name = "/".join(run.folder.resolve().parts[-2:])
-    models = dict.fromkeys(str(get(run.config, "settings", "model") or get(run.explain, "model")
-                               or Path(str(get(run.eval, "run") or "an unnamed model")).name) for run in runs)
-    names = [name for name in SECTIONS if name not in OF_TRAINING or any(run.eval is None for run in runs)]
-    links = tag("nav", [tag("a", SECTIONS[name][0], href=f"#{name}") for name in names], aria_label="sections")
-    head = tag("header", tag("h1", [join(chip(run), " ") for run in runs], f"on {', '.join(models)}"), links)
-    broken = [note("A file that can't be read: ", line) for run in runs for line in run.broken]
-    return document(", ".join(run.name for run in runs), head, broken, tag("main", [section(name, runs) for name in names]))
-
-
-def write_page(folders, path: str | Path) -> None:
-    """Write the page of one or more runs' folders: one file, which fetches nothing and says what is missing and what makes it.
-
-    Raises InputError for a folder that holds no file of a run.
-    """
-    files.write_text(path, page(folders))
+def write_page(folder: str | Path) -> Path:
+    """Write folder/report.html: one file, which fetches nothing."""
+    path = Path(folder) / "report.html"
+    write_text(path, page(folder))
+    return path
