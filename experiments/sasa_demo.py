@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from run.files import write_json
-from report.runs import table
+from run.files import table
 from saes.step import Spec, ranks
 from saes.train import Training
 

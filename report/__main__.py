@@ -24,7 +24,7 @@ from run.files import ROOT, InputError, Parser, data_file, is_new, read_json, ta
 from run.session import limit_threads
 from run.settings import add_flags, base_of, model_folder, resolve, saved_settings
 from sae import load_saes
-from safety.sets import load as load_sets
+from safety.sets import load_sets
 
 FLAGS = ("model", "sae", "layers", "width", "sets", "device")
 

@@ -18,14 +18,15 @@ from tqdm import tqdm
 
 import lora
 from data import Example, Prompt, Tokenizer, make_example
-from figures import HARMFUL, answer, compare, refused, share
+from eval import answer
 from features import Peaks, in_context, promoted
 from model import Gemma2
 from report.directions import directions_used, sae_key, span, stream_gain, update_norm
 from run.files import InputError
 from sae import SAE, neuronpedia_url
-from safety.rules import rules as verdict
-from safety.sets import Asked as EvalSet
+from safety.figures import compare, refused, share
+from safety.rules import verdict
+from safety.sets import HARMFUL, EvalSet
 
 NUM_PROMPTS = 64       # of each set
 NUM_SINGLE = 4         # features removed one by one

@@ -14,8 +14,8 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-from figures import OUTCOMES
 from run.files import read_json, read_jsonl, write_text
+from safety.figures import main_figure
 
 TEMPLATE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 MAX_PROMPTS = 250      # of each set
@@ -131,7 +131,7 @@ def changed(run):
         base = run.scores["sets"]["base"].get(name, {})
         paired = run.scores.get("paired", {}).get(name, {})
         # The role's main figure, then those of other judges
-        main = next(key for key in OUTCOMES[adapter["role"]] if key in adapter)
+        main = main_figure(adapter["role"], adapter)
         for key in [main, *(key for key in OTHER_JUDGES if key in adapter)]:
             words = f"{SETS.get(name, name)}: {(FIGURES | OTHER_JUDGES)[key]} "
             rows.append([join(words, small(f"n = {adapter['n']}")), figure(base.get(key)),

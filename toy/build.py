@@ -29,7 +29,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 
 from run import settings as recipe
-from report import runs as report
+from run import files as report
 from saes import measure as sae_eval
 import train
 from model import Config
