@@ -29,8 +29,8 @@ import lora
 from attention import use_compile
 from data import Example, Row, load_examples, load_tokenizer, pack
 from eval import complete, result_table, samples, score
-import features as features_  # alias until the rooms meet
-from features import load_subspaces, sample_pairs, save_selection
+from features import (SELECTIONS, load_subspaces, module_bases, sample_pairs, save_selection,
+                      select_features)
 from fused import IGNORE
 from model import PRESETS, TARGETS, Config, Gemma2, load_config, load_model
 from run import parallel
@@ -40,18 +40,6 @@ from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads
 from run.settings import add_flags, model_folder, resolve, saved_settings, settings_table
 from sae import load_saes
 from safety.sets import load_sets
-
-
-# aliases until the rooms meet
-SELECTIONS = {"paper": None, "gradient": None}
-
-
-def select_features(model, saes, tokenizer, pairs, s):
-    return features_.select_features(model, saes, tokenizer, pairs, s.top_k, s.tau, s.rank, s.tokens, s.batch_tokens, s.select, s.norm_aware)
-
-
-def module_bases(*args):
-    return features_.module_bases(*args[:3])[0]
 
 
 # ------------------------------------------------------------------------------
