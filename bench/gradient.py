@@ -16,16 +16,16 @@ from types import SimpleNamespace
 
 import torch
 from bench.common import publish
-from selection import random_pairs, random_saes
+from bench.selection import random_pairs, random_saes
 from bench.step import CONFIGS
 
-import contrast
 import lora
 from run import settings as recipe
 import train
 from data import load_tokenizer, make_example
 from data import read_pairs
-from features import gradient_moments
+from features import contrast_gradients, gradient_moments
+from saes.gradient import greedy
 from model import Gemma2, load_model
 from sae import load_sae
 from run.session import adapter_parameters
@@ -57,9 +57,9 @@ def sides(model, rows, examples, settings, rank=16):
     begun = []                                                           # the steps, once LoRA is on the model
 
     def select():
-        gradients = contrast.contrast_gradients(model, pairs, settings.batch_tokens)
+        gradients = contrast_gradients(model, pairs, settings.batch_tokens)
         for (layer, _), moment in gradient_moments(model, gradients, rows).items():
-            contrast.greedy(rows[layer], moment, 2 * rank, rank)
+            greedy(rows[layer], moment, 2 * rank, rank)
 
     def step():
         if not begun:

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experiments.variants import LAYERS, RANK, ROOT, TOP_K, world_of  # first: it puts the product on the path
+from experiments.variants import LAYERS, RANK, ROOT, TOP_K, WIDE, world_of  # first: it puts the product on the path
 
-import contrast
 from run import files
 from experiments.ablate import RESULTS, append, build, mean_error, versions
 from data import prompt_tokens
+from experiments import selections as tried
 from features import choose_features
+from saes.gradient import greedy
 from run.files import InputError
 from saes.measure import auroc
 from run.files import table
@@ -52,12 +53,13 @@ def selections(world):
     found = {("all features", "all"): {layer: torch.arange(len(world.rows[layer])) for layer in LAYERS},
              ("paper", "all"): {layer: choose_features(world.statistics[layer], TOP_K) for layer in LAYERS}}
     for (layer, side), moment in world.moments.items():
-        found.setdefault(("gradient", side), {})[layer] = contrast.greedy(world.rows[layer], moment, 2 * RANK, RANK).chosen
-    prompts = contrast.decision_prompts(world.tokenizer, world.examples, world.harmless)
-    weights = {"attribution": contrast.attribution(world.model, world.saes, world.examples, world.tokenizer.control),
-               "decision": contrast.decision(world.model, world.saes, *prompts)}
-    for name, weight in weights.items():
-        found[name, "all"] = {layer: contrast.weighted(world.rows[layer], weight[layer], 2 * RANK, RANK).chosen for layer in LAYERS}
+        found.setdefault(("gradient", side), {})[layer] = greedy(world.rows[layer], moment, 2 * RANK, RANK).features
+    _, harmless = tried.decision_prompts(world.tokenizer, world.examples, world.harmless)
+    inputs = world.model, world.saes, world.examples, world.statistics, WIDE
+    choices = {"attribution": tried.attribution(*inputs, control=world.tokenizer.control),
+               "decision": tried.decision(*inputs, harmless=harmless)}
+    for name, choice in choices.items():
+        found[name, "all"] = {layer: choice[layer, "readers"].features for layer in LAYERS}
     return found
 
 

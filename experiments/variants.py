@@ -18,7 +18,7 @@ sys.path.append(str(ROOT))                       # at the end: `select` must sta
 
 import torch
 
-import contrast
+from experiments import selections
 from run import files
 import lora
 from experiments import neighbours
@@ -26,7 +26,11 @@ from toy import build as toy
 import train
 from data import load_tokenizer, make_example
 from data import read_pairs, read_prompts
-from features import choose_features, feature_statistics, gradient_moments, module_bases, spanning_rows, subspace
+from features import (SIDES, choose_features, contrast_gradients, feature_statistics, gradient_moments, module_bases,
+                      serving_layer, spanning_rows, subspace)
+from saes.gradient import energy
+from saes.gradient import greedy as pursuit
+from saes.gradient import rotated
 from model import load_model
 from sae import load_sae
 from run.session import adapter_parameters, put
@@ -36,6 +40,7 @@ RANK, TOP_K, TAU = 16, 20, 0.8                   # the toy recipe's
 LAYERS, WIDTH = (1, 2, 3), "512"                 # of a world's SAEs
 ROSI, LOX = 3.0, (6, 0.25)                       # α; k and factor: chosen on world 101, where LoX's own factor, 1.25, refuses everything
 SETTINGS = {"batch_tokens": 512, "accumulate": 2}
+WIDE = SimpleNamespace(top_k=2 * RANK, rank=RANK, batch_tokens=2048)     # of selections that look at the loss
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,13 +77,13 @@ class World:
 
     @cached_property
     def gradients(self):
-        return contrast.contrast_gradients(self.model, self.examples)
+        return contrast_gradients(self.model, self.examples)
 
     @cached_property
     def harmless_gradients(self):
         """As `gradients`, of the pairs' answers to `harmless` prompts: what would make these refused."""
         answers = [(self.tokenizer.decode(a.tokens[a.start:]), self.tokenizer.decode(u.tokens[u.start:])) for a, u in self.examples]
-        return contrast.contrast_gradients(self.model, [
+        return contrast_gradients(self.model, [
             tuple(make_example(self.tokenizer, prompt.turns, text, SETTINGS["batch_tokens"]) for text in answers[number % len(answers)])
             for number, prompt in enumerate(self.harmless)])
 
@@ -90,7 +95,7 @@ class World:
     @cached_property
     def block_moments(self):
         """{(SAE layer, side, block): GᵀG of that block's readers, or writer}."""
-        return gradient_moments(self.model, self.gradients, LAYERS, by_block=True)
+        return by_block(self.model, self.gradients)
 
     @cached_property
     def residuals(self):
@@ -153,7 +158,7 @@ class World:
 
     @cached_property
     def harm(self):
-        return neighbours.harm_direction(self.model, *contrast.decision_prompts(self.tokenizer, self.examples, self.harmless))
+        return neighbours.harm_direction(self.model, *selections.decision_prompts(self.tokenizer, self.examples, self.harmless))
 
     @cached_property
     def digest(self):
@@ -198,10 +203,13 @@ def begin(model, draw, bases=None, init="sails", **kind):
 
 def spread(model, spaces, draw=None):
     """{module: U} of {layer: U}, {(layer, side): U} or {(layer, side, block): U}; with `draw`, each module's rotated."""
-    bases, _ = module_bases(model, spaces)
+    bases = {}
+    for name, block, writer in sides(model):
+        layer, side = serving_layer(block, writer, LAYERS), SIDES[writer]
+        bases[name] = next(spaces[key] for key in (layer, (layer, side), (layer, side, block)) if key in spaces)
     if draw is None:
         return bases
-    return {name: contrast.rotated(U, int(torch.randint(1 << 30, (), generator=draw))) for name, U in bases.items()}
+    return {name: rotated(U, int(torch.randint(1 << 30, (), generator=draw))) for name, U in bases.items()}
 
 
 def top(M):
@@ -280,7 +288,7 @@ def paper_spaces(saes, statistics):
 @variant
 def paper_norm_aware(world, model, draw):
     """SAILS with directions mapped through the norms' gains."""
-    return begin(model, draw, module_bases(model, paper_spaces(world.saes, world.statistics), norm_aware=True)[0])
+    return begin(model, draw, module_bases(model, {(layer, side): U for layer, U in paper_spaces(world.saes, world.statistics).items() for side in SIDES}, True))
 
 
 @variant
@@ -303,6 +311,20 @@ def sasa(world, model, draw):
     return begin(model, draw, spread(model, paper_spaces(world.blocks, statistics)))
 
 
+def by_block(model, gradients):
+    """{(SAE layer, side, block): GᵀG} of each block's readers, and of its writer."""
+    moments = {}
+    for block in range(len(model.layers)):
+        own = {name: G for name, G in gradients.items() if name.startswith(f"layers.{block}.")}
+        moments |= {(*key, block): moment for key, moment in gradient_moments(model, own, LAYERS).items()}
+    return moments
+
+
+def by_energy(rows, moment, count, rank):
+    """The rows of largest ‖Gw‖², each on its own."""
+    return selections.weighted(rows, energy(rows, moment), count, rank)
+
+
 def picked(world, moments, how):
     return {key: how(world.rows[key[0]], K, 2 * RANK, RANK).U for key, K in moments.items()}
 
@@ -310,31 +332,31 @@ def picked(world, moments, how):
 @variant
 def score(world, model, draw):
     """Contrast gradients, rows by ‖Gw‖², pooled over the modules that an SAE serves."""
-    return begin(model, draw, spread(model, picked(world, world.moments, contrast.score)))
+    return begin(model, draw, spread(model, picked(world, world.moments, by_energy)))
 
 
 @variant
 def greedy(world, model, draw):
     """Contrast gradients, rows by matching pursuit, pooled over the modules that an SAE serves."""
-    return begin(model, draw, spread(model, picked(world, world.moments, contrast.greedy)))
+    return begin(model, draw, spread(model, picked(world, world.moments, pursuit)))
 
 
 @variant
 def greedy_rotated(world, model, draw):
     """`greedy`, its basis rotated at random."""
-    return begin(model, draw, spread(model, picked(world, world.moments, contrast.greedy), draw))
+    return begin(model, draw, spread(model, picked(world, world.moments, pursuit), draw))
 
 
 @variant
 def greedy_block(world, model, draw):
     """`greedy` with a choice for each block's readers and each block's writer."""
-    return begin(model, draw, spread(model, picked(world, world.block_moments, contrast.greedy)))
+    return begin(model, draw, spread(model, picked(world, world.block_moments, pursuit)))
 
 
 @variant
 def greedy_block_rotated(world, model, draw):
     """`greedy-block`, rotated."""
-    return begin(model, draw, spread(model, picked(world, world.block_moments, contrast.greedy), draw))
+    return begin(model, draw, spread(model, picked(world, world.block_moments, pursuit), draw))
 
 
 @variant
@@ -342,30 +364,31 @@ def greedy_guarded(world, model, draw):
     """`greedy-rotated` on the gradient's moment less that of the same two answers to harmless prompts, at equal trace."""
     guard = gradient_moments(world.model, world.harmless_gradients, LAYERS)
     moments = {key: K / K.trace() - guard[key] / guard[key].trace() for key, K in world.moments.items()}
-    return begin(model, draw, spread(model, picked(world, moments, contrast.greedy), draw))
+    return begin(model, draw, spread(model, picked(world, moments, pursuit), draw))
 
 
 @variant
 def greedy_norm_aware(world, model, draw):
     """`greedy-rotated` in the residual stream's coordinates, mapped through the norms' gains."""
-    spaces = picked(world, gradient_moments(world.model, world.gradients, LAYERS, norm_aware=True), contrast.greedy)
-    bases, _ = module_bases(model, spaces, norm_aware=True)
-    return begin(model, draw, {name: contrast.rotated(U, int(torch.randint(1 << 30, (), generator=draw))) for name, U in bases.items()})
+    spaces = picked(world, gradient_moments(world.model, world.gradients, LAYERS, norm_aware=True), pursuit)
+    bases = module_bases(model, spaces, norm_aware=True)
+    return begin(model, draw, {name: rotated(U, int(torch.randint(1 << 30, (), generator=draw))) for name, U in bases.items()})
 
 
 @variant
 def attribution(world, model, draw):
     """Activation × gradient, rows weighted by it, rotated."""
-    found = contrast.attribution(world.model, world.saes, world.examples, world.tokenizer.control)
-    spaces = {layer: contrast.weighted(world.rows[layer], found[layer], 2 * RANK, RANK).U for layer in LAYERS}
+    choices = selections.attribution(world.model, world.saes, world.examples, None, WIDE, control=world.tokenizer.control)
+    spaces = {key: choice.U for key, choice in choices.items()}
     return begin(model, draw, spread(model, spaces, draw))
 
 
 @variant
 def decision(world, model, draw):
     """Harmful against harmless prompts at the decision token, rows weighted by the difference, rotated."""
-    found = contrast.decision(world.model, world.saes, *contrast.decision_prompts(world.tokenizer, world.examples, world.harmless))
-    spaces = {layer: contrast.weighted(world.rows[layer], found[layer], 2 * RANK, RANK).U for layer in LAYERS}
+    _, harmless = selections.decision_prompts(world.tokenizer, world.examples, world.harmless)
+    choices = selections.decision(world.model, world.saes, world.examples, None, WIDE, harmless=harmless)
+    spaces = {key: choice.U for key, choice in choices.items()}
     return begin(model, draw, spread(model, spaces, draw))
 
 
@@ -382,7 +405,7 @@ def gradient_svd_rotated(world, model, draw):
 
 
 def oracle_bases(world, model, draw=None):
-    moments = gradient_moments(world.model, world.full, LAYERS, by_block=True)
+    moments = by_block(world.model, world.full)
     return spread(model, {key: top(K) for key, K in moments.items()}, draw)
 
 

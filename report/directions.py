@@ -56,8 +56,7 @@ def sae_key(name: str, layer: lora.LoRALinear, sae_layers) -> tuple[int, str]:
 
 def stream_gain(model, name: str) -> torch.Tensor:
     """1 + w (D) of the norm between the module `name` and the residual stream."""
-    return norm_gain(model.layers[int(name.split(".")[1])], name.endswith(("o_proj", "down_proj")),
-                     ".mlp." in name)[0]
+    return norm_gain(model.layers[int(name.split(".")[1])], name)
 
 
 def random_directions(decoder: torch.Tensor) -> torch.Tensor:

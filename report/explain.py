@@ -19,7 +19,7 @@ from tqdm import tqdm
 import lora
 from data import Example, Prompt, Tokenizer, make_example
 from eval import answer
-from features import Peaks, in_context, promoted
+from saes.words import Peaks, in_context, promoted
 from model import Gemma2
 from report.directions import directions_used, sae_key, span, stream_gain, update_norm
 from run.files import InputError
