@@ -115,30 +115,29 @@ def add_flags(parser, dtypes=("bfloat16", "float32"), rounds=5) -> None:
         add("--dtype", nargs="+", choices=("bfloat16", "float32"), default=list(dtypes),
             help=f"of the base (default: {' '.join(dtypes)})")
     add("--threads", type=int, default=1, metavar="N", help="of all sides (default: 1)")
-    add("--products", choices=("onednn", "mkl"), default="onednn",
-        help="library for float32 matrices, all sides (default: onednn)")
     add("--rounds", type=int, default=rounds, metavar="N",
         help=f"timed runs of each side (default: {rounds})")
 
 
-def choose_products(library: str) -> None:
-    """Choose which library multiplies float32 matrices.
+def choose_products() -> str:
+    """Choose which library multiplies float32 matrices, and return its name.
 
-    PyTorch takes MKL, on this project's machine (AMD) the slower one. oneDNN is chosen by
-    allowing it bfloat16. Without AMX it makes no use of that; where it does, the bench refuses.
+    PyTorch takes MKL, on AMD the slower one. oneDNN is chosen by allowing it bfloat16, of which
+    it makes no use without AMX. Where it does, MKL stays: both sides must multiply in float32.
     """
-    precision = {"onednn": "bf16", "mkl": "ieee"}[library]
-    torch.backends.mkldnn.matmul.fp32_precision = precision
     a, b = torch.randn(2, 512, 512).unbind()
     exact = a.double() @ b.double()
-    if (a @ b - exact).norm() > 1e-6 * exact.norm():
-        sys.exit("oneDNN rounds float32 matrices to bfloat16 here: take --products mkl")
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    if (a @ b - exact).norm() < 1e-6 * exact.norm():
+        return "onednn"
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    return "mkl"
 
 
 def prepare(args) -> None:
-    """Set threads and library as the flags say."""
+    """Set the threads, and choose a library for float32 products."""
     torch.set_num_threads(args.threads)
-    choose_products(args.products)
+    args.products = choose_products()
 
 
 def cpu_name() -> str:

@@ -171,8 +171,7 @@ def rows_of(name, dtype_name, labelled, args):
     memory = {}
     for side in sides:
         memory[side] = peak_memory("bench.step", "--alone", side, "--config", name, "--dtype",
-                                   dtype_name, "--labels", labelled, "--threads", args.threads,
-                                   "--products", args.products)
+                                   dtype_name, "--labels", labelled, "--threads", args.threads)
     built = {side: SIDES[side](config, dtype, labelled) for side in sides}
     agreement = parity(built, config, dtype, labelled)
     print(f"{name} {dtype_name} {labelled}: {agreement}", file=sys.stderr)
