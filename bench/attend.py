@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from attention import attention, attention_plain, span_mask, use_compile, visible_keys
 from bench.common import add_flags, prepare, publish, ratio
-from fused import attention, softcap, use_compile, visible_keys
 from run.files import Parser
 
 B, T, H, K, hd, CAP = 4, 1024, 8, 4, 64, 50.0
@@ -30,22 +30,9 @@ SHOWN = {"dtype": "", "window": "", "side": "", "forward ms": ",.0f", "both ms":
          "forward ×": ".1f", "both ×": ".1f", "off": ".1e"}
 
 
-def mask_of(low):
-    """(1, 1, T, T): query t sees the keys from low[t] to t."""
-    at = torch.arange(T)
-    return ((at >= low[0, :, None]) & (at <= at[:, None]))[None, None]
-
-
-def plain(q, k, v, mask):
-    """q (B, H, T, hd), k and v (B, K, T, hd): softmax(softcap(q·kᵀ·scale))·v over visible keys."""
-    k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
-    scores = softcap(q @ k.mT * SCALE, CAP).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
-
-
 def sides(low, dtype):
     """{name: (q, k, v) -> output}. Masks are made once, as a model makes them for its layers."""
-    mask = mask_of(low)
+    mask = span_mask(low)
     bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     module = SimpleNamespace(num_key_value_groups=H // K, training=True)
     visible = visible_keys(low, CAP)
@@ -81,8 +68,8 @@ def results(run, tensors, grad):
 def parity(runs, tensors, low, grad) -> dict[str, float]:
     """{side: worst relative distance from float64, over output and gradients}."""
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    mask = mask_of(low)
-    truth = results(lambda q, k, v: plain(q, k, v, mask), wide, grad.double())
+    mask = span_mask(low)
+    truth = results(lambda q, k, v: attention_plain(q, k, v, mask, SCALE, CAP), wide, grad.double())
     off = {}
     for name, run in runs.items():
         if "SDPA" not in name:

@@ -18,7 +18,7 @@ from run.files import ROOT, table, write_json
 # Time
 
 def clock() -> float:
-    """Seconds: processor time of a single thread, which neighbours don't stretch, else wall time."""
+    """Seconds: of one thread processor time, which neighbours don't stretch, else wall time."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 

@@ -16,8 +16,8 @@ import argparse
 import sys
 
 import torch
-from bench.common import models, publish, race
-from bench.step import CONFIGS, choose_products
+from bench.common import models, prepare, publish, race
+from bench.shapes import CONFIGS
 
 from data import Example
 from features import feature_statistics
@@ -91,14 +91,12 @@ def main():
     parser.add_argument("--features", nargs="+", type=int, default=[4096, 16384], help="of each SAE (default: 4096 16384)")
     parser.add_argument("--pairs", type=int, default=32, help="pairs (default: 32)")
     parser.add_argument("--threads", type=int, default=1, help="of both sides (default: 1)")
-    parser.add_argument("--products", choices=("onednn", "mkl"), default="onednn", help="library for float32 matrices, both sides")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side (default: 5)")
     parser.add_argument("--quick", action="store_true", help="3 rounds, and only 4,096 features")
     args = parser.parse_args()
     if args.quick:
         args.features, args.rounds = [4096], 3
-    torch.set_num_threads(args.threads)
-    choose_products(args.products)
+    prepare(args)
     model, twin = models(CONFIGS["B"], torch.float32)
     pairs, rows = random_pairs(model.config.vocab_size, args.pairs), []
     tokens = sum(len(example.tokens) for pair in pairs for example in pair)

@@ -21,10 +21,11 @@ from types import SimpleNamespace
 
 import torch
 
+from attention import use_compile
 from bench.common import (add_flags, in_dtype, measure, peak_memory, prepare, print_peak_memory,
                           publish, ratio, theirs_of, write_results)
 from bench.shapes import ALPHA, BATCH, CONFIGS, LENGTH, RANK, RATE, data, floor
-from fused import IGNORE, use_compile
+from fused import IGNORE
 from lora import TARGETS, add_lora, lora_layers
 from model import Gemma2
 from run.files import Parser
