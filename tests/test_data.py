@@ -1,6 +1,5 @@
 """data.py and run/readers.py: ids as transformers has them, no text that steers, masks, packing."""
 
-import copy
 import gzip
 import html
 import json
@@ -10,6 +9,7 @@ import sys
 import unicodedata
 
 import pytest
+import tokenizers
 from conftest import ROOT, SHARED, TOY
 from gemma_like import gemma_like_spec
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ from data import (Example, Pair, Tokenizer, load_examples, load_tokenizer, make_
                   prompt_tokens, read_items, read_pairs, read_prompts)
 from run.files import InputError
 from safety.judges import shieldgemma_tokens
-from saes.train import encode_item
+from saes.stream import encode_item
 
 GEMMA, HH = SHARED / "gemma_tokenizer.json.gz", SHARED / "hh_rlhf_harmless_base_test.jsonl.gz"
 needs_shared = pytest.mark.skipif(not GEMMA.exists(), reason="needs ../shared/data")
@@ -57,19 +57,20 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}<start_of_turn>\
 @pytest.mark.parametrize("name", ["bare", "registered", pytest.param("gemma", marks=needs_shared)])
 def test_ids_equal_transformers(name):
     transformers = pytest.importorskip("transformers")
-    spec = SPECS[name]() if name in SPECS else json.loads(gzip.decompress(GEMMA.read_bytes()))
-    ours = Tokenizer(copy.deepcopy(spec), name)
-    assert [ours.pad, ours.eos, ours.bos, ours.start_of_turn, ours.end_of_turn] == [0, 1, 2, 106, 107]
+    make_spec = SPECS.get(name, lambda: json.loads(gzip.decompress(GEMMA.read_bytes())))
+    spec = make_spec()
+    added = list(spec["added_tokens"])
+    if name != "registered":  # transformers finds in its text only what is registered
+        added += [added[0] | {"id": spec["model"]["vocab"][token], "content": token}
+                  for token in ("<start_of_turn>", "<end_of_turn>")]
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added})),
+        bos_token="<bos>", eos_token="<eos>", chat_template=TEMPLATE)
+    ours = Tokenizer(spec, name)
+    assert [ours.eos, ours.bos, ours.start_of_turn, ours.end_of_turn] == [1, 2, 106, 107]
     assert ours.control >= {*range(108)}
     assert ours.control.isdisjoint(range(108, 473))  # new lines, spaces, HTML, bytes
 
-    if name != "registered":  # transformers finds in its text only what is registered
-        like = spec["added_tokens"][0]
-        spec["added_tokens"] += [like | {"id": spec["model"]["vocab"][token], "content": token}
-                                 for token in ("<start_of_turn>", "<end_of_turn>")]
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=data.tokenizers.Tokenizer.from_str(json.dumps(spec)), bos_token="<bos>",
-        eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", chat_template=TEMPLATE)
     conversations = [random.Random(seed).choices(NASTY, k=4) for seed in range(60)]
     if HH.exists():
         conversations += [[*(text for _, text in pair.turns), pair.aligned]
@@ -136,8 +137,9 @@ def test_honest_tokenizers_of_other_parts_load():
     like = spec["added_tokens"][0]
     spec["added_tokens"].append(like | {"id": 999, "content": "\n\n", "special": False})
     tokenizer = Tokenizer(spec, "other")
-    ids = tokenizer.encode("\uff48ow\n\npaint <eos>")
-    assert list(map(tokenizer.token, ids)) == ["how", "\n\n", "paint", "<unk>"]
+    ids = tokenizer.encode("\uff48ow\n\npaint \n <eos>")
+    assert list(map(tokenizer.token, ids))[:4] == ["how", "\n\n", "paint", "\n"]
+    assert tokenizer.control.isdisjoint(ids)
 
 
 @pytest.mark.parametrize("damage", [
@@ -147,7 +149,8 @@ def test_honest_tokenizers_of_other_parts_load():
     lambda spec, model: model.update(type="Unigram"), lambda spec, model: model.update(vocab=[1]),
     lambda spec, model: model.update(type="BPE", merges=["how zz"]),
     lambda spec, model: model.pop("unk_token"), lambda spec, model: model["vocab"].pop("<bos>"),
-    lambda spec, model: model["vocab"].update(how=-1), lambda spec, model: model["vocab"].update(how=2),
+    lambda spec, model: model["vocab"].update(how=-1),
+    lambda spec, model: model["vocab"].update(how=2),
     lambda spec, model: model["vocab"].update({"<unk>": 2})])  # registered as 3
 def test_tokenizers_that_cannot_serve(tmp_path, damage):
     spec = toy_spec()
@@ -162,7 +165,7 @@ def test_tokenizers_that_cannot_serve(tmp_path, damage):
 
 def test_mask_by_hand():
     toy = TOKENIZERS["toy"]
-    (nl,), (user,), (model,), (how,), (paint,) = map(toy.encode, ("\n", "user", "model", "how", "paint"))
+    nl, user, model, how, paint = toy.encode("\n user model how paint")
     example = make_example(toy, chat(" how\n"), "paint", 99)
     start, end = toy.start_of_turn, toy.end_of_turn
     tokens = [2, start, user, nl, how, end, nl, start, model, nl, paint, end]
@@ -282,7 +285,8 @@ def test_a_large_honest_set_loads(tmp_path):
 
 @pytest.mark.parametrize("name, content, message", [
     ("x.jsonl", b'"a"\n{]', ":2: not valid JSON"), ("x.jsonl", b'{"chosen": 3}', ":1: "),
-    ("x.jsonl", b'{"prompt": "\\ud800"}', ":1: not valid JSON"), ("x.txt", b"a\n\xc3", ":2: not UTF-8"),
+    ("x.jsonl", b'{"prompt": "\\ud800"}', ":1: not valid JSON"),
+    ("x.txt", b"a\n\xc3", ":2: not UTF-8"),
     ("x.jsonl", b"[" * 10**5, ":1: not valid JSON"), ("x.jsonl", b"9" * 5000, ":1: not valid JSON"),
     ("x.csv", b"a,b\n1,2\n", ":2: no text, and no field prompt"), ("x.csv", b'prompt\n"abc', "CSV"),
     ("x.csv", b"prompt,b\n1,2\n1\n", ":3: 1 columns"), ("x.csv", b"prompt\n", "0 read"),
@@ -301,15 +305,16 @@ def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
 # ----------------------------------------------------------------- seeing the loss mask
 
 def test_show_as_a_person_runs_it(tmp_path):
-    how, long = "\n\nHuman: how\n\nAssistant: ", "\n\nHuman: the vault\n\nAssistant: "
+    how = "\n\nHuman: how\n\nAssistant: "
+    long = "\n\nHuman: the vault the vault\n\nAssistant: "
     path = write(tmp_path / "x.jsonl", pair(how + "paint", how + "paint the vault"),
-                 pair(how + "vault", how + "paint"), pair(long, long), pair(rejected=""),
+                 pair(how + "vault", how + "paint"), pair(long, long),
                  pair(long + "how", long + "paint"))
     done = subprocess.run([sys.executable, "data.py", path, "--show", "1", "--max-length", "12"],
                           cwd=ROOT, capture_output=True, text=True, check=True)
     assert "\033[32mpaint\033[0m\033[1;7;32m<end_of_turn>\033[0m" in done.stdout
     assert "\033[36m<bos><start_of_turn>\033[0m" in done.stdout
-    for line in ("pairs: 5 read, 3 kept, 1 dropped with an empty answer, 1 dropped without both sides",
+    for line in ("pairs: 4 read, 3 kept, 1 dropped with an empty answer",
                  "pairs: 1 more dropped, whose prompt fills 12 tokens",
                  "pairs: 1 answers cut to fit 12 tokens", f"── {path}:1 · 12 tokens, 2 trained on",
                  "2 examples of 24 tokens, 4 trained on; packed into 2 rows of 12"):
