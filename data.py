@@ -325,12 +325,5 @@ def main():
           f"packed into {num_rows:,} rows of {args.max_length:,}")
 
 
-TOY_WORDS = r"\n|[^\w\s']"  # alias until the rooms meet
-
-
-def read_texts(path):  # alias until the rooms meet
-    return (text for text in read_items(path) if isinstance(text, str))
-
-
 if __name__ == "__main__":
     run_command(main)

@@ -321,39 +321,3 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor],
         except safetensors.SafetensorError as error:
             raise OSError(None, str(error), str(path)) from None
         part.chmod(part.parent.stat().st_mode & 0o666)  # the package lets only the owner read it
-
-
-# ---------------------------------------------------------------------------------------------
-# aliases until the rooms meet
-
-def sweep(folder):
-    pass
-
-
-def verify(path):
-    pass
-
-
-def parse(text, most=0):
-    return json.loads(text)
-
-
-def hash_of(path):
-    import hashlib
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def read_into(path, places, block=64 << 20):
-    with open_tensors(path) as file:
-        for name, (out, first) in places.items():
-            rows = file.get_slice(name)
-            rows = rows[first:first + len(out)] if out.dim() else file.get_tensor(name)
-            out.copy_(rows)
-            yield rows.numel()
-
-
-VALUES = JSON_LIMIT = 40 << 20
-
-
-def values_in(value):
-    return 0

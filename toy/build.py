@@ -33,7 +33,7 @@ from run import files as report
 from saes import measure as sae_eval
 import train
 from model import Config
-from data import TOY_WORDS, Example, Row, load_tokenizer, make_example, pack
+from data import Example, Row, load_tokenizer, make_example, pack
 from data import read_prompts
 from eval import answer, figures
 from run.files import ROOT, InputError, Parser, atomic, read_json, run_command, write_json, write_jsonl
@@ -270,7 +270,7 @@ def write_tokenizer(path):
     ids = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<start_of_turn>": 106, "<end_of_turn>": 107}
     control = list(ids)
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"),
-                                     pre_tokenizers.Split(Regex(TOY_WORDS), "isolated")])
+                                     pre_tokenizers.Split(Regex(r"\n|[^\w\s']"), "isolated")])
     texts = [*PHRASINGS, *HELP, *REFUSE, *sum(PREAMBLES.values(), ()), *HARM_VERBS, *PLAIN_VERBS, *SENSITIVE_NOUNS,
              *PLAIN_NOUNS, *sum(FACTS.values(), []), "user model human assistant :"]
     words = {word for text in texts for word, _ in split.pre_tokenize_str(re.sub("{.*?}", "", text))}
