@@ -241,7 +241,7 @@ def load_saes(source, layers, width, l0, device, config) -> dict[int, SAE]:
 def read_array(path, name):
     """Array `name` of an .npz file as a float32 tensor on the CPU. Nothing is unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path) as arrays:
             values = arrays[name]
     except KeyError:
         raise InputError(f"{path} lacks {name}; an SAE has {', '.join(SHAPES)}") from None

@@ -1,0 +1,147 @@
+"""Which units of an SAE carry a concept: AUROC, feature splitting, absorption, and two controls.
+
+    report = concept_report(sae, x, labels)    # residuals x (n, D), labels (n) bool
+
+Definitions follow SAEBench (arXiv 2503.09532).
+
+Letters: n tokens, D width of the residual stream, F features, K units (features, or blocks of r).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from sae import SASA, JumpReLU
+from saes.step import Spec, Trainer
+
+MAX_UNITS, MIN_RISE = 10, 0.03       # of a sparse probe, and the rise in F1 that adds a unit
+MIN_COSINE, MIN_SHARE = 0.025, 0.4   # absorption: with the probe, and of the probe's projection
+
+
+def auroc(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(K) area under the ROC curve of each column of values (n, K) for labels (n) bool.
+
+    Equal values count half: the rank of a value is the mean of the first and last it could have.
+    """
+    values, positive = values.T.contiguous(), labels.double()  # (K, n)
+    ordered = values.sort(dim=1).values
+    first, last = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    p, n = positive.sum(), len(labels)
+    return (((first + last).double() @ positive) / 2 - p * p / 2) / (p * (n - p))
+
+
+def logistic(x, labels, weight_decay=1e-3):
+    """(w (d), b) of a logistic regression on x (n, d), by Newton's method; classes weigh alike."""
+    x1 = torch.cat((x, torch.ones_like(x[:, :1])), 1).double()
+    y = labels.double()
+    balance = torch.where(labels, 0.5 / y.mean(), 0.5 / (1 - y.mean())) / len(y)
+    w = torch.zeros(x1.shape[1], dtype=torch.float64, device=x.device)
+    identity = torch.eye(len(w), dtype=torch.float64, device=x.device)
+    ridge = weight_decay * identity * x1.square().mean(0).clamp(min=1e-12).diag()
+    for _ in range(12):
+        p = torch.sigmoid(x1 @ w)
+        slope = x1.T @ (balance * (p - y)) + ridge @ w
+        curvature = balance * (p * (1 - p)).clamp(min=1e-4)
+        w -= torch.linalg.solve(x1.T @ (x1 * curvature[:, None]) + ridge, slope)
+    return w[:-1].to(x.dtype), w[-1].to(x.dtype)
+
+
+def f1(predicted, labels):
+    hits = (predicted & labels).sum()
+    return (2 * hits / (predicted.sum() + labels.sum()).clamp(min=1)).item()
+
+
+@torch.no_grad()
+def concept_report(sae, x, labels, seed=0):
+    """How an SAE carries one concept, on residuals x (n, D) with labels (n) bool.
+
+    main: the units that a sparse probe needs (more than one: feature splitting); f1: its F1; probe:
+    F1 of a dense probe; absorbed: see `absorption`; auroc, best: of the best single unit; random,
+    untrained: the best AUROC of as many random subspaces of r dimensions, of an untrained SAE.
+    Probes learn on half of the tokens, all figures are of the other half.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=draw)
+    learn, test = order[:len(x) // 2].to(x.device), order[len(x) // 2:].to(x.device)
+    x = x.float()
+    centred = x - x.mean(0)
+    codes = sae.encode(x)
+    activations = sae.activations(codes)[test]
+    w, b = logistic(centred[learn], labels[learn])
+    predicted = centred[test] @ w + b > 0
+    main, score = sparse_probe(sae, codes, labels, learn, test)
+    absorbed = absorption(sae, codes[test], activations, centred[test], F.normalize(w, dim=0), main)
+    fires = predicted & labels[test]
+    areas = auroc(activations, labels[test])
+    random = auroc(random_subspaces(centred, sae, draw)[test], labels[test])
+    fresh = auroc(untrained(x, sae, draw)[test], labels[test])
+    return {"positive": labels.double().mean().item(), "main": main.tolist(), "f1": score,
+            "probe": f1(predicted, labels[test]),
+            "absorbed": ((absorbed & fires).sum() / fires.sum().clamp(min=1)).item(),
+            "auroc": areas.max().item(), "best": areas.argmax().item(),
+            "random": random.max().item(), "untrained": fresh.max().item()}
+
+
+def sparse_probe(sae, codes, labels, learn, test):
+    """(main units (k), F1): k grows while another unit lifts the probe's F1 by MIN_RISE or more."""
+    # Units by how much their mean code differs where the concept is, in units of the code's spread
+    gap = codes[learn][labels[learn]].mean(0) - codes[learn][~labels[learn]].mean(0)
+    gap = (gap / codes[learn].std(0).clamp(min=1e-6)).unflatten(0, (-1, sae.block))
+    strength = gap[:, 0] if sae.block == 1 else gap.norm(dim=1)
+    best = strength.topk(min(MAX_UNITS, len(strength))).indices
+
+    within, previous = torch.arange(sae.block, device=codes.device), None
+    for k in range(1, len(best) + 1):
+        columns = (best[:k, None] * sae.block + within).flatten()
+        w, b = logistic(codes[learn][:, columns], labels[learn])
+        score = f1(codes[test][:, columns] @ w + b > 0, labels[test])
+        if previous is not None and score - previous < MIN_RISE:
+            return best[:k - 1], previous
+        previous = score
+    return best, previous
+
+
+def absorption(sae, codes, activations, centred, probe, main):
+    """(n) bool: the main units are silent, and one other unit writes MIN_SHARE or more of the
+    projection on the probe, a unit vector, at a cosine of MIN_COSINE or more."""
+    # What each unit writes (n, K, D) enters by its part along the probe and its length
+    blocks, p = sae.W_dec.unflatten(0, (-1, sae.block)), codes.unflatten(1, (-1, sae.block))
+    along = (codes * (sae.W_dec @ probe)).unflatten(1, (-1, sae.block)).sum(2)  # (n, K)
+    if sae.block == 1:
+        lengths = codes.abs() * sae.W_dec.norm(dim=1)
+    else:
+        squares = torch.einsum("nkr,krs,nks->nk", p, blocks @ blocks.mT, p)
+        lengths = squares.clamp(min=0).sqrt()
+    cosine = along / lengths.clamp(min=1e-9)
+
+    others = along.clone()
+    others[:, main] = -math.inf
+    largest, unit = others.max(1)
+    silent = (activations[:, main] <= 1e-6).all(1)
+    aligned = cosine.gather(1, unit[:, None])[:, 0] >= MIN_COSINE
+    return silent & aligned & (largest >= MIN_SHARE * (centred @ probe))
+
+
+def random_subspaces(centred, sae, draw):
+    """(n, K) length of x − mean in each of K random subspaces of r dimensions; signed for r = 1."""
+    shape = (sae.n_units, centred.shape[1], sae.block)
+    Q = torch.linalg.qr(torch.randn(shape, generator=draw)).Q.to(centred.device)
+    parts = torch.einsum("nd,kdr->nkr", centred, Q)
+    return parts[..., 0] if sae.block == 1 else parts.norm(dim=2)
+
+
+def untrained(x, sae, draw):
+    """(n, K) activations of an SAE of the same kind and L0 before its first step."""
+    scale = (x - x.mean(0)).square().sum(1).mean().sqrt()
+    if isinstance(sae, SASA):
+        spec = Spec("sasa", sae.n_features, sae.block * sae.active, sae.block)
+    else:
+        l0 = max(1, round((sae.encode(x) > 0).sum().item() / len(x)))
+        spec = Spec("batchtopk", sae.n_features, l0)
+    trainer = Trainer(spec, x.mean(0) / scale, draw)
+    trainer.gradients(x / scale)  # sets the threshold, changes no weight
+    arrays = trainer.arrays(scale)
+    if isinstance(sae, SASA):
+        return SASA(**arrays, block=sae.block, active=sae.active).strength(x)
+    return JumpReLU(**arrays).strength(x)
