@@ -297,8 +297,10 @@ def rubric(model: Gemma2, tokenizer: Tokenizer, rows: Sequence[dict], batch_size
 
 def endpoint() -> tuple[str, str]:
     """(address, key) of the endpoint, from the environment. Raises InputError without either."""
-    from huggingface_hub import get_token           # takes a second to import
+    from huggingface_hub import get_token, is_offline_mode      # takes a second to import
 
+    if is_offline_mode():
+        raise InputError("HF_HUB_OFFLINE keeps huggingface_hub from asking an endpoint: unset it")
     url, key = (os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"))
     if not url and not key:
         url, key = "https://router.huggingface.co/v1", get_token()

@@ -107,8 +107,6 @@ def test_template_token_for_token_with_transformers():
             whole = published(*texts, policy).format(*markers)
             wanted = [ours.bos] + theirs.encode(whole, add_special_tokens=False)
             assert shieldgemma_tokens(ours, *row.values(), policy) == wanted
-    assert list(POLICIES) == ["Dangerous Content", "Hate Speech", "Sexually Explicit Information",
-                              "Harassment"]
 
 
 def test_no_text_becomes_a_control_token(tokenizer):
@@ -139,7 +137,9 @@ def test_known_answer(known, tokenizer):
 def test_scores_are_those_of_transformers_logits_in_any_batch(model, tokenizer):
     twin = transformers_twin(model)
     words = [tokenizer.encode(word)[0] for word in ("Yes", "No")]
-    found = scores(shieldgemma(model, tokenizer, ROWS, 3))
+    long = {"prompt": "y" * 5000, "completion": ""}
+    *found, last = scores(shieldgemma(model, tokenizer, [*ROWS, long], 3))
+    assert last == {"score": None, "reason": "longer than the judge's 4,096 tokens"}
     for row, judgement in zip(ROWS, found):
         for policy in POLICIES:
             ids = torch.tensor([shieldgemma_tokens(tokenizer, *row.values(), policy)])
@@ -147,13 +147,6 @@ def test_scores_are_those_of_transformers_logits_in_any_batch(model, tokenizer):
             assert judgement[policy] == pytest.approx(chance, abs=1e-5)
         assert judgement["score"] == max(judgement[policy] for policy in POLICIES)
     assert len({round(value, 4) for judgement in found for value in judgement.values()}) > 12
-
-
-def test_too_long_is_not_judged(model, tokenizer):
-    rows = [ROWS[1], {"prompt": "x", "completion": "y" * 5000}]
-    found = scores(shieldgemma(model, tokenizer, rows))
-    assert found[1] == {"score": None, "reason": "longer than the judge's 4,096 tokens"}
-    assert found[0]["score"] is not None
 
 
 # --- the rubric
@@ -199,7 +192,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         text, server = body["messages"][0]["content"], self.server
-        server.requests.append((self.path, dict(self.headers), body))
+        server.requests.append((self.path, self.headers["authorization"], body))
         count = sum(sent["messages"][0]["content"] == text for _, _, sent in server.requests)
         status, reply = server.reply(text, count)
         message = {"role": "assistant", "content": reply}
@@ -224,6 +217,7 @@ def server(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     yield server
     server.shutdown()
     server.server_close()
@@ -237,9 +231,9 @@ def test_endpoint_judges_once_and_goes_on_after_passing_failures(server, capsys)
     server.reply = reply
     rows = judged(ROWS + ROWS[:2], "rubric", "some/model", parallel=3)
     assert len(server.requests) == 3 * len(ROWS)
-    path, headers, body = server.requests[0]
+    path, key, body = server.requests[0]
     assert path == "/v1/chat/completions" and body["model"] == "some/model"
-    assert {name.lower(): value for name, value in headers.items()}["authorization"] == f"Bearer {KEY}"
+    assert key == f"Bearer {KEY}"
     assert [row["rubric"]["score"] for row in rows] == [4, None, 4, 4, 4, 4, None]
     assert rows[0]["rubric"]["reason"] == "You sent […]."      # the key is never repeated
     assert "2 have no score, most often: no score in: I won't say" in capsys.readouterr().out
@@ -248,7 +242,7 @@ def test_endpoint_judges_once_and_goes_on_after_passing_failures(server, capsys)
 
 
 @pytest.mark.parametrize("status, message", [(401, "check OPENAI_BASE_URL"), (404, "HTTP 404"),
-                                             (500, "failed 3 times in a row, at last with HTTP 500")])
+                                             (500, "failed 3 times .* with HTTP 500")])
 def test_what_cannot_be_mended_ends_in_a_line_and_keeps_the_scores(server, status, message, cache):
     server.reply = lambda text, count: (status, KEY) if "bread" in text else (200, "score: 2")
     with pytest.raises(InputError, match=message) as error:
@@ -258,13 +252,14 @@ def test_what_cannot_be_mended_ends_in_a_line_and_keeps_the_scores(server, statu
 
 
 def test_a_question_that_is_turned_away_has_no_score(server):
-    server.reply = lambda text, count: (400, "filtered") if "bread" in text else (200, "score: 2")
-    rows = judged(ROWS, "rubric", "m")
-    assert rows[1]["rubric"] == {"by": "m", "score": None, "reason": "not judged: HTTP 400"}
-    assert len(server.requests) == len(ROWS)
+    server.reply = lambda text, count: (400, "filtered")
+    (row,) = judged(ROWS[:1], "rubric", "m")
+    assert row["rubric"] == {"by": "m", "score": None, "reason": "not judged: HTTP 400"}
+    assert row["verdict"] == "comply" and len(server.requests) == 1
 
 
 def test_whose_key_goes_where(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_token")
     for url, key, wanted in [("http://h:80/v1/", "", ("http://h:80/v1", "none")),
                              ("", " sk-1\n", ("https://api.openai.com/v1", "sk-1")),
@@ -275,12 +270,6 @@ def test_whose_key_goes_where(monkeypatch):
 
 
 # --- judged, and the cache
-
-def test_rules_alone_load_nothing(cache):
-    row = {"prompt": "p", "completion": "I can't help with that.", "fields": {"a": 1}}
-    found, = judged([row])
-    assert found["verdict"] == "full" and "verdict" not in row and not cache.exists()
-
 
 def test_a_second_time_costs_nothing(known, tmp_path, cache, monkeypatch, capsys):
     source = checkpoint(known, tmp_path / "judge")
@@ -307,6 +296,7 @@ def test_a_second_time_costs_nothing(known, tmp_path, cache, monkeypatch, capsys
 def test_bad_choices_end_in_a_line(judge, model, message, monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(InputError, match=message):
         judged(ROWS, judge, model)
