@@ -42,8 +42,6 @@ def toy_spec():
 SPECS = {"bare": gemma_like_spec, "registered": lambda: gemma_like_spec(registered=True),
          "toy": toy_spec}
 TOKENIZERS = {name: Tokenizer(make_spec(), name) for name, make_spec in SPECS.items()}
-
-
 # Gemma's chat template, as its model card has it: roles alternate, contents are trimmed.
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<start_of_turn>\
 {{ 'model' if m.role == 'assistant' else 'user' }}
@@ -51,8 +49,6 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}<start_of_turn>\
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model
 {% endif %}"""
 
-
-# ----------------------------------------------------------------- ids
 
 @pytest.mark.parametrize("name", ["bare", "registered", pytest.param("gemma", marks=needs_shared)])
 def test_ids_equal_transformers(name):
@@ -161,8 +157,6 @@ def test_tokenizers_that_cannot_serve(tmp_path, damage):
         load_tokenizer(tmp_path)
 
 
-# ----------------------------------------------------------------- loss mask, packing
-
 def test_mask_by_hand():
     toy = TOKENIZERS["toy"]
     nl, user, model, how, paint = toy.encode("\n user model how paint")
@@ -218,8 +212,6 @@ def test_packing_order_is_what_it_was():
     with pytest.raises(InputError, match="40 tokens"):
         pack(examples, 39, 0, 0)
 
-
-# ----------------------------------------------------------------- readers
 
 HI = "\n\nHuman: hi\n\nAssistant: "
 
@@ -286,13 +278,12 @@ def test_a_large_honest_set_loads(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("x.jsonl", b'"a"\n{]', ":2: not valid JSON"), ("x.jsonl", b'{"chosen": 3}', ":1: "),
     ("x.jsonl", b'{"prompt": "\\ud800"}', ":1: not valid JSON"),
-    ("x.txt", b"a\n\xc3", ":2: not UTF-8"),
+    ("x.txt", b"a\n\xc3", ":2: not UTF-8"), ("x.txt", b"\n", "0 read"), ("x.xlsx", b"", ".csv"),
     ("x.jsonl", b"[" * 10**5, ":1: not valid JSON"), ("x.jsonl", b"9" * 5000, ":1: not valid JSON"),
     ("x.csv", b"a,b\n1,2\n", ":2: no text, and no field prompt"), ("x.csv", b'prompt\n"abc', "CSV"),
     ("x.csv", b"prompt,b\n1,2\n1\n", ":3: 1 columns"), ("x.csv", b"prompt\n", "0 read"),
     ("x.json", b"{}", "not a list"), ("x.json", b'["a", 3]', ":2: "), ("x.json", b"", "not valid"),
-    ("x.txt", b"\n", "0 read"), ("x.json", b'[""]', "1 dropped with an empty prompt"),
-    ("x.xlsx", b"", ".csv"), ("x.txt.gz", b"plain", "can't be read"),
+    ("x.json", b'[""]', "1 dropped with an empty prompt"), ("x.txt.gz", b"plain", "can't be read"),
     ("x.txt.gz", gzip.compress(b"a" * 999)[:-9], "can't be read"), ("none/x.txt", None, "can't")])
 def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
     if content is not None:
@@ -301,8 +292,6 @@ def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
         read_prompts(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and message in str(error.value)
 
-
-# ----------------------------------------------------------------- seeing the loss mask
 
 def test_show_as_a_person_runs_it(tmp_path):
     how = "\n\nHuman: how\n\nAssistant: "
@@ -320,12 +309,9 @@ def test_show_as_a_person_runs_it(tmp_path):
                  "2 examples of 24 tokens, 4 trained on; packed into 2 rows of 12"):
         assert line in done.stdout.splitlines()
     assert done.stdout.count("──") == 1
+    # A file's own escape codes don't reach the terminal.
+    tokenizer = TOKENIZERS["bare"]
+    text = data.colored(tokenizer, tokenizer.encode("\033[2J a\x9b1m \033]0;x\x07y\n"), 5)
+    assert "␛]0;x␇y\n" in text and "\033[2J" not in text and "\x9b" not in text
     with pytest.raises(InputError, match="each prompt fills 10 tokens"):
         load_examples(path, TOKENIZERS["toy"], 10)
-
-
-def test_escape_codes_of_a_file_do_not_reach_the_terminal():
-    tokenizer = TOKENIZERS["bare"]
-    example = make_example(tokenizer, chat("\033[2Jhi\x9b1m"), "\033]0;x\x07y", 99)
-    text = data.colored(tokenizer, example.tokens, example.start)
-    assert "␛]0;x␇y" in text and "\033[2J" not in text and "\x9b" not in text

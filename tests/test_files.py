@@ -21,30 +21,20 @@ from run.files import InputError
 from run.session import CHECKPOINT, load_checkpoint, save_checkpoint
 from sae import load_sae, save_sae
 
-# ----------------------------------------------------------------- writing
-
-def test_a_write_replaces_the_name_and_never_the_bytes(tmp_path):
-    """A second name of the old file keeps the old bytes: the new ones came by a rename."""
-    files.write_text(tmp_path / "a", "old")
-    os.link(tmp_path / "a", tmp_path / "b")
-    files.write_text(tmp_path / "a", "new")
-    assert (tmp_path / "a").read_text() == "new"
-    assert (tmp_path / "b").read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-
-
 @pytest.mark.parametrize("write", [
     lambda path: files.write_json(path, {"a": object()}),
     lambda path: files.write_text(path, "\ud800"),
     lambda path: files.write_tensors(path, {"a": "no tensor"}),
-    lambda path: files.write_tensors(path, {"a": torch.zeros(2)}, {"step": 3}),
-])
-def test_a_failed_write_leaves_the_old_file(tmp_path, write):
+    lambda path: files.write_tensors(path, {"a": torch.zeros(2)}, {"step": 3})])
+def test_a_write_replaces_the_name_or_does_nothing(tmp_path, write):
     files.write_text(tmp_path / "a", "old")
+    os.link(tmp_path / "a", tmp_path / "b")  # keeps the old bytes unless they are written over
     with pytest.raises((ValueError, TypeError, AttributeError)):
         write(tmp_path / "a")
     assert (tmp_path / "a").read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
+    files.write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new" and (tmp_path / "b").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def in_child(action):
@@ -66,11 +56,9 @@ def test_the_next_write_sweeps_what_a_killed_process_left(tmp_path):
             os.kill(os.getpid(), 9)
 
     assert in_child(killed) == -9
-    assert len(list(tmp_path.iterdir())) == 1
-    assert files.is_new(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1 and files.is_new(tmp_path)
     files.write_text(tmp_path / "a", "whole")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert not files.is_new(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not files.is_new(tmp_path)
 
 
 @pytest.mark.parametrize("write", [
@@ -104,8 +92,6 @@ def test_tensors_come_back(tmp_path):
     assert path.stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-# ----------------------------------------------------------------- finding, and errors of one line
-
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../x", "owner/..", "owner/na me", "",
                                     "https://huggingface.co/google/gemma-2-2b", "owner/absent"])
 def test_places_that_hold_no_such_file(source, tmp_path, monkeypatch):
@@ -131,10 +117,9 @@ def test_a_command_ends_in_one_line(capsys, raised, code, words):
     def main():
         raise raised
 
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match=str(code)):
         files.run_command(main)
     printed = capsys.readouterr().err
-    assert end.value.code == code
     assert words in printed and printed.removesuffix("\n").isprintable()
 
 
@@ -149,8 +134,6 @@ def test_errors_of_our_own_keep_their_traceback_and_flags_are_not_abbreviated():
         parser.parse_args(["--batch", "3"])
 
 
-# ----------------------------------------------------------------- damaged files
-
 def write_good_files(folder):
     """{file that is damaged: its loader}."""
     pair = {"chosen": "\n\nHuman: a\n\nAssistant: é", "rejected": "\n\nHuman: a\n\nAssistant: c"}
@@ -159,7 +142,6 @@ def write_good_files(folder):
     (folder / "pairs.jsonl.gz").write_bytes(gzip.compress(lines))
     (folder / "prompts.csv").write_bytes(b'id,prompt\n1,"a ""b"" c"\n2,d\n')
     (folder / "prompts.json").write_bytes(b'[{"prompt": "a", "n": [1, null]}, "b"]')
-    (folder / "prompts.txt").write_bytes("é\nb\n".encode())
     spec = gemma_like_spec(registered=True)
     spec["model"]["merges"] = spec["model"]["merges"][-9:]
     (folder / "tokenizer.json").write_text(json.dumps(spec))
@@ -181,22 +163,22 @@ def write_good_files(folder):
         load_adapter(random_gemma(num_hidden_layers=1, vocab_size=20), folder)
 
     def checkpoint(path):
+        threads = torch.get_num_threads()
         try:
             load_checkpoint(folder, parameters, optimizer)
         finally:
-            torch.set_num_threads(1)  # the header says how many there were
+            torch.set_num_threads(threads)  # the header says how many there were
 
     sae, = folder.rglob("params.npz")
     return {
         folder / "pairs.jsonl": read_pairs,
         folder / "pairs.jsonl.gz": lambda path: list(read_items(path)),
         folder / "prompts.csv": read_prompts, folder / "prompts.json": read_prompts,
-        folder / "prompts.txt": read_prompts, folder / "tokenizer.json": load_tokenizer,
+        folder / "tokenizer.json": load_tokenizer,
         folder / "config.json": lambda path: load_config(folder),
         folder / "model.safetensors": lambda path: load_model(folder),
         folder / "adapter_config.json": adapter, folder / "adapter_model.safetensors": adapter,
-        folder / CHECKPOINT: checkpoint,
-        sae: lambda path: load_sae(folder, 0, "5").W_dec}
+        folder / CHECKPOINT: checkpoint, sae: lambda path: load_sae(folder, 0, "5").W_dec}
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +191,7 @@ def good(tmp_path_factory):
 
 
 @settings(max_examples=600, deadline=None)
-@given(st.integers(0, 11), st.integers(0, 1 << 20), st.binary(max_size=3), st.integers(0, 4),
+@given(st.integers(0, 10), st.integers(0, 1 << 20), st.binary(max_size=3), st.integers(0, 4),
        st.sampled_from([0, 0, 300, 1 << 20]))
 def test_a_damaged_file_is_read_or_named_in_one_line(good, number, place, new, gone, near):
     """Bytes are exchanged, put in or taken out, or the file is cut; often in its header."""
