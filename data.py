@@ -30,7 +30,7 @@ from run.readers import (  # noqa: F401
 
 # ----------------------------------------------------------------- Tokenizer
 
-NEEDED = ("pad", "eos", "bos", "start_of_turn", "end_of_turn")
+NEEDED = ("pad", "eos", "bos", "start_of_turn", "end_of_turn")  # attributes of a Tokenizer
 # By name, since some copies of Gemma's tokenizer.json don't register all of them.
 CONTROL = re.compile(r"<(pad|eos|bos|unk|mask|2mass|unused\d+|(start|end)_of_\w+)>"
                      r"|\[(@BOS@|toxicity=0)\]")
@@ -59,6 +59,7 @@ class Tokenizer:
 
         Raises InputError if it isn't a BPE or word-level tokenizer with Gemma's turn tokens.
         """
+        # A stranger's file can lack any key, so whatever goes wrong here is the file's fault.
         try:
             ids = _token_ids(spec, name)
             for attribute in NEEDED:
@@ -81,7 +82,7 @@ class Tokenizer:
         return self.encoder.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` (a list or 1-D tensor). The encoder doesn't know control tokens: none."""
+        """Text of `ids` (a list or 1-D tensor). Control tokens leave no trace in it."""
         return self.encoder.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def token(self, id: int) -> str:
@@ -121,8 +122,8 @@ def _take_control_tokens_out(spec, ids):
         model["unk_token"] = None
     else:
         control.discard(unk)
-        if model["type"] == "WordLevel":
-            model["vocab"][unk]  # without it unknown words raise a bare Exception
+        if unk in map("<{}>".format, NEEDED) or model["type"] == "WordLevel" and unk not in ids:
+            raise ValueError(f"unknown words can't be read as {unk}")
 
     # The package numbers registered tokens anew unless the vocabulary has them.
     spec["added_tokens"] = [token for token in added if token["content"] not in control | {unk}]
@@ -184,6 +185,7 @@ class Example:
 def make_example(tokenizer: Tokenizer, turns: Sequence[Turn], response: str, max_length: int,
                  format="chat") -> Example | None:
     """An Example of at most `max_length` tokens, cut at its end. None if the prompt fills it."""
+    # The response starts where the prompt ends.
     tokens = prompt_tokens(tokenizer, turns, format)
     start = len(tokens)
     if start >= max_length:
@@ -202,6 +204,7 @@ def load_examples(path: str | Path, tokenizer: Tokenizer, max_length: int, forma
     """
     pairs, counts = read_pairs(data_file(path))
     print(f"pairs: {counts}")
+    # Both sides must fit: the statistics need them, and training takes the aligned one.
     examples = []
     for pair in pairs:
         aligned = make_example(tokenizer, pair.turns, pair.aligned, max_length, format)
@@ -311,6 +314,7 @@ def main():
     pairs, _ = load_examples(args.file, tokenizer, args.max_length, args.format)
     examples = [aligned for aligned, _ in pairs]
 
+    # A legend, the examples, and what they come to.
     print(f"{TRAINED}trained on{RESET}  {TRAINED_CONTROL}trained control token{RESET}  "
           f"{CONTEXT}context{RESET}  {CONTEXT_CONTROL}control token{RESET}")
     for example in examples[:max(0, args.show)]:

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -81,6 +82,7 @@ def table(rows: Iterable, head: Iterable[str] = (), right: Container[int] = ()) 
     rows = [list(head), *rows] if head else list(rows)
     cells = [["–" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
+    # Numbers are flush right, so that their digits stand under each other.
     lines = []
     for row in cells:
         padded = [cell.rjust(width) if column in right else cell.ljust(width)
@@ -94,12 +96,13 @@ def table(rows: Iterable, head: Iterable[str] = (), right: Container[int] = ()) 
 # ---------------------------------------------------------------------------------------------
 # Finding a file: in a folder, or in a repository on the hub
 
-def locate(source: str | Path, name: str, optional=False, repo_type="model") -> Path | None:
+def locate(source: str | Path, name: str, optional=False, repo_type="model"):
     """Path of file `name` in `source`: a folder, or a hub repository "owner/name".
 
     The hub's files are downloaded once and then cached. A file that isn't there gives None if
     `optional`, else InputError; so does a repository that is missing, gated or out of reach.
     """
+    # A folder here wins over a repository of the same name.
     folder = Path(source).expanduser()
     if folder.is_dir():
         if (folder / name).is_file():
@@ -201,7 +204,7 @@ def text_lines(path: str | Path, blank=False) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
-def json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
+def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
     """(number, value) of a file with a JSON value a line, one at a time."""
     for number, line in text_lines(path):
         yield number, parse_json(line, f"{path}:{number}")
@@ -273,6 +276,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder / path.name
+        # On the disk before it has the name, or a power cut could leave the name without bytes.
         with open(folder / path.name, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(folder / path.name, path)

@@ -59,6 +59,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counts]:
     def make_pair(row, place, line):
         chosen = _hh_turns(_text(row, "chosen", place))
         rejected = _hh_turns(_text(row, "rejected", place))
+        # A pair is one prompt with two answers.
         if not (chosen and rejected):
             raise _Dropped("without both sides")
         if chosen[:-1] != rejected[:-1]:
@@ -82,6 +83,7 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
     seen = set()
 
     def make_prompt(row, place, line):
+        # The prompt is a string, a named field, or what a conversation begins with.
         row = {"prompt": row} if isinstance(row, str) else row
         keys = {key.lower(): key for key in row} if isinstance(row, dict) else {}
         key = next((keys[key] for key in PROMPT_KEYS if key in keys), None)
@@ -95,6 +97,7 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
         if turns in seen:
             raise _Dropped("with a prompt seen before")
         seen.add(turns)
+        # The other columns stay with the prompt: categories, right answers, targets of an attack.
         used = (key, "chosen", "rejected")
         return Prompt(turns, {key: row[key] for key in row if key not in used}, line)
 
@@ -119,6 +122,7 @@ def read_items(path: str | Path) -> Iterator[str | tuple[Turn, ...]]:
         yield from (text.strip() for _, text in text_lines(path))
         return
     for line, row in json_lines(path):
+        # The keys tell which kind of row it is.
         place = f"{path}:{line}"
         keys = row.keys() if isinstance(row, dict) else ()
         if "chosen" in keys and "rejected" in keys:
@@ -140,6 +144,7 @@ def _collect(rows, make, path, kind):
     """(what `make` makes of the rows, Counts)."""
     items, counts = [], Counts()
     for line, row in rows:
+        # An unusable row is counted; a malformed one ends the reading with an InputError.
         counts.read += 1
         try:
             items.append(make(row, f"{path}:{line}", line))
@@ -194,6 +199,7 @@ def _csv_rows(path):
     """(number of the line, {column: text}) of a CSV file with a header, one at a time."""
     rows = csv.reader((line for _, line in text_lines(path, blank=True)), strict=True)
     try:
+        # An empty line is no row. A row of another width means broken quotes.
         header = next(rows, [])
         for row in filter(None, rows):
             if len(row) != len(header):

@@ -144,7 +144,8 @@ def test_honest_tokenizers_of_other_parts_load():
     lambda spec, model: spec.update(pre_tokenizer={"type": "Nope"}),
     lambda spec, model: model.update(type="Unigram"), lambda spec, model: model.update(vocab=[1]),
     lambda spec, model: model.update(type="BPE", merges=["how zz"]),
-    lambda spec, model: model.pop("unk_token"), lambda spec, model: model["vocab"].pop("<bos>"),
+    lambda spec, model: model.pop("unk_token"), lambda spec, model: model.update(unk_token="<eos>"),
+    lambda spec, model: model["vocab"].pop("<bos>"),
     lambda spec, model: model["vocab"].update(how=-1),
     lambda spec, model: model["vocab"].update(how=2),
     lambda spec, model: model["vocab"].update({"<unk>": 2})])  # registered as 3
