@@ -1,4 +1,4 @@
-"""Fine-tune Gemma-2 with LoRA whose initial directions are the safety subspace that SAE features span.
+"""Fine-tune Gemma-2 with LoRA that begins in the safety subspace which SAE features span.
 
     python train.py --rank 16                              # the built-in toy, 15 s on one core
     python train.py --model google/gemma-2-2b --rank 16    # the paper's; a GPU and Gemma's licence
@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -32,11 +31,12 @@ from eval import complete, result_table, samples, score
 from features import (SELECTIONS, load_subspaces, module_bases, sample_pairs, save_selection,
                       select_features)
 from fused import IGNORE
-from model import PRESETS, TARGETS, Config, Gemma2, load_config, load_model
+from model import PRESETS, TARGETS, Gemma2, load_config, load_model
 from run import parallel
+from run.estimate import size_rows
 from run.files import InputError, Parser, table, write_json, write_text
-from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads, load_checkpoint, model_card,
-                         open_run, run_folder, save_checkpoint)
+from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads, load_checkpoint,
+                         model_card, open_run, run_folder, save_checkpoint)
 from run.settings import add_flags, model_folder, resolve, saved_settings, settings_table
 from sae import load_saes
 from safety.sets import load_sets
@@ -52,7 +52,7 @@ class Diverged(InputError):
 def row_loss(model: Gemma2, row: Row) -> torch.Tensor:
     """Summed negative log-likelihood, in nats, of a row's labelled tokens: the loss of training.
 
-    row: tokens, documents and labels, each (B, T). An ablation passes another such function to `fit`.
+    row: tokens, documents and labels, each (B, T). An ablation passes `fit` another such function.
     """
     hidden, _ = model.hidden(row.tokens, row.documents)
     return model.nll_sum(hidden, row.labels)[0]
@@ -72,8 +72,8 @@ def fit(model: Gemma2, optimizer: torch.optim.Optimizer, batches: Iterable[list[
         schedule: Callable[[int], float], clip=0.0, first=0, loss=row_loss) -> Iterator[dict]:
     """Optimise, one step an item of `batches`, and yield each step's metrics after it.
 
-    batches: lists of micro-batches, data.Row with tensors (T) or (B, T). The loss is summed over the
-    labelled tokens of all of them and divided by their count, which is known before the first
+    batches: lists of micro-batches, data.Row with tensors (T) or (B, T). The loss is summed over
+    the labelled tokens of all of them and divided by their count, which is known before the first
     forward: a mean of micro-batch means would weigh a token by the company it keeps.
     schedule(step) is the learning rate, steps counted from 0; `first` is the number of the first.
     Of many processes each takes its share of every list, and gradients are summed.
@@ -103,8 +103,8 @@ def fit(model: Gemma2, optimizer: torch.optim.Optimizer, batches: Iterable[list[
         # A step that is no number is never taken
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
         if not math.isfinite(total.item()) or not math.isfinite(norm):
-            raise Diverged(f"step {step + 1}: loss {total.item()}, gradient norm {norm}: the weights "
-                           "of the step before are untouched; try a lower --lr")
+            raise Diverged(f"step {step + 1}: loss {total.item()}, gradient norm {norm}: the "
+                           "weights of the step before are untouched; try a lower --lr")
         for group in optimizer.param_groups:
             group["lr"] = schedule(step)
         optimizer.step()
@@ -116,7 +116,7 @@ def fit(model: Gemma2, optimizer: torch.optim.Optimizer, batches: Iterable[list[
 
 
 def cosine(peak: float, steps: int, warmup: float) -> Callable[[int], float]:
-    """Learning rate over steps counted from 0: linear over the first share `warmup`, then cosine to 0."""
+    """Learning rate over steps from 0: linear over the first share `warmup`, then cosine to 0."""
     num_warm = max(1, round(warmup * steps))
 
     def rate(step):
@@ -226,86 +226,52 @@ def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
         return bases
     with log.stage("training"):
         generator = torch.Generator().manual_seed(settings.seed)
-        layers = lora.add_lora(model, settings.rank, settings.alpha, settings.init, bases, generator,
-                               settings.freeze_basis, TARGETS)
+        layers = lora.add_lora(model, settings.rank, settings.alpha, settings.init, bases,
+                               generator, settings.freeze_basis, TARGETS)
         train(settings, model, layers, examples, folder, log, signals)
     return bases
 
 
 # ------------------------------------------------------------------------------
-# What it would take
+# The command
 
 def dry_run(settings):
-    """Print parameter counts, steps and an estimate of memory, and stop. Loads no weights."""
-    if settings.model in PRESETS:
-        config = PRESETS[settings.model]
-    else:
-        config = load_config(model_folder(settings.model))
-    check_rank(settings, config)
-    with torch.device("meta"):
-        model = Gemma2(config)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    shapes = [layer.weight.shape for name, layer in model.named_modules() if name.endswith(TARGETS)]
-    num_trained = sum(settings.rank * (rows + columns) for rows, columns in shapes)
-    at_most = ", at most" if settings.freeze_basis else ""
-    rows = [["parameters", f"{num_parameters:,}"],
-            [f"trainable{at_most}", f"{num_trained:,} ({num_trained / num_parameters:.4%})"]]
-    weights, activations = memory_estimate(settings, config, num_parameters)
-    for name, size in (("weights", weights), ("adapter, gradient, AdamW", 16 * num_trained),
-                       ("activations of a row, about", activations)):
-        rows.append([f"memory: {name}", f"{size / 1e6:,.0f} MB"])
+    """Print sizes, memory and steps, and stop. Loads no weights."""
+    config = PRESETS.get(settings.model) or load_config(model_folder(settings.model))
+    check_sizes(settings, config)
+    rows = size_rows(settings, config, TARGETS)
+    steps = settings.steps
     try:
         tokenizer = load_tokenizer(model_folder(settings.model))
         examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
                                         settings.format)
         evaluation_sets(settings, pairs)
         steps = count_steps([pair[0] for pair in examples], settings)
-        num_rows = settings.accumulate * parallel.world_size()
-        rows.append(["steps", f"{steps:,} of {num_rows} × {settings.batch_tokens:,} tokens"])
     except InputError as error:                 # the data may lie on a hub that can't be reached
-        rows.append(["steps", f"{settings.steps:,}" if settings.steps else f"unknown: {error}"])
+        steps = steps or f"unknown: {error}"
+    num_rows = settings.accumulate * parallel.world_size()
+    rows.append(["steps", f"{steps} of {num_rows} × {settings.batch_tokens:,} tokens"])
     print(table(rows))
 
 
-def memory_estimate(settings, config, num_parameters):
-    """Bytes of the frozen weights, and of what one row keeps for its backward (bench/memory.py)."""
-    D, T, L = config.hidden_size, settings.batch_tokens, config.num_hidden_layers
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    itemsize = getattr(torch, settings.dtype).itemsize
-    blocks = num_parameters - config.vocab_size * D
-    if settings.shard:
-        num_parameters += blocks / parallel.world_size() - blocks + 2 * blocks / L
-    # Of a block: the inputs of four norms and of q, k, v; q, k, v and attention's output; two of the
-    # MLP's width; a float32 number for each norm and head
-    block = itemsize * (5 * D + 2 * (H + K) * config.head_dim + 2 * config.intermediate_size)
-    block += 4 * (4 + H)
-    # With --recompute: each block's input alone, and one block whole
-    kept = L * itemsize * D + block if settings.recompute else L * block
-    return num_parameters * itemsize, T * kept
-
-
-def check_rank(settings, config):
+def check_sizes(settings, config, saes=()):
+    """Raise InputError for a rank or a number of features that model and SAEs don't have."""
     if settings.rank > config.hidden_size:
         raise InputError(f"--rank {settings.rank}: the residual stream of {settings.model} has "
                          f"{config.hidden_size} dimensions; give 1 to {config.hidden_size}")
+    for sae in saes:
+        if settings.top_k > sae.n_units:
+            raise InputError(f"--top-k {settings.top_k}: the SAE of layer {sae.layer} has "
+                             f"{sae.n_units} {sae.noun}")
 
-
-def check_top_k(settings, saes):
-    num_units = min(sae.n_units for sae in saes.values())
-    if settings.top_k > num_units:
-        raise InputError(f"--top-k {settings.top_k}: an SAE here has {num_units} features")
-
-
-# ------------------------------------------------------------------------------
-# The command
 
 def main():
     parser = Parser(__doc__)
     group = add_flags(parser)
-    group.add_argument("--out", metavar="DIR", help="the run's folder (default runs/TIME-MODEL); an "
-                       "unfinished run of the same settings in it goes on")
-    group.add_argument("--resume", metavar="DIR", help="go on with the unfinished run in this folder, "
-                       "with its settings")
+    group.add_argument("--out", metavar="DIR", help="the run's folder (default runs/TIME-MODEL); "
+                       "an unfinished run of the same settings in it goes on")
+    group.add_argument("--resume", metavar="DIR", help="go on with the unfinished run in this "
+                       "folder, with its settings")
     group.add_argument("--dry-run", action="store_true",
                        help="print the settings, sizes, steps and memory, and stop")
     args = parser.parse_args()
@@ -339,19 +305,18 @@ def main():
 
 
 def run(settings, folder, is_new, signals):
-    """All stages of a run, in its folder. A new folder goes again where the inputs can't be loaded."""
+    """All stages of a run, in its folder. A new folder goes again where an input can't be read."""
     log = Log(folder / "metrics.jsonl", settings.log == "tensorboard")
     torch.manual_seed(settings.seed)
     source = model_folder(settings.model)
     try:
         with log.stage("loading"), parallel.agreed():
             config = load_config(source)
-            check_rank(settings, config)
             saes = {}
             if settings.sae:
                 saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                                  settings.device, config)
-                check_top_k(settings, saes)
+            check_sizes(settings, config, saes.values())
             print(*saes.values(), sep="\n")
             tokenizer = load_tokenizer(source)
             examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,

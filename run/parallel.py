@@ -89,7 +89,7 @@ def _take_card():
     if not cards:
         return "gloo"
     if card >= cards:
-        raise InputError(f"--nproc-per-node asks for more processes than this machine's {cards} GPUs "
+        raise InputError(f"--nproc-per-node asks for more processes than there are GPUs, {cards} "
                          "(CUDA_VISIBLE_DEVICES= hides them, to run on the CPU)")
     torch.cuda.set_device(card)
     return "cpu:gloo,cuda:nccl"

@@ -1,7 +1,7 @@
-"""A run's folder and what keeps it whole: settings, log, checkpoint, and the signals that end a session.
+"""A run's folder and what keeps it whole: settings, log, checkpoint, and the end of a session.
 
-A run may take many sessions. Whatever ends one, the next finds in the folder all that it needs to go
-on to the same numbers.
+A run may take many sessions. Whatever ends one, the next finds in the folder all that it needs to
+go on to the same numbers.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from types import SimpleNamespace
 import torch
 
 from run import parallel
-from run.files import (InputError, data_file, is_new, read_json, read_metadata, read_tensors, write_json,
-                       write_jsonl, write_tensors)
+from run.files import (InputError, data_file, is_new, read_json, read_metadata, read_tensors,
+                       write_json, write_jsonl, write_tensors)
 from run.settings import PLACES, flag
 
 FINISHED = "scores.json"                        # the last file of a run
@@ -109,16 +109,16 @@ def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],
         return True
     config = read_json(path)
     if config["processes"] != parallel.world_size():
-        raise InputError(f"{folder} holds an unfinished run of {config['processes']} processes, not "
-                         f"{parallel.world_size()}: start as many, by torchrun")
+        raise InputError(f"{folder} holds an unfinished run of {config['processes']} processes, "
+                         f"not {parallel.world_size()}: start as many, by torchrun")
     for name, value in vars(settings).items():
         saved = config["settings"].get(name, value)
         if saved != value and name not in ("device", *PLACES):
             raise InputError(f"{folder} holds an unfinished run with {flag(name)} {saved}, not "
                              f"{value}: give another --out, or only `--resume {folder}`")
     if config["data_sha256"] != data_hash:
-        raise InputError(f"{settings.data} has changed since the run in {folder} began: put the old "
-                         "file back, or start a new run with another --out")
+        raise InputError(f"{settings.data} has changed since the run in {folder} began: put the "
+                         "old file back, or start a new run with another --out")
     print(f"going on with the unfinished run in {folder}\n")
     return False
 
@@ -165,7 +165,7 @@ class Log:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; a stage that Ctrl-C ends is timed too, and the next session adds its own."""
+        """Time a stage, also one that Ctrl-C ends: the next session adds its own seconds."""
         start = time.perf_counter()
         try:
             yield
@@ -229,10 +229,12 @@ def load_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim
         step = int(metadata["step"])
         torch.set_num_threads(int(metadata["threads"]))
         for name, parameter in parameters:
-            parameter.copy_(tensors[name].view(parameter.shape))
-            moments = {moment: tensors[f"{name}.{moment}"].view(parameter.shape).to(parameter.device)
-                       for moment in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step))} | moments
+            parameter.copy_(tensors[name].view_as(parameter))
+            state = {"step": torch.tensor(float(step))}
+            for moment in ("exp_avg", "exp_avg_sq"):
+                saved = tensors[f"{name}.{moment}"].view_as(parameter)
+                state[moment] = saved.to(parameter.device)
+            optimizer.state[parameter] = state
     except (KeyError, ValueError, RuntimeError):  # other names, numbers or shapes
         raise InputError(f"{folder / CHECKPOINT} is not of this run's adapters: remove the file "
                          "to train from the start") from None
@@ -282,29 +284,6 @@ def model_card(settings: SimpleNamespace, scores: dict, results: str) -> str:
         base_line=f"base_model: {settings.model}\n" if on_hub else "",
         license="gemma" if on_hub else "other", name=Path(settings.model).name,
         rank=settings.rank, init=settings.init, data=data, seed=settings.seed, results=results,
-        trainable=scores["trainable"], parameters=scores["parameters"], judge=scores["judge"], base=settings.model if on_hub else "BASE MODEL",
+        trainable=scores["trainable"], parameters=scores["parameters"], judge=scores["judge"],
+        base=settings.model if on_hub else "BASE MODEL",
         terms=GEMMA_TERMS if on_hub else "The licence is that of the base model.")
-
-
-# aliases until the rooms meet
-def Lock(folder):
-    return None
-
-
-def mend_checkpoint(folder):
-    return None
-
-
-def adapter_parameters(layers):
-    return lora_parameters(layers)
-
-
-def lora_parameters(layers):
-    return [(f"{name}.{letter}", getattr(layer, letter)) for name, layer in layers.items() for letter in "AB"
-            if getattr(layer, letter).requires_grad]
-
-
-@torch.no_grad()
-def put(named, values):
-    for name, parameter in named:
-        parameter.copy_(values[name])

@@ -65,7 +65,8 @@ GROUPS: dict[str, list[Setting]] = {
         Setting("model", "toy", str, f"{', '.join(RECIPES)}, another hub repository, or a folder",
                 "NAME|DIR"),
         Setting("sae", None, str, "hub repository or folder in Gemma Scope's layout", "REPO|DIR"),
-        Setting("layers", None, list, "SAE layers (default: the recipe's, or all of a folder)", "N"),
+        Setting("layers", None, list, "SAE layers (default: the recipe's, or all of a folder)",
+                "N"),
         Setting("width", None, str, "SAE width as Gemma Scope names it: 16k, 65k, …", rare=True),
         Setting("l0", None, int, "average L0 in the SAE's folder name (default: the canonical)",
                 low=0, high=1e6, rare=True),
@@ -73,12 +74,13 @@ GROUPS: dict[str, list[Setting]] = {
     "data and selection (SAILS section 3)": [
         Setting("data", None, str, 'pairs, JSON lines with "chosen" and "rejected", plain or .gz; '
                 "hf://datasets/OWNER/NAME/PATH is fetched", "FILE"),
-        Setting("format", "chat", str, "chat: Gemma's turns, put in by id; plain: Human:/Assistant: "
-                "as text", choices=("chat", "plain")),
+        Setting("format", "chat", str, "chat: Gemma's turns, put in by id; plain: Human: and "
+                "Assistant: as text", choices=("chat", "plain")),
         Setting("pairs", 2000, int, "pairs that selection looks at, at most, drawn by the seed; "
                 "0: all", low=0, high=1e12, rare=True),
-        Setting("select", "paper", str, "paper: the features of largest |Δ|, the difference of mean "
-                "activations; gradient: by the gradients of the loss on the two answers", "NAME"),
+        Setting("select", "paper", str, "paper: the features of largest |Δ|, the difference of "
+                "mean activations; gradient: by the gradients of the loss on the two answers",
+                "NAME"),
         Setting("top_k", None, int, f"features kept of each SAE layer (default {TOP_K}; with "
                 "--select gradient twice the rank)", "K", low=1, high=1 << 24),
         Setting("tau", 0.8, float, "share of the squared singular values of the chosen decoder "
@@ -125,11 +127,12 @@ GROUPS: dict[str, list[Setting]] = {
     "machine and run": [
         Setting("seed", 0, int, "of the data's order, of samples and of random inits", "N",
                 low=0, high=2**63 - 1),
-        Setting("device", None, str, "cpu, cuda, cuda:1, … (default: cuda where there is one)", "D"),
-        Setting("dtype", None, str, "of the frozen model: float32 or bfloat16 (default: float32 on a "
-                "CPU, else bfloat16)", "T"),
-        Setting("shard", False, bool, "under torchrun, split the model's weights over the processes: "
-                "for one that no card can hold; turns --compile off"),
+        Setting("device", None, str, "cpu, cuda, cuda:1, … (default: cuda where there is one)",
+                "D"),
+        Setting("dtype", None, str, "of the frozen model: float32 or bfloat16 (default: float32 "
+                "on a CPU, else bfloat16)", "T"),
+        Setting("shard", False, bool, "under torchrun, split the model's weights over the "
+                "processes: for one that no card can hold; turns --compile off"),
         Setting("compile", False, bool, "torch.compile the forward and backward; needs a C++ "
                 "compiler and Python.h"),
         Setting("recompute", False, bool, "run each block again in the backward instead of keeping "
@@ -191,7 +194,7 @@ def _argument(setting):
 def _role_and_file(text):
     role, _, file = text.partition("=")
     if role not in ROLES or not file:
-        raise argparse.ArgumentTypeError(f"{text}: give ROLE=FILE with a role of {', '.join(ROLES)}")
+        raise argparse.ArgumentTypeError(f"{text}: give ROLE=FILE, a role of {', '.join(ROLES)}")
     return role, file
 
 
@@ -210,7 +213,9 @@ def given_settings(args: argparse.Namespace) -> dict:
             raise InputError(f"--more {item}: {key} is {setting.kind.__name__}") from None
     if "sets" in given:
         given["sets"] = {role: absolute(file) for role, file in given["sets"]}
-    return given | {name: absolute(given[name]) for name in ("model", "sae", "data") if name in given}
+    for name in given.keys() & {"model", "sae", "data"}:
+        given[name] = absolute(given[name])
+    return given
 
 
 def absolute(place: str) -> str:
@@ -307,8 +312,8 @@ def _check(values):
         raise InputError("--freeze-basis keeps the update in the basis that --init puts in; random "
                          "puts in none: take sails or orthonormal")
     if values["dtype"] not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype {values['dtype']}: give float32 or bfloat16 (the residual stream "
-                         "of Gemma-2 outgrows float16's 65504)")
+        raise InputError(f"--dtype {values['dtype']}: give float32 or bfloat16 (Gemma-2's residual "
+                         "stream outgrows float16's 65504)")
     if values["shard"] and parallel.world_size() == 1:
         raise InputError("--shard splits the model over processes: start them with "
                          "`torchrun --nproc-per-node N`")
@@ -378,7 +383,3 @@ def base_of(adapter: str | Path) -> str:
     if name not in RECIPES and not is_folder:
         raise InputError(f"{adapter} names {str(name)[:80]!r} as its base model: give --model")
     return name
-
-
-# aliases until the rooms meet
-SETS, HH, folder, saved, BY_LOSS, FINISHED = ROLES, HH_RLHF, model_folder, saved_settings, ("gradient",), None

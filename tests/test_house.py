@@ -1,4 +1,4 @@
-"""The house as README draws it: imports point one way, files are short, and nothing is unpickled."""
+"""The house as README draws it: imports point one way, files are short, nothing is unpickled."""
 
 import ast
 import re

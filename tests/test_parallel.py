@@ -107,11 +107,13 @@ def test_one_process_speaks(runs):
 
 
 def test_eval_and_select(runs, mini, tmp_path):
-    done(torchrun("select.py", ["--model", mini, "--sae", mini / "sae", "--rank", "8", "--data",
-                                mini / "train.jsonl", "--batch-tokens", "96", "--out", tmp_path / "picked"]))
+    selection = ["--model", mini, "--sae", mini / "sae", "--data", mini / "train.jsonl",
+                 "--rank", "8", "--batch-tokens", "96", "--out", tmp_path / "picked"]
+    done(torchrun("select.py", selection))
     done(torchrun("eval.py", [runs / "two", "--set", f"harmful:harmful={mini / 'harmful.jsonl'}",
                               "--out", tmp_path / "more"]))
-    rows = [row for row in read_jsonl(runs / "two" / "completions.jsonl") if row["set"] == "harmful"]
+    rows = read_jsonl(runs / "two" / "completions.jsonl")
+    rows = [row for row in rows if row["set"] == "harmful"]
     assert rows and read_jsonl(tmp_path / "more" / "completions.jsonl") == rows
     features = read_json(tmp_path / "picked" / "features.json", list)
     assert features == read_json(runs / "two" / "features.json", list)
@@ -132,7 +134,8 @@ def test_a_signal_to_one_stops_all_after_the_same_step(runs, mini, tmp_path):
     alone = start("train.py", ["--resume", str(folder)])
     assert "of 2 processes, not 1" in alone.communicate()[1] and alone.returncode == 2
     done(torchrun("train.py", ["--resume", folder]))
-    ours, theirs = (read_tensors(run / "adapter_model.safetensors") for run in (folder, runs / "two"))
+    ours = read_tensors(folder / "adapter_model.safetensors")
+    theirs = read_tensors(runs / "two" / "adapter_model.safetensors")
     assert all((ours[name] == theirs[name]).all() for name in theirs)
     assert len(steps(folder)) == 7
 

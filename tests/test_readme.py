@@ -15,7 +15,7 @@ FORKS = {"t_score": ["--select", "t-score"], "pca": ["--init", "pca"], "first_to
          "refusal_strings": []}
 
 
-def run(code, arguments, folder, tmp_path):
+def run(code, arguments, tmp_path):
     """Run a snippet as a file that stands beside train.py; what it printed."""
     path = tmp_path / "fork.py"
     path.write_text(code)
@@ -28,16 +28,17 @@ def run(code, arguments, folder, tmp_path):
 
 def test_first_snippet(tmp_path):
     code = SNIPPETS[0] + "print(features.shape, len(layers), int((features > 0).sum()) > 0)\n"
-    assert run(code, [], ROOT, tmp_path) == "torch.Size([1, 4, 512]) 24 True\n"
+    assert run(code, [], tmp_path) == "torch.Size([1, 4, 512]) 24 True\n"
 
 
 @pytest.mark.parametrize("name", FORKS)
 def test_forks(name, tmp_path):
     (code,) = [snippet for snippet in SNIPPETS if f"def {name}(" in snippet]
-    own_lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
+    imports = ("import", "from")
+    own_lines = [line for line in code.splitlines() if line and not line.startswith(imports)]
     assert len(own_lines) <= 11                        # ten, and the line that starts the command
-    out = run(code, [*FORKS[name], "--steps", "2", "--eval-prompts", "2", "--out", tmp_path / "run"],
-              ROOT, tmp_path)
+    short = ["--steps", "2", "--eval-prompts", "2", "--out", tmp_path / "run"]
+    out = run(code, [*FORKS[name], *short], tmp_path)
     assert "step 2/2" in out and f"run: {tmp_path / 'run'}" in out
     if name == "refusal_strings":
         adapter = (tmp_path / "run" / "adapter_config.json").read_text()

@@ -1,4 +1,4 @@
-"""ruff and mypy find nothing; and how densely the code is written, which is printed and fails nothing.
+"""ruff and mypy find nothing; how densely the code is written is printed, and fails nothing.
 
     python -m pytest tests/test_style.py -s        # code tokens, lines, tokens a line, long lines
 """

@@ -60,7 +60,7 @@ def trainable(model):
 
 
 def test_loss_is_a_mean_over_all_trained_tokens_of_a_step():
-    """Micro-batches of unequal label counts make the gradient of their union, not of a mean of means."""
+    """Micro-batches of unequal label counts make the gradient of their union."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for num_labels in (1, 9, 0):
@@ -155,7 +155,8 @@ def test_a_run_leaves_what_it_says(whole, mini):
                   f"run: {whole.folder}", f"python -m report {whole.folder}"):
         assert words in whole.out
     encode = load_tokenizer(mini).encode
-    lengths = [len(encode(row["completion"])) for row in read_jsonl(whole.folder / "completions.jsonl")]
+    rows = read_jsonl(whole.folder / "completions.jsonl")
+    lengths = [len(encode(row["completion"])) for row in rows]
     assert len(lengths) == 2 * 4 * 8 and max(lengths) == 4
 
 
@@ -164,7 +165,8 @@ def test_base_weights_are_never_touched(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_model",
                         lambda *arguments: models.append(load_model(*arguments)) or models[0])
     assert call(train.main, command(mini, tmp_path / "run"), monkeypatch) == 0
-    trained = {name.replace(".base.", "."): tensor for name, tensor in models[0].state_dict().items()}
+    state = models[0].state_dict()
+    trained = {name.replace(".base.", "."): tensor for name, tensor in state.items()}
     base = load_model(mini).state_dict()
     assert all(torch.equal(base[name], trained[name]) for name in base)
     layers = lora.lora_layers(models[0])
@@ -179,8 +181,8 @@ def test_frozen_basis_keeps_the_update_inside(mini, tmp_path, monkeypatch):
 
 
 def test_random_init_needs_no_sae(mini, tmp_path, monkeypatch):
-    arguments = ["--model", mini, "--data", mini / "train.jsonl", "--init", "random", "--steps", "2",
-                 "--batch-tokens", "96", "--out", tmp_path / "run"]
+    arguments = ["--model", mini, "--data", mini / "train.jsonl", "--init", "random",
+                 "--steps", "2", "--batch-tokens", "96", "--out", tmp_path / "run"]
     assert call(train.main, arguments, monkeypatch) == 0
     assert not (tmp_path / "run" / "features.json").exists()
     assert read_json(tmp_path / "run" / "scores.json")["share"]["subspace"] is None
@@ -216,7 +218,7 @@ def test_settings_of_an_older_run_get_defaults(whole, tmp_path):
 # Runs that break off
 
 def run_until(arguments, line, number):
-    """Start train.py, send it a signal once it has printed a line that begins so: (code, stderr)."""
+    """Send train.py a signal once it has printed a line that begins so: (code, stderr)."""
     process = start("train.py", arguments)
     for printed in process.stdout:
         if printed.startswith(line):
@@ -250,7 +252,7 @@ def test_killed_runs_go_on_by_the_same_command(whole, mini, tmp_path, monkeypatc
     assert (folder / "scores.json").exists()
 
 
-def test_a_crash_at_any_write_of_a_file_goes_on_to_the_same_adapter(whole, mini, tmp_path, monkeypatch):
+def test_a_crash_at_any_write_goes_on_to_the_same_adapter(whole, mini, tmp_path, monkeypatch):
     """The run dies just before each rename in turn, which is when a file comes to be."""
     folder, replace = tmp_path / "run", os.replace
     for survived in range(40):
@@ -442,7 +444,7 @@ def test_sae_of_another_model(mini, tmp_path, monkeypatch, capsys):
 
 def test_missing_flags_are_asked_for_by_name(mini, monkeypatch, capsys):
     assert "--sae and --data" in refused(["--model", mini, "--rank", "8"], monkeypatch, capsys)
-    arguments = ["--model", "someone/gemma", "--sae", "someone/saes", "--data", mini / "train.jsonl"]
+    arguments = ["--model", "someone/gemma", "--sae", "someone/saes", "--data", "pairs.jsonl"]
     assert "--layers" in refused(arguments, monkeypatch, capsys)
 
 
@@ -458,7 +460,7 @@ def test_gated_repositories(monkeypatch):
     monkeypatch.setattr(GatedRepoError, "__init__", lambda *arguments, **more: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", gated)
     page = "https://huggingface.co/google/gemma-2-2b"
-    with pytest.raises(InputError, match=f"google/gemma-2-2b is gated: accept its licence at {page}"):
+    with pytest.raises(InputError, match=f"gemma-2-2b is gated: accept its licence at {page}"):
         load_model("google/gemma-2-2b")
 
 

@@ -1,0 +1,51 @@
+"""What a run would take: parameters and memory, worked out from the model's configuration alone."""
+
+from collections.abc import Collection
+from types import SimpleNamespace
+
+import torch
+
+from model import Config, Gemma2
+from run import parallel
+
+
+def size_rows(settings: SimpleNamespace, config: Config, targets: Collection[str]
+              ) -> list[list[str]]:
+    """Rows [what, size] of a table: parameters, those that are trained, and memory."""
+    with torch.device("meta"):
+        model = Gemma2(config)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    shapes = [layer.weight.shape for name, layer in model.named_modules()
+              if name.endswith(tuple(targets))]
+    num_trained = sum(settings.rank * (rows + columns) for rows, columns in shapes)
+    at_most = ", at most" if settings.freeze_basis else ""
+    num_held = parameters_held(settings, config, num_parameters)
+    itemsize = getattr(torch, settings.dtype).itemsize
+    memory = {"weights": itemsize * num_held, "adapter, gradient, AdamW": 16 * num_trained,
+              "activations of a row, about": activation_bytes(settings, config)}
+    return [["parameters", f"{num_parameters:,}"],
+            [f"trainable{at_most}", f"{num_trained:,} ({num_trained / num_parameters:.4%})"],
+            *([f"memory: {name}", f"{size / 1e6:,.0f} MB"] for name, size in memory.items())]
+
+
+def parameters_held(settings, config, num_parameters):
+    """Parameters that one process holds; with --shard its share of the blocks, and two blocks."""
+    if not settings.shard:
+        return num_parameters
+    in_blocks = num_parameters - config.vocab_size * config.hidden_size
+    whole = num_parameters - in_blocks
+    return whole + in_blocks / parallel.world_size() + 2 * in_blocks / config.num_hidden_layers
+
+
+def activation_bytes(settings, config):
+    """Bytes that one row keeps for its backward; `python -m bench.memory` measures the same."""
+    D, T, L = config.hidden_size, settings.batch_tokens, config.num_hidden_layers
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    itemsize = getattr(torch, settings.dtype).itemsize
+    # Of a block: the inputs of four norms and of q, k, v; q, k, v and attention's output; two of
+    # the MLP's width; a float32 number for each norm and head
+    block = itemsize * (5 * D + 2 * (H + K) * config.head_dim + 2 * config.intermediate_size)
+    block += 4 * (4 + H)
+    if settings.recompute:                      # each block's input alone, and one block whole
+        return T * (L * itemsize * D + block)
+    return T * L * block
