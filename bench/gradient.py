@@ -28,7 +28,7 @@ from features import contrast_gradients, gradient_moments
 from saes.gradient import greedy
 from model import Gemma2, load_model
 from sae import load_sae
-from run.session import adapter_parameters
+from lora import trainable_parameters as adapter_parameters
 
 SHOWN = {"config": "", "pairs": ",", "step, s": ".2f", "selection, s": ".2f", "steps": ".2f",
          "step, MB": ",.0f", "selection, MB": ",.0f", "gradients, MB": ",.0f"}

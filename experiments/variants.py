@@ -33,7 +33,7 @@ from saes.gradient import greedy as pursuit
 from saes.gradient import rotated
 from model import load_model
 from sae import load_sae
-from run.session import adapter_parameters, put
+from lora import trainable_parameters as adapter_parameters
 
 STEPS, RATE = 60, 1e-3
 RANK, TOP_K, TAU = 16, 20, 0.8                   # the toy recipe's

@@ -354,7 +354,7 @@ def measure(folder):
     for name in ("harmful", "jailbreak", "guard", "lookalike", "benign"):
         prompts, _ = read_prompts(folder / f"data/{name}.jsonl")
         answers = answer(model, tokenizer, prompts, max_new_tokens=24, batch_size=256, label=name)
-        role = name if name in recipe.SETS else "harmful"
+        role = name if name in recipe.ROLES else "harmful"
         judged += [{"set": name, "role": role, "fields": {}, "completion": text, "verdict": verdict(text),
                     "answer": prompt.fields.get("answer")} for prompt, text in zip(prompts, answers)]
     for name, found in figures(judged).items():
