@@ -91,7 +91,8 @@ class Config:
 
     def to_dict(self) -> dict:
         """config.json as transformers 4 and 5 read it."""
-        return {"architectures": ["Gemma2ForCausalLM"]} | FIXED | asdict(self)
+        values = {"architectures": ["Gemma2ForCausalLM"]} | FIXED | asdict(self)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 FIXED = {"model_type": "gemma2", "attention_bias": False, "tie_word_embeddings": True,
@@ -159,9 +160,8 @@ class Attention(nn.Module):
         self.cap = config.attn_logit_softcapping
 
     def forward(self, x, rope, visible, cache=None):
-        # q (B, H, T, hd), k and v (B, K, T, hd)
-        q, k, v = (rearrange(project(x), "b t (h hd) -> b h t hd", hd=self.head_dim)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rearrange(proj(x), "b t (h hd) -> b h t hd", hd=self.head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H or K, T, hd)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v)                               # (B, K, S, hd)
@@ -327,7 +327,7 @@ class Gemma2(nn.Module):
 # Checkpoints in Hugging Face's layout: config.json and model.safetensors, or shards and their index
 
 INDEX = "model.safetensors.index.json"
-READ_VALUES = 16 << 20  # of a checkpoint at once: 64 MB in float32
+READ_VALUES = 4 << 20  # of a checkpoint at once: 16 MB in float32
 
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None, device="cpu",
