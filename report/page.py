@@ -25,9 +25,8 @@ MAX_MOVED = 8          # features in one table of those that fire differently
 # ------------------------------------------------------------------------------
 # Markup
 
-# Control characters, direction overrides and halves of surrogate pairs are shown as their number
-STEERING = re.compile(
-    "[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters and direction overrides, which are shown as their number
+STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class Html(str):
