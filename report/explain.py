@@ -39,12 +39,13 @@ SIDES = "readers", "writers"
 
 @dataclass
 class Exchange:
-    """A prompt of an evaluation set, with the answers {"base" or "adapter": …} to it."""
+    """A prompt of an evaluation set, as tokens with each model's answer to it."""
     set: str
     role: str
     prompt: Prompt
-    answers: dict[str, str]
-    examples: dict[str, Example]
+    base: Example
+    adapter: Example
+    changed: bool       # whether the verdicts on the two answers differ
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,16 +226,16 @@ def both_residuals(model, ids, layers):
 
 
 @torch.no_grad()
-def token_views(model, saes, tokenizer, examples, mentioned) -> list[dict]:
+def token_views(model, saes, tokenizer, exchange, mentioned) -> list[dict]:
     """explain.json's "tokens" of one prompt, less what the caller knows: a view of each model.
 
-    examples {"base" or "adapter": Example} with each one's own answer; mentioned {SAE layer:
-    [features]}. Shown are, of each layer, the few whose activation differs most between the two at
-    the end of the prompt, and the few others that differ most over the answers.
+    Of each layer's features in `mentioned` {SAE layer: [features]} those few are shown whose
+    activation differs most between the two at the end of the prompt, and those few others that
+    differ most over each model's own answer.
     """
     device, layers = model.embed_tokens.weight.device, sorted(saes)
     views, strengths = {}, {}
-    for who, example in examples.items():
+    for who, example in (("base", exchange.base), ("adapter", exchange.adapter)):
         first = max(0, example.start - PROMPT_TOKENS)
         ids = example.tokens[:example.start + ANSWER_TOKENS]
         residuals = both_residuals(model, torch.tensor([ids], device=device), layers)
@@ -277,48 +278,43 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
     norm_aware = settings.norm_aware
     explanation, random_rows = directions_used(model, saes, features, subspaces, norm_aware)
 
-    # Answers of both models, and of the adapter without some of its directions
-    exchanges = []
+    questions = []
     for name, eval_set in sets.items():
         count = min(num_prompts, len(eval_set.prompts))
-        for prompt in random.Random(0).sample(eval_set.prompts, count):
-            exchanges.append(Exchange(name, eval_set.role, prompt, {}, {}))
+        questions += [(name, eval_set.role, prompt)
+                      for prompt in random.Random(0).sample(eval_set.prompts, count)]
+    roles = list(dict.fromkeys(role for _, role, _ in questions))
+    harmless = [role for role in ("lookalike", "benign") if role in roles][:1]
+    tested = [question for question in questions if question[1] in (*HARMFUL, *harmless)]
 
-    def answers(exchanges, label):
-        prompts = [exchange.prompt for exchange in exchanges]
+    def answers(questions, label):
+        prompts = [prompt for *_, prompt in questions]
         return answer(model, tokenizer, prompts, settings.max_new_tokens, settings.eval_batch,
                       settings.format, label)
 
-    roles = list(dict.fromkeys(exchange.role for exchange in exchanges))
-    harmless = [role for role in ("lookalike", "benign") if role in roles][:1]
-    tested = [exchange for exchange in exchanges if exchange.role in (*HARMFUL, *harmless)]
-
     def refusals():
         flags = defaultdict(list)
-        for exchange, text in zip(tested, answers(tested, "removal")):
-            key = "safe" if exchange.role in HARMFUL else "over_refusal"
-            flags[key].append(refused(exchange.role, text))
+        for (_, role, _), text in zip(tested, answers(tested, "removal")):
+            flags["safe" if role in HARMFUL else "over_refusal"].append(refused(role, text))
         return flags
 
-    for exchange, text in zip(exchanges, answers(exchanges, "adapter")):
-        exchange.answers["adapter"] = text
-    with lora.scaled(model, 0):
-        for exchange, text in zip(exchanges, answers(exchanges, "base")):
-            exchange.answers["base"] = text
     explanation["removal"] = {
-        "prompts": len(tested),
-        "set": ", ".join(dict.fromkeys(exchange.set for exchange in tested)),
+        "prompts": len(tested), "set": ", ".join(dict.fromkeys(name for name, *_ in tested)),
         "rows": removal(model, explanation["layers"], random_rows, saes, subspaces, norm_aware,
                         refusals)}
 
-    # Activations; a prompt may be longer than the model's context
-    longest = model.config.max_position_embeddings
-    for exchange in exchanges:
-        for who in ("base", "adapter"):
-            exchange.examples[who] = make_example(tokenizer, exchange.prompt.turns,
-                                                  exchange.answers[who], longest, settings.format)
-    exchanges = [exchange for exchange in exchanges if exchange.examples["adapter"]]
-    texts = [(exchange.role, exchange.examples["adapter"]) for exchange in exchanges]
+    # Both models' answers; a prompt may be longer than the model's context
+    adapter_answers = answers(questions, "adapter")
+    with lora.scaled(model, 0):
+        base_answers = answers(questions, "base")
+    exchanges, longest = [], model.config.max_position_embeddings
+    for (name, role, prompt), *texts in zip(questions, base_answers, adapter_answers):
+        base, adapter = (make_example(tokenizer, prompt.turns, text, longest, settings.format)
+                         for text in texts)
+        if adapter:
+            changed = verdict(texts[0]) != verdict(texts[1])
+            exchanges.append(Exchange(name, role, prompt, base, adapter, changed))
+    texts = [(exchange.role, exchange.adapter) for exchange in exchanges]
     activities = activity(model, saes, texts, tokenizer.control)
     explanation["inside"] = [
         {"role": role, "where": where, "prompts": activities[min(saes)].num_prompts[role, where],
@@ -335,12 +331,11 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
     explanation["tokens"] = []
     for name in sets:
         of_set = [exchange for exchange in exchanges if exchange.set == name]
-        changed = [exchange for exchange in of_set
-                   if verdict(exchange.answers["base"]) != verdict(exchange.answers["adapter"])]
-        for exchange in (changed or of_set)[:1]:
+        of_set.sort(key=lambda exchange: not exchange.changed)
+        for exchange in of_set[:1]:
             prompt = exchange.prompt
             about = {"set": name, "line": prompt.line, "prompt": prompt.turns[-1][1]}
-            views = token_views(model, saes, tokenizer, exchange.examples, mentioned)
+            views = token_views(model, saes, tokenizer, exchange, mentioned)
             explanation["tokens"] += [about | view for view in views]
     explanation["words"] = words(model, saes, tokenizer, features, mentioned, activities, exchanges)
     return explanation
@@ -363,7 +358,7 @@ def words(model, saes, tokenizer, features, mentioned, activities, exchanges) ->
             peaks = []
             for value, _, number, token in activity.peaks.of(i):
                 exchange = exchanges[number]
-                context = in_context(tokenizer, exchange.examples["adapter"].tokens, token)
+                context = in_context(tokenizer, exchange.adapter.tokens, token)
                 peaks.append({"activation": value, "side": exchange.role,
                               "line": exchange.prompt.line, **context})
             frequency = activity.fired[i].item() / max(1, activity.num_tokens)

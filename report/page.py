@@ -149,7 +149,7 @@ def feature_link(run, feature) -> Html:
 
 
 def fires_on(run, key) -> str:
-    peaks = run.words.get(key, {}).get("peaks", [])
+    peaks = run.words[key]["peaks"] if key in run.words else []
     return dotted(peak["tokens"][peak["peak"]] for peak in peaks)
 
 
@@ -246,13 +246,18 @@ def inside(run):
                          number(feature["base"], ".2f"), number(feature["adapter"], ".2f")])
         title = f"{SETS[part['role']]}, {WHERE[part['where']]} ({part['prompts']} prompts)"
         tables.append(details(title, table(head, rows), open=not tables))
+    largest = {}                         # activation of each feature, in all views
+    for view in run.explain["tokens"]:
+        for feature in view["features"]:
+            place = feature["layer"], feature["index"]
+            largest[place] = max(largest.get(place, 0), *feature["activation"])
     for view in run.explain["tokens"]:
         title = join(small(view["set"]), " ", view["prompt"])
         lines = views.setdefault(title, [])
         lines.append(tag("h4", MODELS[view["who"]]))
         for feature in view["features"]:
-            largest = max(feature["activation"]) or 1
-            strengths = [value / largest for value in feature["activation"]]
+            scale = largest[feature["layer"], feature["index"]] or 1
+            strengths = [value / scale for value in feature["activation"]]
             text = shaded(view["text"], strengths, view["answer_start"])
             lines.append(tag("p", feature_link(run, feature), tag("br"), text, class_="tokens"))
     return [tag("p", "The features whose mean activation moved most while both models read the "
