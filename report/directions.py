@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import lora
 from features import norm_gain, serving_layer
+from model import MODULES
 
 FALSE_NAMES = 0.02  # chance that an update of random directions gets any feature named
 MIN_SHARE = 1e-3    # of an update: a smaller share isn't worth a name
@@ -48,10 +49,10 @@ def update_rows(layer: lora.LoRALinear, gain: torch.Tensor | None = None) -> tor
     return Z if gain is None else Z * gain.to(Z)
 
 
-def sae_key(name: str, layer: lora.LoRALinear, sae_layers) -> tuple[int, str]:
-    """(SAE layer, side) of the SAE that serves a module, and the side on which it does."""
-    block = int(name.split(".")[1])
-    return serving_layer(block, layer.writer, sae_layers), "writers" if layer.writer else "readers"
+def sae_key(name: str, sae_layers) -> tuple[int, str]:
+    """(SAE layer, side) that serves the module `name`."""
+    side = MODULES[name.split(".")[-1]].side
+    return serving_layer(int(name.split(".")[1]), side == "writers", sae_layers), side
 
 
 def stream_gain(model, name: str) -> torch.Tensor:
@@ -200,7 +201,7 @@ def directions_used(model, saes, features=(), subspaces=None, norm_aware=False):
     # Modules that one SAE serves on one side are one update
     modules, updates = defaultdict(list), defaultdict(list)
     for name, layer in lora.lora_layers(model).items():
-        key = sae_key(name, layer, saes)
+        key = sae_key(name, saes)
         modules[key].append(name)
         updates[key].append(update_rows(layer, stream_gain(model, name) if norm_aware else None))
     norm2 = {key: sum(float(Z.square().sum()) for Z in parts) for key, parts in updates.items()}

@@ -19,11 +19,11 @@ from tqdm import tqdm
 import lora
 from data import Example, Prompt, Tokenizer, make_example
 from eval import answer
-from saes.words import Peaks, in_context, promoted
 from model import Gemma2
 from report.directions import directions_used, sae_key, span, stream_gain, update_norm
 from run.files import InputError
 from sae import SAE, neuronpedia_url
+from saes.words import Peaks, in_context, promoted
 from safety.figures import compare, refused, share
 from safety.rules import verdict
 from safety.sets import HARMFUL, EvalSet
@@ -62,7 +62,7 @@ def removed(model, directions, sae_layers, norm_aware=False):
     before = []
     try:
         for name, layer in lora.lora_layers(model).items():
-            rows = directions.get(sae_key(name, layer, sae_layers))
+            rows = directions.get(sae_key(name, sae_layers))
             if rows is None:
                 continue
             factor = layer.B if layer.writer else layer.A
