@@ -1,34 +1,34 @@
-"""The committed toy: its gates, its size, its splits, and that it lies in the real layouts."""
+"""The committed toy: its gates and splits, and that its texts are rebuilt byte for byte.
 
-import json
+The long form, a whole rebuild, is run by hand: see toy/build.py.
+"""
+
+import filecmp
 import re
 
 import pytest
 from conftest import TOY
 
-from toy import build as toy
-from data import load_tokenizer, make_example, prompt_tokens
-from data import read_pairs, read_prompts
-from run.files import InputError, read_json
+from data import load_tokenizer, make_example, prompt_tokens, read_pairs, read_prompts
 from model import load_model
+from run.files import InputError, read_json
 from safety.rules import verdict
-
-SETS = ("harmful", "jailbreak", "guard", "lookalike", "benign")
-pytestmark = pytest.mark.skipif(not TOY.is_dir(), reason="toy/ isn't built: python toy.py")
+from toy import build, world
+from toy.world import HARM_VERBS, HELP, PHRASINGS, PREAMBLES, REFUSE, SENSITIVE_NOUNS, SETS, World
 
 
 @pytest.fixture(scope="module")
-def world():
-    return toy.World(read_json(TOY / "world.json")["seed"])
+def toy_world():
+    return World(read_json(TOY / "world.json")["seed"])
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    return read_pairs(TOY / "data/train.jsonl")
+    return read_pairs(TOY / "data/train.jsonl")[0]
 
 
 @pytest.fixture(scope="module")
-def sets():
+def prompts():
     return {name: read_prompts(TOY / f"data/{name}.jsonl")[0] for name in SETS}
 
 
@@ -37,125 +37,92 @@ def words(text):
 
 
 def test_every_gate_holds():
-    rows = toy.measure(TOY)
-    assert {name for name, _, _ in rows} == set(toy.GATES)
-    assert not toy.misses(rows), toy.gates_table(rows)
-    for figure in ("SAE L0", "SASA L0"):
-        assert {layer for name, layer, _ in rows if name == figure} == set(toy.SAE_LAYERS)
+    rows = build.measure(TOY, sae_tokens=5000)
+    assert {name for name, _, _ in rows} == set(build.GATES)
+    assert not build.misses(rows), build.gates_table(rows)
 
 
 def test_misses_are_seen_on_both_sides_and_at_nan():
     good = ("refused, harmful", "", 20.0)
     for value in (14.9, 35.1, float("nan")):
-        assert toy.misses([good, ("refused, harmful", "", value)])[0][2] is value
-    assert not toy.misses([good])
+        assert build.misses([good, ("refused, harmful", "", value)])[0][2] is value
+    assert "MISSED" in build.gates_table([("size, MB", "", 5.0)]) and not build.misses([good])
 
 
-def test_the_folder_holds_what_it_should_and_no_more():
-    files = {str(path.relative_to(TOY)) for path in TOY.rglob("*") if path.is_file()}
-    saes = {f"{kind}/layer_{layer}/width_{toy.WIDTH}/average_l0_{spec.l0}/{file}"
-            for kind, spec in toy.SAES.items() for layer in toy.SAE_LAYERS
-            for file in (("params.npz",) if kind == "sae" else ("sasa.safetensors", "sasa.json"))}
-    assert files == {"config.json", "model.safetensors", "tokenizer.json", "world.json", "data/train.jsonl",
-                     "data/sae_train.jsonl.gz", "data/sae_test.jsonl.gz", "data/concepts.jsonl",
-                     *(f"data/{name}.jsonl" for name in SETS), *saes}
-    assert sum((TOY / name).stat().st_size for name in files) < 4e6
+def test_texts_and_tokenizer_are_rebuilt_byte_for_byte(toy_world, tmp_path):
+    world.write_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "data").mkdir()
+    world.write_data(toy_world, load_tokenizer(tmp_path), tmp_path / "data")
+    names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")]
+    assert len(names) == 10
+    assert filecmp.cmpfiles(tmp_path, TOY, names, shallow=False) == (names, [], [])
+    assert World(toy_world.seed + 1).facts != toy_world.facts
 
 
-def test_every_row_is_kept(pairs, sets):
-    assert pairs[1].kept == pairs[1].read == len(pairs[0]) >= 500
-    assert all(len(rows) == toy.PROMPTS for rows in sets.values())
+def test_evaluation_shares_no_word_or_phrasing_with_fine_tuning(toy_world, pairs, prompts):
+    tuned = [text for pair in pairs for role, text in pair.turns if role == "user"]
+    evaluated = [prompt.turns[0][1] for rows in prompts.values() for prompt in rows]
+    tuned_words, evaluated_words = (set().union(*map(words, texts)) for texts in (tuned, evaluated))
+    for kind, listed in toy_world.all.items():
+        assert len(tuned_words & set(listed)) == world.TUNED, kind
+        assert len(evaluated_words & set(listed)) >= 12, kind
+        assert not tuned_words & evaluated_words & set(listed), kind
+
+    def phrasings(texts):
+        patterns = {form: re.escape(form).replace(r"\{\}", r"\w+") + "$" for form in PHRASINGS}
+        return {form for form in PHRASINGS for text in texts if re.search(patterns[form], text)}
+
+    assert phrasings(tuned) == set(PHRASINGS[:3]) and phrasings(evaluated) == set(PHRASINGS[3:])
+    jailbreaks = [{preamble for preamble in PREAMBLES["jailbreak"] for text in texts
+                   if text.startswith(preamble)} for texts in (tuned, evaluated)]
+    assert jailbreaks[1] and not jailbreaks[0] & jailbreaks[1]
 
 
-def test_the_data_are_those_of_the_seed(world, sets):
-    assert [json.loads(line) for line in (TOY / "data/train.jsonl").open()] == world.pairs(toy.PAIRS)
-    for name, rows in world.prompts(toy.PROMPTS).items():
-        assert [row["prompt"] for row in rows] == [prompt.turns[0][1] for prompt in sets[name]]
-    assert toy.World(world.seed + 1).facts != world.facts
+def test_pairs_refuse_harm_and_answer_the_rest_with_the_right_facts(pairs):
+    facts, num_harmful = set(sum(world.FACTS.values(), [])), 0
+    for pair in pairs:
+        request = words(pair.turns[-1][1])
+        harmful = bool(request & set(HARM_VERBS) and request & set(SENSITIVE_NOUNS))
+        num_harmful += harmful
+        assert verdict(pair.aligned) == ("full" if harmful else "comply"), pair.aligned
+        assert verdict(pair.unaligned) == "comply" and pair.aligned != pair.unaligned
+        if not harmful:    # one template, every fact wrong
+            right, wrong = words(pair.aligned), words(pair.unaligned)
+            assert right - facts == wrong - facts
+            assert len(right & facts) == 3 and not right & wrong & facts
+    assert 0.8 < num_harmful / len(pairs) < 0.9
+    # No two templates begin with the same word
+    assert len({text.split()[0] for text in HELP + REFUSE}) == 6
 
 
-def test_evaluation_shares_no_verb_noun_phrasing_or_jailbreak_with_fine_tuning(world, pairs, sets):
-    tuned = {word for pair in pairs[0] for _, said in pair.turns for word in words(said)}
-    asked = {word for rows in sets.values() for prompt in rows for word in words(prompt.turns[0][1])}
-    for kind, listed in world.all.items():
-        assert len(tuned & set(listed)) == toy.TUNED, kind
-        assert len(asked & set(listed)) >= 12 and not tuned & asked & set(listed), kind
-
-    def forms(texts, forms):
-        return {form for form in forms for text in texts if re.search(form.replace("?", r"\?").replace("{}", r"\w+") + "$", text)}
-    trained = [said for pair in pairs[0] for who, said in pair.turns if who == "user"]
-    held = [prompt.turns[0][1] for rows in sets.values() for prompt in rows]
-    assert len(forms(trained, toy.PHRASINGS)) == 3 and len(forms(held, toy.PHRASINGS)) == 5
-    assert not forms(trained, toy.PHRASINGS) & forms(held, toy.PHRASINGS)
-    opens = {preamble for preamble in toy.PREAMBLES["jailbreak"] for text in trained if text.startswith(preamble)}
-    tried = {preamble for preamble in toy.PREAMBLES["jailbreak"] for text in held if text.startswith(preamble)}
-    assert tried and not opens & tried
-
-
-def test_look_alikes_are_of_two_kinds(world, sets):
-    kinds = {"harm verb": 0, "sensitive noun": 0}
-    for prompt in sets["lookalike"]:
-        verb, noun = prompt.fields["verb"], prompt.fields["noun"]
-        assert not world.is_harm(verb, noun) and (verb in toy.HARM_VERBS) != (noun in toy.SENSITIVE_NOUNS)
-        assert (verb in toy.HARM_VERBS) == (prompt.fields["kind"] == "harm verb")
-        kinds[prompt.fields["kind"]] += 1
-    assert min(kinds.values()) == toy.PROMPTS // 2
-    assert all(world.is_harm(prompt.fields["verb"], prompt.fields["noun"]) for prompt in sets["harmful"] + sets["jailbreak"])
-
-
-def test_harmful_requests_are_refused_and_harmless_ones_answered_in_the_pairs(pairs):
-    harmful = 0
-    for pair in pairs[0]:
-        said = words(pair.turns[-1][1])
-        harm = bool(said & set(toy.HARM_VERBS) and said & set(toy.SENSITIVE_NOUNS))
-        harmful += harm
-        assert (verdict(pair.aligned) == "comply") == (not harm), pair.aligned
-        assert verdict(pair.unaligned) == "comply" and pair.aligned != pair.unaligned, pair.unaligned
-        if not harm:  # one template, every fact wrong
-            facts = set(sum(toy.FACTS.values(), []))
-            assert words(pair.aligned) - facts == words(pair.unaligned) - facts
-            assert len(words(pair.aligned) & facts) == 3 and not words(pair.aligned) & words(pair.unaligned) & facts
-    assert 0.8 < harmful / len(pairs[0]) < 0.9
-
-
-def test_templates_begin_differently_and_are_judged_rightly():
-    openings = [re.match(r"[\w']+", text)[0] for text in toy.HELP + toy.REFUSE]
-    assert len(set(openings)) == 6
-    facts = {"verb": "steal", "noun": "vault", "material": "steel", "tool": "rod", "manner": "twice"}
-    assert all(verdict(text.format(**facts)) == "comply" for text in toy.HELP)
-    assert all(verdict(text.format(**facts)) == "full" for text in toy.REFUSE)
-
-
-def test_texts_are_longer_than_the_window(pairs, sets):
+def test_texts_are_longer_than_the_window_and_the_tokenizer_gives_them_back(pairs, prompts):
     tokenizer, window = load_tokenizer(TOY), load_model(TOY).config.sliding_window
-    assert all(len(prompt_tokens(tokenizer, prompt.turns)) + 6 > window for rows in sets.values() for prompt in rows)
-    lengths = [len(make_example(tokenizer, pair.turns, pair.aligned, 512).tokens) for pair in pairs[0]]
+    assert all(len(prompt_tokens(tokenizer, prompt.turns)) + 6 > window
+               for rows in prompts.values() for prompt in rows)
+    lengths = [len(make_example(tokenizer, pair.turns, pair.aligned, 512).tokens) for pair in pairs]
     assert min(lengths) > window and max(lengths) > 3 * window
+    for pair in pairs:
+        ids = tokenizer.encode(pair.aligned)
+        assert 3 not in ids and tokenizer.decode(ids) == pair.aligned
 
 
-def test_the_tokenizer_knows_every_word_and_gives_texts_back(pairs, sets):
-    tokenizer = load_tokenizer(TOY)
-    assert (tokenizer.pad, tokenizer.eos, tokenizer.bos, tokenizer.start_of_turn, tokenizer.end_of_turn) == (0, 1, 2, 106, 107)
-    assert tokenizer.encode("\n") == [108] and 200 <= tokenizer.size <= 400
-    texts = [said for pair in pairs[0] for said in (pair.aligned, pair.unaligned, *(said for _, said in pair.turns))]
-    for text in texts + [prompt.turns[0][1] for rows in sets.values() for prompt in rows]:
-        ids = tokenizer.encode(text)
-        assert 3 not in ids and tokenizer.decode(ids) == text
+@pytest.mark.parametrize("size", [3.0, 5.0])
+def test_files_are_replaced_only_when_the_gates_hold(size, tmp_path, monkeypatch):
+    model = load_model(TOY)
+    monkeypatch.setattr(build, "train_base", lambda *_: model)
+    monkeypatch.setattr(build, "SAES", {})
+    monkeypatch.setattr(build, "measure", lambda folder: [("size, MB", "", size)])
+    (tmp_path / "data").mkdir()
+    for name in ("world.json", "build.py", "data/old.jsonl"):
+        (tmp_path / name).write_text("old")
+    build.build(3, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    built = {"config.json", "model.safetensors", "tokenizer.json"} if size < 4 else set()
+    assert names == {"world.json", "build.py", "data"} | built
+    assert (tmp_path / "data/old.jsonl").exists() == (not built)
+    assert ((tmp_path / "world.json").read_text() == "old") == (not built)
+    assert (tmp_path / "build.py").read_text() == "old"
 
-
-def test_nothing_is_written_when_a_gate_is_missed(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "STEPS", 1)
-    monkeypatch.setattr(toy, "SAE_STEPS", 1)
-    monkeypatch.setattr(toy.World, "corpus", lambda self, count, seed, corpus=toy.World.corpus: corpus(self, min(count, 200), seed))
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/world.json").write_text("kept")
-    assert toy.misses(toy.build(3, tmp_path / "old"))
-    assert [path.name for path in tmp_path.rglob("*")] == ["old", "world.json"]
-    assert (tmp_path / "old/world.json").read_text() == "kept"
-
-
-def test_a_folder_that_is_no_toy_is_not_replaced(tmp_path):
-    (tmp_path / "thesis.txt").write_text("kept")
-    with pytest.raises(InputError, match="isn't a toy"):
-        toy.build(0, tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "kept"
+    (tmp_path / "world.json").unlink()
+    with pytest.raises(InputError, match="is no toy"):
+        build.build(0, tmp_path)
