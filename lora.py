@@ -5,12 +5,10 @@
     load_adapter(model, folder)                          # opens what peft's save_pretrained wrote
 
     python lora.py runs/20260101-120000-toy --out merged      # base and adapter as one checkpoint
-    python lora.py someone/their-lora --model google/gemma-2-2b --out merged
 
 The layer is y = W·x + s·B·(A·x) with s = alpha / rank. Readers (q, k, v, gate, up) read the
 residual stream, so the rows of A are directions in it. Writers (o, down) write to it, so the
 columns of B are. A basis U (d, r̂) therefore enters A of readers and B of writers.
-
 Letters: d width of the residual stream, r rank, r̂ directions in a basis, in and out widths of W.
 """
 
@@ -40,13 +38,9 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.A = nn.Parameter(A.detach().to(device, torch.float32, copy=True).contiguous())
         self.B = nn.Parameter(B.detach().to(device, torch.float32, copy=True).contiguous())
-        self.scale, self.writer = scale, writer
+        self.rank, self.scale, self.writer = len(A), scale, writer
         # Holds W while merged: in a tuple, so that it isn't registered as a second parameter
         self.unmerged: tuple = ()
-
-    @property
-    def rank(self):
-        return self.A.shape[0]
 
     @property
     def update(self):
@@ -60,8 +54,7 @@ class LoRALinear(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Inits: (W (out, in), U (d, r̂) or None, rank, writer, generator) -> A (rank, in), B (out, rank).
-# B·A = 0, so that training starts at the base model.
+# Inits: (W, U (d, r̂) or None, rank, writer, generator) -> A (rank, in), B (out, rank), B·A = 0
 
 def kaiming(rows, columns, generator):
     """LoRA's own draw of a factor: uniform within ±1/√columns (microsoft/LoRA, layers.py)."""
@@ -102,9 +95,6 @@ def sails(weight, basis, rank, writer, generator):
 INITS = {"sails": sails, "random": random, "orthonormal": orthonormal}
 
 
-# --------------------------------------------------------------------------------------------------
-# Layers of a model
-
 def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
              bases: dict[str, Tensor] | None = None, generator: torch.Generator | None = None,
              freeze_basis=False, targets: Collection[str] = TARGETS) -> dict[str, LoRALinear]:
@@ -114,9 +104,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
     bases: {module name: U (d, r̂)} with orthonormal columns and r̂ <= rank; "sails" needs them.
     freeze_basis: a module's rank is its r̂ and only the factor that starts at zero is trained, so
     that ΔW stays in the subspace. The scale is alpha / rank all the same.
-
-    Raises InputError for unknown names, a rank that isn't 1 to d, an alpha that isn't above 0, and
-    bases that are missing or don't fit.
+    Raises InputError for unknown names, a bad rank or alpha, and bases that don't fit.
     """
     if lora_layers(model):
         raise ValueError("the model carries LoRA layers already")
@@ -148,15 +136,10 @@ def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
         layers[name] = LoRALinear(base, A, B, alpha / rank, writer)
         if freeze_basis:
             (layers[name].B if B.any() else layers[name].A).requires_grad_(False)
-    return attach(model, layers)
-
-
-def attach(model, layers):
-    """Freeze the model and put the layers in their modules' places."""
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    return lora_layers(model)
+    return layers
 
 
 def leaf(name):
@@ -211,9 +194,9 @@ def fold_lora(model: nn.Module) -> None:
 def scaled(model: nn.Module, factor: float) -> Iterator[None]:
     """Multiply every update by `factor` within. With 0 the outputs are the base's, bit for bit."""
     scales = {layer: layer.scale for layer in lora_layers(model).values()}
+    for layer, scale in scales.items():
+        layer.scale = factor * scale
     try:
-        for layer, scale in scales.items():
-            layer.scale = factor * scale
         yield
     finally:
         for layer, scale in scales.items():
@@ -224,8 +207,8 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
 def update_share(layer: LoRALinear, basis: Tensor) -> float:
     """The share of ΔW in span(U), U (d, r̂) with orthonormal columns: 0 to 1, or NaN if ΔW = 0.
 
-    ‖ΔW·UUᵀ‖² / ‖ΔW‖² for readers, ‖UUᵀ·ΔW‖² / ‖ΔW‖² for writers. ΔW itself is not made:
-    ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), from r × r products in float64.
+    ‖ΔW·UUᵀ‖² / ‖ΔW‖² for readers, ‖UUᵀ·ΔW‖² / ‖ΔW‖² for writers, in float64. ΔW itself is not
+    made: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), from r × r products.
     """
     A, B = layer.A.double(), layer.B.double()
     stream, other = (B, A.T) if layer.writer else (A.T, B)    # (d, r), (in or out, r)
@@ -235,23 +218,19 @@ def update_share(layer: LoRALinear, basis: Tensor) -> float:
 
 
 def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=8) -> dict:
-    """{"subspace", "random", "random_sd"}: the share of ‖ΔW‖² in the bases, over all modules.
-
-    "random" and "random_sd" are mean and standard deviation of the same share for `draws` sets of
-    random bases of equal rank. bases: {module name: U (d, r̂)}. None without bases or update.
-    """
+    """{"subspace", "random", "random_sd"}: share of ‖ΔW‖², over all modules, in {name: basis}, and
+    in random bases of equal rank (mean and deviation of `draws`). None without bases or update."""
     layers = lora_layers(model)
-    norms = torch.tensor([layer.update.square().sum().item() for layer in layers.values()],
-                         dtype=torch.float64)
+    norms = torch.tensor([float(layer.update.square().sum()) for layer in layers.values()]).double()
     if not bases or not norms.sum() > 0:
-        return {"subspace": None, "random": None, "random_sd": None}
-    generator = torch.Generator().manual_seed(seed)
+        return dict.fromkeys(("subspace", "random", "random_sd"))
 
     def share(bases):
         shares = [update_share(layer, bases[name]) for name, layer in layers.items()]
         shares = torch.tensor(shares, dtype=torch.float64).nan_to_num()
-        return (norms * shares).sum().item() / norms.sum().item()
+        return float((norms * shares).sum() / norms.sum())
 
+    generator = torch.Generator().manual_seed(seed)
     chance = torch.zeros(draws)
     for i in range(draws):
         noise = {name: torch.randn(bases[name].shape, generator=generator) for name in layers}
@@ -291,10 +270,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str) -> 
     write_json(folder / CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model_name),
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-        "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
-        "init_lora_weights": True, "inference_mode": True, "modules_to_save": None,
-        "target_modules": target_modules, "layers_to_transform": None,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
+        "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True,
+        "inference_mode": True, "modules_to_save": None, "target_modules": target_modules,
+        "layers_to_transform": None,
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha}})
     # Last, since a folder with the tensors is taken for a whole adapter
@@ -308,16 +287,16 @@ def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
     """Put an adapter in PEFT's layout, a folder or hub repository, on a model: {name: LoRALinear}.
 
     The tensors' names and shapes give modules and ranks; the config gives the scale. Raises
-    InputError, and leaves the model as it was, for anything that isn't W + s·B·A on MODULES, and
-    for tensors that are missing, unknown, misshapen or not finite.
+    InputError, and leaves the model as it was, for what isn't W + s·B·A on MODULES and for tensors
+    that are missing, unknown, misshapen or not finite.
     """
     config_path = locate(source, CONFIG)
     config = read_json(config_path)
     for field, values in PLAIN.items():
         value = config.get(field)
         if value not in values:
-            raise InputError(f"{config_path}: {field} is {str(value)[:80]!r}, which isn't plain "
-                             "LoRA: merge the adapter with peft and load the result as a model")
+            raise InputError(f"{config_path}: {field} is {str(value)[:80]!r}, not plain LoRA: "
+                             "merge the adapter with peft and load the result as a model")
     path = locate(source, WEIGHTS, optional=True)
     if path is None:
         raise InputError(f"{source} holds no {WEIGHTS} (an adapter_model.bin is a pickle, which "
@@ -325,17 +304,20 @@ def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
     modules = linears(model, MODULES)
     layers = {}
     for name, pair in read_factors(path, modules, model.embed_tokens.weight).items():
-        out_width, in_width = modules[name].weight.shape
+        base = modules[name]
         rank, scale = rank_and_scale(config, name, config_path)
         shapes = {letter: tuple(factor.shape) for letter, factor in pair.items()}
-        expected = {"A": (rank, in_width), "B": (out_width, rank)}
+        expected = {"A": (rank, base.in_features), "B": (base.out_features, rank)}
         if shapes != expected:
             raise InputError(f"{path}: {name} has {shapes}; config and model ask for {expected}")
         if not all(factor.isfinite().all() for factor in pair.values()):
             raise InputError(f"{path}: {name} has values that aren't finite")
         writer = MODULES[leaf(name)].side == "writers"
-        layers[name] = LoRALinear(modules[name], pair["A"], pair["B"], scale, writer)
-    return attach(model, layers)
+        layers[name] = LoRALinear(base, pair["A"], pair["B"], scale, writer)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return lora_layers(model)
 
 
 def read_factors(path, modules, embedding):
@@ -381,8 +363,7 @@ LEFT_OUT = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".py"
 def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | None = None) -> int:
     """Write `base` with `adapter` merged to the folder `out`. Returns the number of merged modules.
 
-    dtype: "float32" or "bfloat16" (default: the base checkpoint's own). All files beside the
-    weights are taken along, except code and subfolders.
+    Files beside the weights come along, but code. dtype: "float32", "bfloat16" (None: base's own)
     """
     out, source = Path(out).expanduser(), model_folder(base)
     if (out / "config.json").exists():
@@ -392,7 +373,7 @@ def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | N
     model = load_model(source, getattr(torch, dtype))
     layers = load_adapter(model, adapter)
     fold_lora(model)
-    # A repository of the hub lies here only as far as its files were asked for
+    # The hub's files are here only once they were asked for
     for name in FETCHED:
         locate(source, name, optional=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -400,8 +381,7 @@ def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | N
         if path.is_file() and path.name != "config.json" and not path.name.endswith(LEFT_OUT):
             with atomic(out / path.name) as part:
                 shutil.copyfile(path, part)
-    # Writes config.json last: without it the folder isn't a checkpoint
-    save_model(model, out)
+    save_model(model, out)    # config.json last: without it the folder isn't a checkpoint
     return len(layers)
 
 
@@ -412,8 +392,8 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the base's own")
     parser.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     args = parser.parse_args()
-    count = merge(args.adapter, args.model or base_of(args.adapter), args.out, args.dtype)
-    print(f"merged {count} modules into {args.out}")
+    base = args.model or base_of(args.adapter)
+    print(f"merged {merge(args.adapter, base, args.out, args.dtype)} modules into {args.out}")
 
 
 if __name__ == "__main__":

@@ -187,20 +187,19 @@ def test_update_share_is_the_projection_s():
 
 
 def test_a_fork_s_own_init_is_a_function():
-    """PCA of the difference between two sets of residuals, without an SAE."""
-    differences = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-
+    """README's: the leading directions of the weight itself, without an SAE."""
     def pca(weight, basis, rank, writer, generator):
-        U = torch.linalg.svd(differences.T, full_matrices=False).U[:, :rank]    # (d, rank)
-        return lora.place(weight, U, writer)
+        U, _, V = torch.linalg.svd(weight.float(), full_matrices=False)
+        return lora.place(weight, U[:, :rank] if writer else V[:rank].T, writer)
 
     model = base_model(TWO)
     before = model(TOKENS)
     layers = add_lora(model, RANK, ALPHA, pca)
     assert torch.equal(model(TOKENS), before)
     for layer in layers.values():
-        # Each component explains less than the one before
-        explained = (differences @ directions(layer)).square().sum(0)
+        # Each component explains less of W than the one before
+        weight = layer.base.weight.T if layer.writer else layer.base.weight
+        explained = (weight @ directions(layer)).square().sum(0)
         assert (explained.diff() < 0).all()
 
 
