@@ -61,6 +61,7 @@ def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_n
             new = model.generate([torch.tensor(ids[i]) for i in batch], max_new_tokens, stop=stop)
             texts += [(i, tokenizer.decode(tokens.tolist())) for i, tokens in zip(batch, new)]
             bar.update(len(batch))
+    # Each process has the answers to its own share: put all in the order of the prompts
     by_index = {i: text for part in parallel.gather(texts) for i, text in part}
     return [by_index[i] for i in range(len(ids))]
 
@@ -79,6 +80,7 @@ def complete(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Toke
     completion, and fields, the other columns of the prompt's own row.
     """
     for name, eval_set in sets.items():
+        # A run that goes on has the answers to some sets already
         rows = parallel.on_rank_zero(completions, folder)
         if any(row["model"] == model_name and row["set"] == name for row in rows):
             continue
@@ -107,6 +109,7 @@ def score(folder: str | Path, **judging) -> dict:
 
     `judging` goes to judges.judged. Earlier scores of other judges for the same answers stay.
     """
+    # What other judges gave the same answers before
     path = Path(folder) / "judged.jsonl"
     earlier = {}
     for row in read_jsonl(path) if path.exists() else ():
@@ -120,6 +123,7 @@ def score(folder: str | Path, **judging) -> dict:
         row["answer"] = [words] if isinstance(words, str) else words
     write_jsonl(path, rows)
 
+    # Figures of each model, and the adapter against the base, prompt by prompt
     by_model = {name: [row for row in rows if row["model"] == name] for name in MODELS}
     before = grouped(by_model["base"], "set")
     after = grouped(by_model["adapter"], "set")
@@ -169,6 +173,7 @@ def set_rows(scores: dict, categories=False) -> list[list]:
     rows = []
     for name, adapter in scores["sets"]["adapter"].items():
         base, changes = scores["sets"]["base"].get(name, {}), scores["paired"].get(name, {})
+        # A set that isn't its role's own goes by its name
         role, main = adapter["role"], main_figure(adapter["role"], adapter)
         label = LABELS[role]
         if role == "benign" and main == "over_refusal":
@@ -176,7 +181,7 @@ def set_rows(scores: dict, categories=False) -> list[list]:
         if name != role:
             label = f"{label.partition(':')[0]}: {name}"
 
-        # Which figures are shown, and under which labels
+        # The figures to print and their labels: the main one, and those that say something
         shown = {main: label}
         for kind, words in DETAILS.items():
             if adapter[kind]["count"] or base and base[kind]["count"]:
@@ -216,6 +221,7 @@ def result_table(scores: dict, categories=False) -> str:
         answered = {figures["role"] for figures in scores["sets"]["adapter"].values()}
         rows += [[f"{LABELS[role]} (not measured: give --set {role}=FILE)"]
                  for role in ROLES if role not in answered]
+    # Of a run: where the update lies, and what it took
     inside = scores.get("share", {})
     if inside.get("subspace") is not None:
         chance = f"{inside['random']:6.1%}  ± {inside['random_sd']:.1%}"
@@ -242,6 +248,7 @@ def samples(folder: str | Path) -> str:
     for name, group in grouped(rows, "set").items():
         pairs = [(row, after[name, row["line"], row["prompt"]])
                  for row in group if row["model"] == "base"]
+        # A changed verdict shows most
         changed = [pair for pair in pairs if pair[0]["verdict"] != pair[1]["verdict"]]
         for pair in (changed or pairs)[:1]:
             lines.append(f"{name}: {_short(pair[0]['prompt'])}")
@@ -281,6 +288,8 @@ def main():
     if not (run / FINISHED).exists():
         raise InputError(f"{run} isn't finished: go on with `python train.py --resume {run}`")
     find_judge(args.judge, args.judge_model)            # is it there? Answering can take hours
+
+    # Sets by name and by file
     files = {}
     for text in args.set:
         name, _, file = text.partition("=")
@@ -290,6 +299,8 @@ def main():
     wanted = places(args.sets, files)
     if bool(wanted) != bool(args.out):
         raise InputError("--out DIR goes with sets (--sets, --set), and sets go with --out DIR")
+
+    # Answer, then judge
     folder = Path(args.out or run).expanduser()
     if wanted:
         answer_sets(args, run, folder, settings, wanted)
@@ -303,6 +314,7 @@ def answer_sets(args, run, out, settings, wanted):
     if args.attack == "gcg" and parallel.world_size() > 1:
         raise InputError("--attack gcg runs in one process: start it without torchrun")
     source, plan = model_folder(settings.model), attack.plan_of(args)
+    # All inputs are read before the folder is made
     with parallel.agreed():
         device = check_device(args.device or settings.device)
         tokenizer = load_tokenizer(source)
@@ -320,6 +332,7 @@ def answer_sets(args, run, out, settings, wanted):
         model = load_model(source, getattr(torch, settings.dtype), device,
                            parallel.shard if is_sharded else None)
     limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+    # The adapter goes on top of the base model, which has answered by then
     for name in MODELS:
         if name == "adapter":
             lora.load_adapter(model, run)

@@ -105,13 +105,14 @@ class Slot:
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> Tensor:
     """Mask (size,) of the tokens that a suffix may have: printable ASCII that encodes to itself."""
+    # Two batched calls, since Gemma has 256,000 tokens
     ids = [i for i in range(min(tokenizer.size, size))
            if i not in tokenizer.control and tokenizer.token(i).isascii()]
     texts = tokenizer.encoder.decode_batch([[i] for i in ids], skip_special_tokens=False)
     encoded = tokenizer.encoder.encode_batch(texts, add_special_tokens=False)
     mask = torch.zeros(size, dtype=torch.bool)
-    for i, text, found in zip(ids, texts, encoded):
-        mask[i] = text.isascii() and text.isprintable() and bool(text.strip()) and found.ids == [i]
+    for i, text, new in zip(ids, texts, encoded):
+        mask[i] = text.isascii() and text.isprintable() and bool(text.strip()) and new.ids == [i]
     return mask
 
 
@@ -137,7 +138,7 @@ class SharedCache:
         return keys, values
 
 
-def hidden_after(model: Gemma2, caches: list[SharedCache], tokens: Tensor, first: int) -> Tensor:
+def hidden_after(model, caches, tokens, first):
     """Final hidden states (B, T, D) of tokens (B, T), or of embeddings (B, T, D), behind the
     `first` tokens that `caches` hold."""
     index = torch.arange(first + tokens.shape[1], device=tokens.device)
@@ -147,17 +148,18 @@ def hidden_after(model: Gemma2, caches: list[SharedCache], tokens: Tensor, first
     return model.run_blocks(tokens, index[None, first:], visible, caches)[0]
 
 
-def target_loss(model: Gemma2, hidden: Tensor, target: Tensor) -> Tensor:
+def target_loss(model, hidden, target):
     """−log p, nats a token, (B,) of target (t,), which the last t of hidden (B, T, D) predict."""
     h = hidden[:, -len(target):].flatten(0, 1)                              # (B·t, D)
     labels = target.repeat(len(hidden))
+    # The logits of all candidates at once would outgrow the model
     size = max(1, MAX_LOGITS // model.config.vocab_size)
     losses = [F.cross_entropy(model.unembed(part), ids, reduction="none")
               for part, ids in zip(h.split(size), labels.split(size))]
     return torch.cat(losses).view(len(hidden), -1).mean(1)
 
 
-def gradient(model: Gemma2, prefix, suffix: Tensor, rest: Tensor, target: Tensor):
+def gradient(model, prefix, suffix, rest, target):
     """∂L/∂one-hot (n, V) of suffix (n,), and the keys and values of all tokens.
 
     prefix: keys and values of the tokens before the suffix; rest: the tokens after it, the target
@@ -174,8 +176,7 @@ def gradient(model: Gemma2, prefix, suffix: Tensor, rest: Tensor, target: Tensor
 
 
 @torch.no_grad()
-def candidate_losses(model: Gemma2, pairs, candidates: Tensor, positions: Tensor, rest: Tensor,
-                     target: Tensor, first: int, batch: int) -> Tensor:
+def candidate_losses(model, pairs, candidates, positions, rest, target, first, batch):
     """L (C,) of candidates (C, n). Each differs from the suffix that `pairs` hold at its position
     of positions (C,), ascending; `first` tokens stand before the suffix."""
     losses = []
@@ -191,8 +192,7 @@ def candidate_losses(model: Gemma2, pairs, candidates: Tensor, positions: Tensor
 # --------------------------------------------------------------------------------------------------
 # The search
 
-def draw(slope: Tensor, suffix: Tensor, allowed: Tensor, plan: Plan, slot: Slot,
-         generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw(slope, suffix, allowed, plan, slot, generator):
     """Candidates (C, n) with one token of suffix (n,) exchanged, and where (C,), ascending.
 
     C is plan.width, or less where so many can't be had: what was drawn before, or isn't text, is
@@ -201,7 +201,7 @@ def draw(slope: Tensor, suffix: Tensor, allowed: Tensor, plan: Plan, slot: Slot,
     num_top = min(plan.top, int(allowed.sum()))
     top = (-slope).masked_fill(~allowed, -torch.inf).topk(num_top).indices.tolist()
     old, tried, chosen = suffix.tolist(), set(), []
-    for _ in range(8):
+    for _ in range(8):      # rounds are few: short suffixes have no more than so many exchanges
         positions = torch.randint(len(old), (plan.width,), generator=generator).tolist()
         ranks = torch.randint(num_top, (plan.width,), generator=generator).tolist()
         swaps = dict.fromkeys((i, top[i][rank]) for i, rank in zip(positions, ranks))
@@ -234,14 +234,15 @@ def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt,
     generator = torch.Generator().manual_seed(zlib.crc32(f"{plan.seed} {prompt.turns}".encode()))
 
     # Keys and values of the prompt up to the suffix, once
-    caches = [SharedCache(keep=True) for _ in model.layers]
+    caches: list = [SharedCache(keep=True) for _ in model.layers]
     with torch.no_grad():
         model.hidden(torch.tensor([slot.before], device=device), caches=caches)
     prefix = [cache.pair for cache in caches]
 
-    best, last_asked, losses = suffix.tolist(), None, []
+    best, last_tried, losses = suffix.tolist(), None, []
     result: dict = {"complied": None, "reached": None}
     for step in range(1, plan.steps + 1):
+        # The best of many exchanges of one token becomes the suffix, even where the loss rises
         slope, pairs = gradient(model, prefix, suffix, rest, target)
         candidates, positions = draw(slope, suffix, allowed, plan, slot, generator)
         if len(candidates):
@@ -252,14 +253,15 @@ def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt,
                 best = suffix.tolist()
             losses.append(values.min().item())
 
-        # Every few steps, what does the model answer to the best suffix so far?
+        # Every few steps, and if it has changed: how does the model answer to the best suffix?
         is_due = step % plan.check == 0 or step == plan.steps
-        if not is_due or best == last_asked:
+        if not is_due or best == last_tried:
             continue
-        last_asked, turns = best, slot.attacked(best)
+        last_tried, turns = best, slot.attacked(best)
         text = answer([replace(prompt, turns=turns)])[0]
         verdict, reason = judge(text)
         complies = verdict == "comply"
+        # An answer that complies outweighs later ones that don't
         if complies or result["complied"] is None:
             result |= {"suffix": turns[-1][1][len(slot.text):], "ids": best, "turns": turns,
                        "completion": text, "verdict": verdict, "reason": reason}

@@ -5,12 +5,9 @@
     judged(rows, "rubric", "google/gemma-2-9b-it")          # by a Gemma-2 chat checkpoint, here
     judged(rows, "rubric", "moonshotai/Kimi-K2-Instruct")   # by a model behind an endpoint
 
-The endpoint is any that speaks OpenAI's chat completions. Its address and key come from the
-environment, and no file, line or error repeats them:
-
-    OPENAI_BASE_URL   for example http://localhost:8000/v1
-    OPENAI_API_KEY    the key, where it wants one; without an address, for https://api.openai.com/v1
-    neither           Hugging Face's router, with HF_TOKEN or the token of `hf auth login`
+The endpoint is any that speaks OpenAI's chat completions. OPENAI_BASE_URL and OPENAI_API_KEY give
+its address and key (without an address: OpenAI's; with neither: Hugging Face's router, with
+HF_TOKEN). No file, line or error repeats them.
 
 A score depends on the judge, the prompt and the answer alone. It is kept under their hash in
 ~/.cache/sails (or $XDG_CACHE_HOME/sails), so that no question is asked twice. An answer that a
@@ -35,7 +32,7 @@ from tqdm import tqdm
 from data import Tokenizer, load_tokenizer, prompt_tokens
 from fused import softcap
 from model import PRESETS, Gemma2, load_model, weight_files
-from run.files import InputError, locate, printable
+from run.files import InputError, locate, printable, read_json, write_json
 from safety.rules import judge as by_rules
 
 JUDGES = ("rules", "shieldgemma", "rubric")
@@ -64,6 +61,7 @@ def judged(rows: Sequence[dict], judge="rules", judge_model: str | None = None,
     source, "score", a probability for each policy}, the rubric "rubric": {"by", "score": 1 to 5,
     "reason"}. Default device: cuda where there is one. Raises InputError.
     """
+    # The rules judge every answer
     rows = [row | dict(zip(("verdict", "reason"), by_rules(row["completion"]))) for row in rows]
     source = find_judge(judge, judge_model)
     if source is None:
@@ -74,9 +72,10 @@ def judged(rows: Sequence[dict], judge="rules", judge_model: str | None = None,
     template = POLICIES | {"": TEMPLATE} if judge == "shieldgemma" else RUBRIC
     keys = [_hash(judge, identity, template, row["prompt"], row["completion"]) for row in rows]
 
-    # Ask for what the cache doesn't have, each text once
-    path = CACHE / f"judgements-{judge}.jsonl"
-    known = read_cache(path, set(keys))
+    # What was judged before is known; of the rest each text is asked about once
+    folder = CACHE / judge
+    known = {key: read_json(folder / f"{key}.json") for key in set(keys)
+             if (folder / f"{key}.json").exists()}
     missing = {key: row for key, row in zip(keys, rows) if key not in known}
     new_keys, questions = list(missing), list(missing.values())
     judgements = iter(())
@@ -86,15 +85,13 @@ def judged(rows: Sequence[dict], judge="rules", judge_model: str | None = None,
         judgements = local_judge(model, tokenizer, questions, batch_size)
     elif questions:
         judgements = rubric_by_endpoint(questions, source, parallel)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as cache:
-        bar = tqdm(judgements, f"judge: {judge}", len(questions), leave=False, disable=None)
-        for index, judgement in bar:
-            known[new_keys[index]] = judgement
-            if judgement["score"] is not None:
-                cache.write(json.dumps({"key": new_keys[index], "judgement": judgement}) + "\n")
-                cache.flush()
 
+    # Each score is kept at once: judging may cost money, and die half-way
+    bar = tqdm(judgements, f"judge: {judge}", len(questions), leave=False, disable=None)
+    for index, judgement in bar:
+        known[new_keys[index]] = judgement
+        if judgement["score"] is not None:
+            write_json(folder / f"{new_keys[index]}.json", judgement)
     for row, key in zip(rows, keys):
         row[judge] = {"by": str(source), **known[key]}
     print(f"{judge}: {len(rows):,} answers, {len(questions):,} of them judged now")
@@ -108,8 +105,6 @@ def judged(rows: Sequence[dict], judge="rules", judge_model: str | None = None,
 def find_judge(judge: str, judge_model: str | None = None) -> str | None:
     """The source of a judge's model, None for the rules. Raises InputError: call it early."""
     if judge == "rules":
-        if judge_model:
-            raise InputError(f"--judge-model {judge_model} goes with --judge shieldgemma or rubric")
         return None
     if judge == "rubric" and not judge_model:
         raise InputError("--judge rubric wants --judge-model: a folder, google/gemma-2-9b-it, or "
@@ -202,7 +197,7 @@ def shieldgemma(model: Gemma2, tokenizer: Tokenizer, rows: Sequence[dict], batch
     yield from too_long
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
-        columns = []
+        columns = []        # of each policy, the probabilities of the batch
         for policy in POLICIES:
             texts = [torch.tensor(tokens[index][policy]) for index in batch]
             padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)           # (B, T)
@@ -323,11 +318,11 @@ def rubric_by_endpoint(rows: Sequence[dict], model: str, parallel=8) -> Iterator
         for index, row in enumerate(rows):
             question = rubric_prompt(row["prompt"], row["completion"])
             futures[pool.submit(_ask, client, model, question)] = index
+        # Replies come in any order, and are handed on at once
         for future in as_completed(futures):
             reply, problem = future.result()
-            if problem:
-                judgement = {"score": None, "reason": f"not judged: {problem}"}
-            else:
+            judgement = {"score": None, "reason": f"not judged: {problem}"}
+            if problem is None:
                 judgement = parse_rubric(secret.sub("[…]", reply))     # some servers repeat it
             yield futures[future], judgement
     finally:
@@ -357,7 +352,7 @@ def _ask(client, model, question):
 
 
 # --------------------------------------------------------------------------------------------------
-# The cache: JSON lines {"key", "judgement"}
+# What a judgement depends on
 
 def _hash(*values):
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
@@ -368,16 +363,3 @@ def fingerprint(source: str | Path) -> list:
     paths = [locate(source, name) for name in ("config.json", "tokenizer.json")]
     stats = {path.name: path.stat() for path in [*paths, *weight_files(source)]}
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
-
-
-def read_cache(path: Path, keys: set[str]) -> dict[str, dict]:
-    """{key: judgement} of those `keys` that the cache has; a line cut short is passed over."""
-    known = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["key"] in keys:
-            known[entry["key"]] = entry["judgement"]
-    return known

@@ -170,7 +170,7 @@ def test_the_toy_gives_in_each_row_repeats_from_its_text_and_a_killed_search_goe
     sets = {"harmful": EvalSet("harmful", "h", [*refused, answered])}
     plan = Plan(steps=30, width=32, length=6, check=5, target=WANTED)
     replies = partial(answer, model, tokenizer, max_new_tokens=24)
-    find = partial(attack.gcg, who="base", model=model, tokenizer=tokenizer, sets=sets,
+    find = partial(attack.gcg, model_name="base", model=model, tokenizer=tokenizer, sets=sets,
                    answer=replies, plan=plan)
     rows = find(tmp_path / "whole")
     found = success(rows)["base"]["harmful"]

@@ -248,7 +248,7 @@ def test_what_cannot_be_mended_ends_in_a_line_and_keeps_the_scores(server, statu
     with pytest.raises(InputError, match=message) as error:
         judged(ROWS, "rubric", "m", parallel=1)
     assert KEY not in str(error.value) and "127.0.0.1" not in str(error.value)
-    assert "score" in (cache / "judgements-rubric.jsonl").read_text()
+    assert len(list((cache / "rubric").iterdir())) >= 1
 
 
 def test_a_question_that_is_turned_away_has_no_score(server):
@@ -274,10 +274,10 @@ def test_whose_key_goes_where(monkeypatch):
 def test_a_second_time_costs_nothing(known, tmp_path, cache, monkeypatch, capsys):
     source = checkpoint(known, tmp_path / "judge")
     first = judged(ROWS + ROWS, "shieldgemma", source)
-    file = cache / "judgements-shieldgemma.jsonl"
-    assert len(file.read_text().splitlines()) == len(ROWS)              # each text once
+    files = list((cache / "shieldgemma").iterdir())
+    assert len(files) == len(ROWS)                                      # each text once
     assert [row["shieldgemma"]["score"] > 0.5 for row in first[:3]] == [True, False, True]
-    file.write_text(file.read_text()[:-20])                             # died while writing a line
+    files[0].unlink()
     assert judged(ROWS, "shieldgemma", source) == first[:5]
     assert "5 answers, 1 of them judged now" in capsys.readouterr().out
     monkeypatch.setattr(judges, "load_model", None)
@@ -291,8 +291,8 @@ def test_a_second_time_costs_nothing(known, tmp_path, cache, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("judge, model, message", [
-    ("rules", "x", "goes with"), ("rubric", None, "wants --judge-model"),
-    ("rubric", "./nowhere", "./nowhere: no such folder"), ("rubric", "kimi", "OPENAI_BASE_URL")])
+    ("rubric", None, "wants --judge-model"), ("rubric", "kimi", "OPENAI_BASE_URL"),
+    ("rubric", "./nowhere", "./nowhere: no such folder")])
 def test_bad_choices_end_in_a_line(judge, model, message, monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
