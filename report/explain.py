@@ -33,7 +33,7 @@ NUM_SINGLE = 4         # features removed one by one
 NUM_MOVED = 5          # features of each layer whose activation moved most
 PROMPT_TOKENS = 12     # of a prompt's end that are shown one by one
 ANSWER_TOKENS = 60     # and of an answer
-SHOWN = 3, 2           # features of each layer shown there: differing in the prompt, in the answers
+SHOWN = 3, 2           # features of a layer shown there: that differ in the prompt, in the answers
 SIDES = "readers", "writers"
 
 
@@ -101,8 +101,8 @@ def removal(model, layers, random_rows, saes, subspaces, norm_aware, refusals) -
         return removed(model, directions, saes, norm_aware)
 
     def without_features(indices):                      # {SAE layer: features}
-        return without({layer: saes[layer].unit_rows(list(some)).flatten(0, 1)
-                        for layer, some in indices.items()})
+        return without({layer: saes[layer].unit_rows(list(units)).flatten(0, 1)
+                        for layer, units in indices.items()})
 
     trials = [("as trained", None, None, nullcontext())]
     for layer, index in list(strongest)[:NUM_SINGLE]:
@@ -113,7 +113,7 @@ def removal(model, layers, random_rows, saes, subspaces, norm_aware, refusals) -
         whole = update_norm(model)
         with without_features(named):
             part = update_norm(model) / whole
-        as_many = {layer: random_rows[layer][:len(some)] for layer, some in named.items()}
+        as_many = {layer: random_rows[layer][:len(units)] for layer, units in named.items()}
         controls = {
             "without all named features": without_features(named),
             "without as many random directions": without(as_many),

@@ -66,10 +66,6 @@ def note(*words) -> Html:
     return tag("p", *words, class_="note")
 
 
-def details(summary, *content, **attributes) -> Html:
-    return tag("details", tag("summary", summary), *content, **attributes)
-
-
 def table(head, rows) -> Html:
     """The first column is text, the others are numbers. A row of one cell is a heading."""
     lines = []
@@ -176,10 +172,9 @@ def update(run):
     for part in parts:
         verb = "read by" if part["side"] == "readers" else "written by"
         where = f"layer {part['layer']}, {verb} {modules(part['modules'])}"
-        places.append([where, *(percent(part[key]) for key in (
-            "share_of_update", "subspace", "subspace_random", "explained", "explained_random"))])
-        here = [{"layer": part["layer"]} | feature for feature in part["features"]
-                if feature["named"]]
+        shares = ("share_of_update", "subspace", "subspace_random", "explained", "explained_random")
+        places.append([where, *(percent(part[key]) for key in shares)])
+        here = [f | {"layer": part["layer"]} for f in part["features"] if f["named"]]
         named += [[where]] if here else []
         named += [[feature_link(run, feature), percent(feature["share_left"]),
                    percent(feature["left_max"])] for feature in here]
@@ -193,15 +188,17 @@ def update(run):
         lead += (f" {whole('subspace')} lies in the subspace that was chosen before training; "
                  f"random subspaces of that size hold {whole('subspace_random')}.")
     if run.settings.get("init") == "sails":
-        lead += " The adapter began inside it, so this share says little about what training did."
+        # A run of one tiny step has as large a share, and as many names
+        lead += (" The adapter began inside it, so this share and the names say little about what "
+                 "training did. What taking features out costs says more.")
     head = ["feature, fires most on", "share of these modules' update", "at most, by chance"]
     columns = ["modules", "of the update", "in subspace", "by chance", "in named", "by chance"]
     return [
         tag("p", lead, class_="lead"), table(head, named) if named else None,
-        note("Share: what a feature's decoder direction takes of ‖ΔW‖² (the squared size of the "
-             "update), after the features above it are taken out. By chance: what the largest of "
-             "as many random directions takes. One random adapter of 50 passes it anywhere."),
-        details("Where the update is", table(columns, places)),
+        note("Share: what a feature's decoder direction takes of ‖ΔW‖², the update's squared size, "
+             "after the features above it. By chance: what the largest of as many random directions "
+             "takes. One random adapter of 50 passes it anywhere."),
+        tag("details", tag("summary", "Where the update is"), table(columns, places)),
         removal(run)]
 
 
@@ -245,7 +242,7 @@ def inside(run):
             rows.append([feature_link(run, feature), join(number(feature["change"], "+.2f"), error),
                          number(feature["base"], ".2f"), number(feature["adapter"], ".2f")])
         title = f"{SETS[part['role']]}, {WHERE[part['where']]} ({part['prompts']} prompts)"
-        tables.append(details(title, table(head, rows), open=not tables))
+        tables.append(tag("details", tag("summary", title), table(head, rows), open=not tables))
     largest = {}                         # activation of each feature, in all views
     for view in run.explain["tokens"]:
         for feature in view["features"]:
@@ -260,12 +257,12 @@ def inside(run):
             strengths = [value / scale for value in feature["activation"]]
             text = shaded(view["text"], strengths, view["answer_start"])
             lines.append(tag("p", feature_link(run, feature), tag("br"), text, class_="tokens"))
-    return [tag("p", "The features whose mean activation moved most while both models read the "
-                "same texts: the adapter's answers.", class_="lead"), tables,
+    lead = "The features whose mean activation moved most. Both models read the adapter's answers."
+    return [tag("p", lead, class_="lead"), tables,
             tag("h3", "Token by token"),
             note("The stronger the ground of a token, the stronger the feature fires there. "
                  "Slanted: the end of the prompt. Then comes each model's own answer."),
-            [details(title, lines) for title, lines in views.items()]]
+            [tag("details", tag("summary", title), lines) for title, lines in views.items()]]
 
 
 def features(run):
@@ -291,7 +288,7 @@ def features(run):
             tag("div", card, id=f"feature-{key}", class_="card"))
     return [note("The tokens on which each feature fires most, in context, with its activation "
                  "and the kind of text. Promotes: the tokens that its direction favours."),
-            [details(f"Layer {layer}: {len(cards)} features", cards)
+            [tag("details", tag("summary", f"Layer {layer}: {len(cards)} features"), cards)
              for layer, cards in layers.items()]]
 
 
@@ -352,7 +349,8 @@ def made(run):
     versions = [f"{name} {version}" for name, version in run.config["versions"].items()]
     return [tag("pre", f"python {shlex.join(run.config['command'])}"),
             note(", ".join(versions)),
-            details("Every setting", table(["setting", "value", "from"], rows))]
+            tag("details", tag("summary", "Every setting"),
+                table(["setting", "value", "from"], rows))]
 
 
 # ------------------------------------------------------------------------------
@@ -368,10 +366,9 @@ SECTIONS = [  # title, the file that it needs, function
 def read_run(folder: Path) -> SimpleNamespace:
     """What a folder's JSON files say; nothing of a file that isn't there."""
     run = SimpleNamespace(name=folder.resolve().name)
-    for name, read in (("config.json", read_json), ("scores.json", read_json),
-                       ("explain.json", read_json), ("metrics.jsonl", read_jsonl),
-                       ("judged.jsonl", read_jsonl)):
+    for name in ("config.json", "scores.json", "explain.json", "metrics.jsonl", "judged.jsonl"):
         path = folder / name
+        read = read_json if path.suffix == ".json" else read_jsonl
         setattr(run, path.stem, read(path) if path.exists() else {})
     run.settings, run.words = run.config.get("settings", {}), run.explain.get("words", {})
     return run

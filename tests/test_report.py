@@ -207,9 +207,10 @@ def test_activity_equals_a_plain_loop():
                 assert feature["adapter"] == pytest.approx(adapter, abs=1e-5)
                 assert feature["error"] == pytest.approx(error, abs=1e-5)
         # A feature's peak is where the base, not the adapter, is most active
-        value, number = max((codes(example, layer, 0)[example.start - 1:, 80].max().item(), n)
-                            for n, (_, example) in enumerate(texts))
-        assert activities[layer].peaks.of(80)[0][0] >= value - 1e-4
+        values = [codes(example, layer, 0)[t, 80].item() for _, example in texts
+                  for t in range(len(example.tokens))
+                  if example.tokens[t] not in control or t == example.start - 1]
+        assert activities[layer].peaks.of(80)[0][0] == pytest.approx(max(values), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +386,7 @@ class Reader(HTMLParser):
 def test_the_page_shows_what_the_files_say(tmp_path):
     reader = Reader(page(write_run(tmp_path / "one")))
     for words in ("75.0 % [37.5, 75.0]", "+50.0 p 0.01", "30.0 % of the update lies along the 1",
-                  "hold 10.0 %", "says little about what training did", "q of blocks 1, 2",
+                  "hold 10.0 %", "say little about what training did", "q of blocks 1, 2",
                   "without it cannot50.0 %", "−12.5 p 0.25", "1/7 cannot+1.50 ± –",
                   "aligned tokens. Promotes sorry", "compliedbase says 1", "refusedadapter says 1",
                   "step 8: 0.25", "python train.py --data", "train.jsonl"):
