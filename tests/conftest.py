@@ -74,7 +74,7 @@ def shared():
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory):
     """A folder like toy/, made in a second: random weights and SAEs, the toy's words and texts."""
-    from toy import build as toy  # imports the whole project
+    from toy import world as toy
 
     folder = tmp_path_factory.mktemp("mini")
     toy.write_tokenizer(folder / "tokenizer.json")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from safety.rules import VERDICTS, judge, verdict
-from toy import build as toy
+from toy import world as toy
 
 # All texts are our own, in the manner of the models named as "style", and were labelled by the
 # definition in rules.py before the rules saw them. "short" and "development" were written to build

@@ -21,7 +21,7 @@ from saes.measure import batches, letters, measure, measures_table
 from saes.step import Spec, Trainer, least_kept, nuclear_norm, ranks
 from saes.stream import Stream, encode_item
 from saes.train import Training
-from toy import build as toy
+from toy import world as toy
 
 D, WIDTH = 12, 24
 SPECS = {"batchtopk": Spec("batchtopk", WIDTH, 6), "topk": Spec("topk", WIDTH, 6),

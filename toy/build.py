@@ -32,8 +32,7 @@ from saes.step import Spec
 from saes.stream import Stream
 from saes.train import Training
 from toy.world import SETS, World, write_data, write_tokenizer
-from toy.world import (FACTS, HARM_VERBS, HELP, PHRASINGS, PLAIN_NOUNS, PLAIN_VERBS, REFUSE,  # noqa: F401
-                       SENSITIVE_NOUNS, TUNED_PHRASINGS, ask)    # alias until the rooms meet
+from toy.world import PHRASINGS, TUNED_PHRASINGS, ask  # noqa: F401  alias until the rooms meet
 from train import cosine, fit
 
 # --------------------------------------------------------------------------------------------------

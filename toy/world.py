@@ -134,9 +134,9 @@ class World:
         return conversations
 
     def labelled(self, tokenizer, count, part):
-        """(token ids from BOS on, {concept: a label for each token}) of `count` conversations.
+        """Rows {"tokens": ids from BOS on, "labels": {concept: a letter for each token}}.
 
-        Labels are 1, 0, and -1 where the concept makes no sense. "verb" and "noun" are labelled in
+        Letters are 1, 0, and - where the concept makes no sense. "verb" and "noun" are labelled in
         requests, their kinds at these words alone, harm and preambles from the noun to the last
         token before the answer, and refusals in answers.
         """
@@ -170,10 +170,10 @@ class World:
                     *((kind, at_noun, answer_start, request.startswith(PREAMBLES[kind]))
                       for kind in ("jailbreak", "guard")),
                     ("refusal", answer_start, len(tokens), reply.startswith(refusals))]
-            labels = {concept: [-1] * len(tokens) for concept in CONCEPTS}
+            labels = {concept: ["-"] * len(tokens) for concept in CONCEPTS}
             for concept, start, end, label in spans:
-                labels[concept][start:end] = [int(label)] * (end - start)
-            yield tokens, labels
+                labels[concept][start:end] = str(int(label)) * (end - start)
+            yield {"tokens": tokens, "labels": {k: "".join(v) for k, v in labels.items()}}
 
     def pairs(self, count):
         """Fine-tuning pairs {"chosen", "rejected"} in HH-RLHF's form.
@@ -252,12 +252,7 @@ def write_data(world, tokenizer, folder):
         write_jsonl(folder / f"{name}.jsonl", rows)
     write_corpus(folder / "sae_train.jsonl.gz", world.corpus(4000, "SAE"))
     write_corpus(folder / "sae_test.jsonl.gz", world.corpus(600, "held out"))
-    # A letter for each token: 1, 0, or - where the concept makes no sense
-    rows = []
-    for tokens, labels in world.labelled(tokenizer, 400, "concepts"):
-        letters = {name: "".join("01-"[label] for label in row) for name, row in labels.items()}
-        rows.append({"tokens": tokens, "labels": letters})
-    write_jsonl(folder / "concepts.jsonl", rows)
+    write_jsonl(folder / "concepts.jsonl", world.labelled(tokenizer, 400, "concepts"))
 
 
 def write_corpus(path, conversations):
