@@ -106,6 +106,7 @@ def test_no_text_becomes_a_control_token(tokenizer, a, b):
         return [tokenizer.names[id] for id in ids if id in tokenizer.control]
 
     bos, start, end, eos = "<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"
+    assert not any(map(tokenizer.encoder.token_to_id, map(tokenizer.token, tokenizer.control)))
     assert tokenizer.control.isdisjoint(tokenizer.encode(a + b))
     assert placed(prompt_tokens(tokenizer, chat(a, b, a))) == [bos, *[start, end] * 3, start]
     assert placed(make_example(tokenizer, chat(a), b, 10**6).tokens) == [bos, *[start, end] * 2]
@@ -130,12 +131,13 @@ def test_merges_that_build_a_control_token_are_taken_out():
 
 def test_honest_tokenizers_of_other_parts_load():
     spec = toy_spec() | {"normalizer": {"type": "NFKC"}}
-    like = spec["added_tokens"][0]
-    spec["added_tokens"].append(like | {"id": 999, "content": "\n\n", "special": False})
+    spec["added_tokens"] += [spec["added_tokens"][0] | {"id": id, "content": text, "special": False}
+                             for id, text in ((998, "<|tool|>"), (999, "\n\n"))]
     tokenizer = Tokenizer(spec, "other")
-    ids = tokenizer.encode("\uff48ow\n\npaint \n <eos>")
+    ids = tokenizer.encode("\uff48ow\n\npaint \n <|tool|>")
     assert list(map(tokenizer.token, ids))[:4] == ["how", "\n\n", "paint", "\n"]
-    assert tokenizer.control.isdisjoint(ids)
+    # What else is registered is a control token: it is no white space and no HTML.
+    assert 998 in tokenizer.control and tokenizer.control.isdisjoint(ids)
 
 
 @pytest.mark.parametrize("damage", [
@@ -152,6 +154,7 @@ def test_honest_tokenizers_of_other_parts_load():
 def test_tokenizers_that_cannot_serve(tmp_path, damage):
     spec = toy_spec()
     spec["added_tokens"].pop(2)  # <bos>
+    load_tokenizer(write(tmp_path / "tokenizer.json", spec))
     damage(spec, spec["model"])
     write(tmp_path / "tokenizer.json", spec)
     with pytest.raises(InputError, match="tokenizer.json"):

@@ -21,6 +21,7 @@ from run.files import InputError
 from run.session import CHECKPOINT, load_checkpoint, save_checkpoint
 from sae import load_sae, save_sae
 
+
 @pytest.mark.parametrize("write", [
     lambda path: files.write_json(path, {"a": object()}),
     lambda path: files.write_text(path, "\ud800"),
