@@ -22,7 +22,8 @@ from report.page import write_page
 from run import parallel
 from run.files import ROOT, InputError, Parser, data_file, is_new, read_json, table, write_json
 from run.session import limit_threads
-from run.settings import add_flags, base_of, model_folder, resolve, saved_settings
+from run.settings import (add_flags, base_of, check_device, model_folder, resolve,
+                          saved_settings)
 from sae import load_saes
 from safety.sets import load_sets
 
@@ -49,9 +50,12 @@ def explain_to(path, adapter, settings, num_prompts, trained=(), features=(), su
     write_json(path, about | explanation)
 
 
-def explain_run(run, num_prompts):
+def explain_run(run, num_prompts, device=None):
     """Explain a run of train.py, on the prompts that it was evaluated on."""
     settings = saved_settings(run)
+    settings.device = check_device(device or settings.device)
+    if not settings.sae:
+        raise InputError(f"{run} knows no SAEs: `python -m report --adapter {run} --sae DIR`")
     if not (run / "scores.json").exists():
         raise InputError(f"{run} isn't finished: go on with `python train.py --resume {run}`")
     pairs, _ = read_pairs(data_file(settings.data))
@@ -89,13 +93,16 @@ def runs_table(runs) -> str:
     """One line for each configuration among runs [(settings, scores)], over its seeds."""
     fixed = [{name: value for name, value in vars(settings).items() if name != "seed"}
              for settings, _ in runs]
-    differing = [name for name in fixed[0] if any(one[name] != fixed[0][name] for one in fixed)]
+    # What differs between the runs names a line
+    first = fixed[0]
+    differing = [name for name in first if any(values[name] != first[name] for values in fixed)]
     root, bases, groups = f"{ROOT}/", {}, {}
     for values, (settings, scores) in zip(fixed, runs):
         label = ", ".join(f"{name.replace('_', '-')} {str(values[name]).removeprefix(root)}"
                           for name in differing)
         groups.setdefault(label or "all runs", []).append(scores)
         bases[f"base model, {settings.model}"] = [scores]
+    # Means and deviations over the seeds of each line
     rows = []
     for model, lines in (("base", bases), ("adapter", groups)):
         for label, group in lines.items():
@@ -142,7 +149,7 @@ def main():
         settings.norm_aware = True       # directions as the residual stream has them
         explain_to(folder / "explain.json", args.adapter, settings, args.prompts)
     elif not (folder / "explain.json").exists():
-        explain_run(folder, args.prompts)
+        explain_run(folder, args.prompts, args.device)
     path = write_page(folder)
     print(f"{named_table(read_json(folder / 'explain.json'))}\n\npage: {path}")
 

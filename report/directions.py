@@ -95,8 +95,8 @@ class Update:
         # ‖Z d‖ depends on the R factor of Z alone, which has at most D rows
         self.Z = torch.linalg.qr(Z).R.to(decoder) if len(Z) > Z.shape[1] else Z.to(decoder)
         self.decoder, self.random_rows = decoder, random_rows
-        self.decoder_seen = decoder @ self.Z.T        # (F, R)
-        self.random_seen = random_rows @ self.Z.T     # (NUM_RANDOM, R)
+        self.decoder_products = decoder @ self.Z.T        # (F, R)
+        self.random_products = random_rows @ self.Z.T     # (NUM_RANDOM, R)
 
     def inside(self, Q: torch.Tensor) -> float:
         """Share of ‖ΔW‖² in the span of orthonormal columns Q (D, k)."""
@@ -119,16 +119,16 @@ class Update:
         rest = self.norm2 * (1 - self.inside(Q))
         if rest < 1e-9 * self.norm2:
             return torch.zeros_like(self.decoder[:, 0]), MIN_SHARE
-        energy = self._energy_outside(Q, self.decoder, self.decoder_seen)
-        random_energy = self._energy_outside(Q, self.random_rows, self.random_seen)
+        energy = self._energy_outside(Q, self.decoder, self.decoder_products)
+        random_energy = self._energy_outside(Q, self.random_rows, self.random_products)
         limit = largest_of(random_energy / rest, len(self.decoder), level)
         return energy / self.norm2, max(MIN_SHARE, limit * rest / self.norm2)
 
-    def _energy_outside(self, Q, directions, seen):
+    def _energy_outside(self, Q, directions, products):
         """‖Z d‖² / ‖d‖² (N) of the part d of each direction that lies outside the span of Q."""
         along = directions @ Q                        # (N, k)
         new = 1 - along.square().sum(1)
-        energy = (seen - along @ (self.Z @ Q).T).square().sum(1) / new.clamp(min=MIN_NEW)
+        energy = (products - along @ (self.Z @ Q).T).square().sum(1) / new.clamp(min=MIN_NEW)
         return torch.where(new < MIN_NEW, 0, energy)
 
     def name(self, level: float) -> dict[int, tuple[float, float]]:
@@ -172,7 +172,7 @@ class Update:
         """One of explain.json's "layers", less its modules: subspace U (D, r̂) and features."""
         share, limit = self.remaining([], level)
         named = self.name(level)
-        random_mean = float(self.random_seen.square().sum(1).mean()) / self.norm2
+        random_mean = float(self.random_products.square().sum(1).mean()) / self.norm2
         # Of the features that nobody chose and that aren't named, the three most used are listed
         others = [i for i in share.argsort(descending=True).tolist() if i not in (*chosen, *named)]
         features = []

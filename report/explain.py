@@ -48,7 +48,7 @@ class Exchange:
     changed: bool       # whether the verdicts on the two answers differ
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Removal: the answers without some directions of the update
 
 @contextmanager
@@ -140,7 +140,7 @@ def removal(model, layers, random_rows, saes, subspaces, norm_aware, refusals) -
     return rows
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Inside: activations with and without the adapter
 
 class Activity:
@@ -192,7 +192,7 @@ def activity(model, saes, texts, control, batch_tokens=4096) -> dict[int, Activi
     first word of the answer is chosen.
     """
     device, layers = model.embed_tokens.weight.device, sorted(saes)
-    found = {layer: Activity(saes[layer].n_units, device) for layer in layers}
+    activities = {layer: Activity(saes[layer].n_units, device) for layer in layers}
     control = torch.tensor(sorted(control))
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i][1].tokens))
     with tqdm(total=len(order), desc="looking inside", leave=False, disable=None) as bar:
@@ -205,6 +205,7 @@ def activity(model, saes, texts, control, batch_tokens=4096) -> dict[int, Activi
             for row, i in zip(ids, batch):
                 row[:len(texts[i][1].tokens)] = torch.tensor(texts[i][1].tokens)
             adapter, base = both_residuals(model, ids.to(device), layers)
+            # Each text's own tokens, without control tokens
             for row, i in enumerate(batch):
                 role, example = texts[i]
                 keep = ~torch.isin(torch.tensor(example.tokens), control)
@@ -213,9 +214,9 @@ def activity(model, saes, texts, control, batch_tokens=4096) -> dict[int, Activi
                 for layer in layers:
                     strengths = [saes[layer].strength(residual[layer][row, positions])
                                  for residual in (base, adapter)]
-                    found[layer].add(i, role, example.start, positions, *strengths)
+                    activities[layer].add(i, role, example.start, positions, *strengths)
             bar.update(len(batch))
-    return found
+    return activities
 
 
 def both_residuals(model, ids, layers):
@@ -248,6 +249,7 @@ def token_views(model, saes, tokenizer, exchange, mentioned) -> list[dict]:
     for layer in layers:
         features = mentioned[layer]
         base, adapter = (strengths[who][layer][:, features] for who in ("base", "adapter"))
+        # Base and adapter read the same prompt, and write different answers
         in_prompt = (adapter[:start] - base[:start]).abs().amax(0)         # (k)
         in_answer = (adapter[start:].sum(0) - base[start:].sum(0)).abs()   # (k)
         shown = []
@@ -261,7 +263,7 @@ def token_views(model, saes, tokenizer, exchange, mentioned) -> list[dict]:
     return list(views.values())
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # All of it
 
 def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dict[str, EvalSet],
@@ -278,6 +280,7 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
     norm_aware = settings.norm_aware
     explanation, random_rows = directions_used(model, saes, features, subspaces, norm_aware)
 
+    # Some prompts of each set; removal asks the harmful ones and one kind of harmless ones
     questions = []
     for name, eval_set in sets.items():
         count = min(num_prompts, len(eval_set.prompts))
@@ -314,6 +317,8 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
         if adapter:
             changed = verdict(texts[0]) != verdict(texts[1])
             exchanges.append(Exchange(name, role, prompt, base, adapter, changed))
+
+    # Activations where both models read the adapter's answers
     texts = [(exchange.role, exchange.adapter) for exchange in exchanges]
     activities = activity(model, saes, texts, tokenizer.control)
     explanation["inside"] = [
@@ -327,7 +332,7 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
               for part in explanation["layers"] for feature in part["features"]]
     places += [(feature["layer"], feature["index"])
                for part in explanation["inside"] for feature in part["features"]]
-    mentioned = {layer: sorted({i for at, i in places if at == layer}) for layer in saes}
+    mentioned = {layer: sorted({index for place, index in places if place == layer}) for layer in saes}
     explanation["tokens"] = []
     for name in sets:
         of_set = [exchange for exchange in exchanges if exchange.set == name]

@@ -196,8 +196,8 @@ def update(run):
     return [
         tag("p", lead, class_="lead"), table(head, named) if named else None,
         note("Share: what a feature's decoder direction takes of ‖ΔW‖², the update's squared size, "
-             "after the features above it. By chance: what the largest of as many random directions "
-             "takes. One random adapter of 50 passes it anywhere."),
+             "after the features above it. By chance: what the largest of as many random "
+             "directions takes. One random adapter of 50 passes it anywhere."),
         tag("details", tag("summary", "Where the update is"), table(columns, places)),
         removal(run)]
 
@@ -396,6 +396,5 @@ def page(folder: str | Path) -> str:
 
 def write_page(folder: str | Path) -> Path:
     """Write folder/report.html: one file, which fetches nothing."""
-    path = Path(folder) / "report.html"
-    write_text(path, page(folder))
+    write_text(path := Path(folder) / "report.html", page(folder))
     return path
