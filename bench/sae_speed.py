@@ -1,86 +1,98 @@
-"""Training and encoding of SAEs against sae-lens, in tokens a second, one process, the same shapes and threads.
+"""Training and encoding of SAEs beside sae-lens: tokens a second.
 
-    python bench/sae_speed.py                                     # 1,024 of 64 wide and 4,096 of 768, about three minutes on 2 cores
-    python bench/sae_speed.py --shapes 2304x16384 --batch 2048    # Gemma-2 2b's
+    pip install -r bench/requirements.txt
+    python -m bench.sae_speed                                     # three minutes on one core
+    python -m bench.sae_speed --shapes 2304x16384 --batch 2048    # of Gemma-2 2b
 
-Sides take turns and each round gives a ratio; the table shows medians. Training is BatchTopK on both sides, its dead-feature
-loss idle, as it is for most of a training; encoding is JumpReLU. Beside them: the share of a training step that lies in
-products of matrices (PyTorch's profiler), SASA's step over BatchTopK's, and peak memory of the process.
+Sides take turns in one process. Both train a BatchTopK whose dead-feature loss is idle, as it is
+for most of a training, and both encode a JumpReLU. SASA's step stands beside them. "products" is
+the share of the time in products of matrices (PyTorch's profiler). Written to
+bench/results/sae.json.
 """
-
-import argparse
-import resource
 
 import torch
 
-from bench.common import publish, race
-
+from bench.common import add_flags, prepare, publish, race
+from run.files import Parser
 from sae import JumpReLU
 from saes.step import Spec, Trainer
 
+SHOWN = {"shape": "", "what": "", "side": "", "tokens/s": ",.0f", "times ours": ".2f",
+         "products": ".0%"}
 
-def trainer_of(D, features, l0, architecture="batchtopk", block=1):
-    spec = Spec(architecture, features, l0, block=block, nuclear=1e-3 * (block > 1))
+
+def trainer_of(spec, D):
     return Trainer(spec, torch.zeros(D), torch.Generator().manual_seed(0))
 
 
-def lens_step(D, features, l0, x):
+def lens_step(D, num_features, l0, x):
     """One training step of sae-lens' BatchTopK, its optimizer's step included."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
-    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D, d_sae=features, k=l0, device="cpu"))
+    config = BatchTopKTrainingSAEConfig(d_in=D, d_sae=num_features, k=l0, device="cpu")
+    sae = BatchTopKTrainingSAE(config)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
-    dead = torch.zeros(features, dtype=torch.bool)
+    dead = torch.zeros(num_features, dtype=torch.bool)
 
     def step():
-        out = sae.training_forward_pass(TrainStepInput(x, {}, dead, n_training_steps=0, is_logging_step=False))
+        batch = TrainStepInput(x, {}, dead, n_training_steps=0, is_logging_step=False)
         optimizer.zero_grad()
-        out.loss.backward()
+        sae.training_forward_pass(batch).loss.backward()
         optimizer.step()
     return step
 
 
-def products(step):
-    """Share of the CPU's time in products of matrices over three steps."""
+def lens_encoder(D, num_features, arrays):
+    """sae-lens' JumpReLU of these arrays."""
+    import sae_lens
+    config = sae_lens.JumpReLUSAEConfig(d_in=D, d_sae=num_features, apply_b_dec_to_input=False)
+    sae = sae_lens.JumpReLUSAE(config)
+    sae.load_state_dict(arrays)
+    return sae.requires_grad_(False)
+
+
+def products(run):
+    """Share of the CPU's time in products of matrices over three runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(3):
-            step()
+            run()
     times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    return sum(value for name, value in times.items() if name in ("aten::mm", "aten::addmm", "aten::bmm")) / sum(times.values())
+    names = ("aten::mm", "aten::addmm", "aten::bmm")
+    return sum(times.get(name, 0) for name in names) / sum(times.values())
+
+
+def rows_of(shape, args):
+    D, num_features = map(int, shape.split("x"))
+    x = torch.randn(args.batch, D, generator=torch.Generator().manual_seed(0)) / D**0.5
+    ours = trainer_of(Spec("batchtopk", num_features, args.l0), D)
+    sasa = trainer_of(Spec("sasa", num_features, args.l0, block=4, nuclear=1e-3), D)
+    training = {"ours": lambda: ours.step(x, 0.5), "ours, sasa": lambda: sasa.step(x, 0.5),
+                "sae-lens": lens_step(D, num_features, args.l0, x)}
+    arrays = ours.arrays(1.0)
+    mine, theirs = JumpReLU(**arrays), lens_encoder(D, num_features, arrays)
+    encoding = {"ours": lambda: mine.encode(x), "sae-lens": lambda: theirs.encode(x)}
+    rows = []
+    for what, sides in (("train", training), ("encode", encoding)):
+        for run in sides.values():  # the warm-up
+            run()
+        for side, (seconds, ratio) in race(sides, args.rounds).items():
+            rows.append({"shape": shape, "what": what, "side": side,
+                         "tokens/s": args.batch / seconds, "times ours": ratio,
+                         "products": products(sides[side])})
+    return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["64x1024", "768x4096"], help="width x features")
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--l0", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = Parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["64x1024", "768x4096"], metavar="DxF",
+                        help="width of the stream x features (default: 64x1024 768x4096)")
+    parser.add_argument("--batch", type=int, default=2048, help="tokens a step (default: 2048)")
+    parser.add_argument("--l0", type=int, default=32, help="codes a token (default: 32)")
+    add_flags(parser, dtypes=())
     args = parser.parse_args()
-    args.products = "PyTorch"
-    torch.set_num_threads(args.threads)
-    rows = []
-    for shape in args.shapes:
-        D, features = map(int, shape.split("x"))
-        x = torch.randn(args.batch, D, generator=torch.Generator().manual_seed(0)) / D ** 0.5
-        ours, sasa = trainer_of(D, features, args.l0), trainer_of(D, features, args.l0, "sasa", 4)
-        sides = {"ours": lambda: ours.step(x, 0.5), "sasa": lambda: sasa.step(x, 0.5), "sae-lens": lens_step(D, features, args.l0, x)}
-        for side, (seconds, ratio) in race(sides, args.rounds).items():
-            rows.append({"shape": shape, "what": f"train {'sasa' if side == 'sasa' else 'batchtopk'}", "side": side.replace("sasa", "ours"),
-                         "tokens_s": args.batch / seconds, "ratio": ratio, "products": products(sides[side])})
-        arrays = ours.arrays(1.0)
-        mine = JumpReLU(**arrays)
-        import sae_lens
-        theirs = sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(d_in=D, d_sae=features, apply_b_dec_to_input=False))
-        theirs.load_state_dict(arrays)
-        with torch.no_grad():
-            for side, (seconds, ratio) in race({"ours": lambda: mine.encode(x), "sae-lens": lambda: theirs.encode(x)}, args.rounds).items():
-                rows.append({"shape": shape, "what": "encode", "side": side, "tokens_s": args.batch / seconds, "ratio": ratio,
-                             "products": products({"ours": lambda: mine.encode(x), "sae-lens": lambda: theirs.encode(x)}[side])})
-    for row in rows:
-        row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    shown = {"shape": "", "what": "", "side": "", "tokens_s": ",.0f", "ratio": ".2f", "products": ".0%", "peak_gb": ".2f"}
-    publish("sae", rows, shown, args, "sae-lens")
+    prepare(args)
+    rows = [row for shape in args.shapes for row in rows_of(shape, args)]
+    publish("sae", rows, SHOWN, args, "sae-lens")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from saes.step import Spec, ranks
 from saes.train import Training
 
 D, BLOCK, ACTIVE, SAMPLES = 64, 4, 2, 80_000
-PURE, MIXED = "dimensions 3 and 4", "dimensions 1 to 4"
+PURE, MIXED = "dimensions 3, 4", "dimensions 1 to 4"
 WORLDS = {PURE: {"sphere": 8, "helix": 7, "torus": 7},
           MIXED: {"ray": 8, "circle": 8, "sphere": 6, "helix": 5, "torus": 5}}
 DIMENSION = {"ray": 1, "circle": 2, "sphere": 3, "helix": 3, "torus": 4}
@@ -170,8 +170,8 @@ def summary(seeds):
             f"{statistics.fmean(units):.1f}",
             f"{statistics.median(angles):.1f} / {max(angles):.1f}" if angles else None,
             f"{statistics.fmean(row['stable'] for row in rows):.2f}" if is_sasa else None])
-    head = ["world", "SAE", "samples", "λ", "EV", "L0", "held by a unit of their own",
-            "units a feature", "angle, median / largest °", "stable rank"]
+    head = ["world", "SAE", "samples", "λ", "EV", "L0", "held", "units", "angle °, largest",
+            "stable rank"]
     return table(lines, head, right=(2, 3, 5, 7, 8, 9))
 
 

@@ -195,8 +195,8 @@ def measures_table(rows):
         lines.append([row["layer"], row["kind"], f"{row['ev']:.3f}", f"{row['l0']:.1f}",
                       f"{100 * row['dead']:.1f}", f"{ce['spliced'] - ce['clean']:+.3f}",
                       f"{row['kl']:.3f}", *recovered, *ranks_of_blocks])
-    head = ["layer", "SAE", "EV", "L0", "dead %", "ΔCE", "KL", "CE recovered %, against zero",
-            "mean", "stable rank", "effective"]
+    head = ["layer", "SAE", "EV", "L0", "dead %", "ΔCE", "KL", "recovered %: zero", "mean",
+            "stable rank", "effective"]
     return table(lines, head, right=[0, *range(2, 11)])
 
 

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,34 +56,20 @@ def test_worked_example():
     assert codes.tolist() == [[1.5, 0, 0.25]]
     assert sae.decode(codes).tolist() == [[13, 21]]
     assert sae.decoder_rows([2, 0]).tolist() == [[0, 4], [2, 0]]
+    assert sae.encode(torch.tensor([[1.0, 2]]).bfloat16()).dtype == torch.float32
 
 
 def test_sasa_worked_example():
     """Blocks of 2: p = (3, 0), (−3, 4), (1, 1) with norms 3, 5, √2; the first two stay, signed."""
-    W_dec = torch.eye(6)[:, :1] + 1  # (6, 1): 2, 1, 1, 1, 1, 1
     sae = SASA(W_enc=torch.tensor([[3.0, 0, 0, 4, 1, 1]]),
-               b_enc=torch.tensor([0.0, 0, -3, 0, 0, 0]), W_dec=W_dec, b_dec=torch.tensor([10.0]), block=2, active=2)
+               b_enc=torch.tensor([0.0, 0, -3, 0, 0, 0]), W_dec=torch.eye(6)[:, :1] + 1,
+               b_dec=torch.tensor([10.0]), block=2, active=2)
     codes = sae.encode(torch.tensor([[1.0]]))
     assert codes.tolist() == [[3, 0, -3, 4, 0, 0]]
     assert sae.activations(codes).tolist() == [[3, 5, 0]]
     assert sae.decode(codes).tolist() == [[17]]  # 3·2 + 0·1 − 3·1 + 4·1 + 10
-    assert (sae.n_units, sae.n_features) == (3, 6)
-    assert sae.unit_rows([0, 2]).tolist() == [[[2], [1]], [[1], [1]]]
+    assert sae.n_units == 3 and sae.unit_rows([0, 2]).tolist() == [[[2], [1]], [[1], [1]]]
     assert sae.encode(torch.zeros(4, 5, 1)).shape == (4, 5, 6)
-
-
-def test_low_precision_residuals_are_encoded_in_float32():
-    sae, x = JumpReLU(**random_tensors()), torch.randn(5, D).bfloat16()
-    assert sae.encode(x).dtype == torch.float32
-    assert torch.equal(sae.encode(x), sae.encode(x.float()))
-
-
-def test_gradient_flows_through_firing_features_only():
-    sae = JumpReLU(**random_tensors())
-    x = torch.randn(3, D, requires_grad=True)
-    codes = sae.encode(x)
-    codes.sum().backward()
-    assert torch.allclose(x.grad, (codes > 0).float() @ sae.W_enc.T, atol=1e-6)
 
 
 def test_sae_lens_agrees(tmp_path):
@@ -116,6 +101,7 @@ def test_sae_lens_agrees(tmp_path):
             assert release.saes_map[name] == f"layer_{layer}/width_{width}/average_l0_{l0}"
             url = f"https://www.neuronpedia.org/{release.neuronpedia_id[name]}/123"
             assert neuronpedia_url(repository, layer, width, 123) == url
+            assert neuronpedia_url(repository, layer, width, 123, l0 + 1) is None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,7 +111,6 @@ def test_round_trip(tmp_path):
     tensors = random_tensors()
     path = save_sae(tmp_path, 3, 7.4, **tensors)
     assert path == tmp_path / f"layer_3/width_{N}/average_l0_7/params.npz"
-    assert [entry.name for entry in path.parent.iterdir()] == ["params.npz"]  # nothing half written
     sae = load_sae(tmp_path, 3, N)
     for name in SHAPES:
         assert torch.equal(getattr(sae, name), tensors[name]), name
@@ -144,12 +129,6 @@ def test_sasa_round_trip(tmp_path):
         assert torch.equal(getattr(sae, name), tensor), name
     singular = torch.linalg.svd(tensors["W_dec"][5:10]).Vh[0]
     assert torch.allclose(sae.directions([1])[0].abs(), singular.abs(), atol=1e-5)
-
-
-def test_published_width_names(tmp_path):
-    path = save_sae(tmp_path, 0, 5, **random_tensors(d=2, n=16384))
-    assert "width_16k" in str(path)
-    assert load_sae(tmp_path, 0).n_features == 16384
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -185,9 +164,8 @@ def test_a_folder_lists_what_it_holds(tmp_path):
     for layer, l0 in ((0, 7), (1, 7), (1, 30), (11, 7)):
         write_npz(tmp_path, random_arrays(), layer=layer, l0=l0)
     assert load_sae(tmp_path, 1, N, l0=30).l0 == 30
-    for arguments, message in [((1, N), "one of 7, 30"), ((1, N, 8), "one of 7, 30"),
-                               ((2, N), "one of 0, 1, 11"), ((0, "16k"), f"one of {N}"),
-                               ((0, "17k"), "known are 4k"), ((0, "../x"), "known are 4k")]:
+    for arguments, message in [((1, N), "one of 7, 30"), ((2, N), "one of 0, 1, 11"),
+                               ((0, "16k"), f"one of {N}"), ((0, "../x"), "known are 4k")]:
         with pytest.raises(InputError, match=message):
             load_sae(tmp_path, *arguments)
     with pytest.raises(InputError, match="layer_N/width_W"):
@@ -203,7 +181,6 @@ def test_hub_names(tmp_path, monkeypatch):
     monkeypatch.setattr(sae_module, "locate", locate)
     repository = "google/gemma-scope-2b-pt-res"
     for layer, width, l0, folder in [(20, "16k", None, "layer_20/width_16k/average_l0_71"),
-                                     (5, "16k", 18, "layer_5/width_16k/average_l0_18"),
                                      (12, "65k", 21, "layer_12/width_65k/average_l0_21")]:
         with pytest.raises(InputError, match=r"W_enc has shape \(6, 20\), not"):
             load_sae(repository, layer, width, l0)
@@ -216,15 +193,7 @@ def test_hub_names(tmp_path, monkeypatch):
             ("google/gemma-scope-2b-pt-mlp", 10, "16k", "not SAEs of the residual stream")]:
         with pytest.raises(InputError, match=message):
             load_sae(source, layer, width)
-    assert len(requests) == 3
-
-
-def test_only_canonical_saes_have_an_address():
-    url = "https://www.neuronpedia.org/gemma-2-9b-it/9-gemmascope-res-131k/5"
-    assert neuronpedia_url("google/gemma-scope-9b-it-res", 9, "131k", 5, l0=121) == url
-    assert neuronpedia_url("google/gemma-scope-9b-it-res", 9, "131k", 5, l0=120) is None
-    assert neuronpedia_url("google/gemma-scope-2b-pt-res", 26, "16k", 1) is None
-    assert neuronpedia_url("toy/sae", 20, "16k", 1) is None
+    assert len(requests) == 2
 
 
 def test_saes_of_another_model_are_refused(tmp_path):
@@ -240,15 +209,21 @@ def test_saes_of_another_model_are_refused(tmp_path):
         load(D, 3)
 
 
+def test_a_bad_decoder_shows_when_it_is_read(tmp_path):
+    write_npz(tmp_path, random_arrays(W_dec=np.full((N, D), np.inf, "f4")))
+    sae = load_sae(tmp_path, 3, N)
+    for read in (lambda: sae.decoder_rows([0]), lambda: sae.W_dec, lambda: sae.W_dec):
+        with pytest.raises(InputError, match="W_dec has values that aren't finite"):
+            read()
+
+
 # --------------------------------------------------------------------------------------------------
 # Bad files
 
 @pytest.mark.parametrize("changes, message", [
     ({"threshold": None}, "lacks threshold"),
     ({"b_enc": np.zeros(N, "i4")}, "an SAE holds floats"),
-    ({"b_enc": np.zeros(N, [("x", "f4")])}, "an SAE holds floats"),
     ({"b_enc": np.zeros((N, 1), "f4")}, "b_enc has shape"),
-    ({"W_enc": np.zeros(N, "f4")}, "W_enc has shape"),
     ({"b_dec": np.full(D, np.nan, "f4")}, "finite"),
     ({"threshold": np.full(N, -1, "f4")}, "below 0"),
 ])
@@ -257,16 +232,6 @@ def test_bad_arrays(tmp_path, changes, message):
     with pytest.raises(InputError, match=message) as error:
         load_sae(tmp_path, 3, N)
     assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("W_dec, message", [(np.full((N, D), np.inf, "f4"), "finite"),
-                                            (np.zeros((D, N), "f4"), "W_dec has shape")])
-def test_a_bad_decoder_shows_when_it_is_read(tmp_path, W_dec, message):
-    write_npz(tmp_path, random_arrays(W_dec=W_dec))
-    sae = load_sae(tmp_path, 3, N)
-    for read in (lambda: sae.decoder_rows([0]), lambda: sae.W_dec, lambda: sae.W_dec):
-        with pytest.raises(InputError, match=message):
-            read()
 
 
 class Payload:
@@ -288,17 +253,6 @@ def test_nothing_is_unpickled(tmp_path):
     with pytest.raises(InputError, match="params.npz"):
         load_sae(tmp_path, 3, N)
     assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_headers_are_not_evaluated(tmp_path):
-    path = write_npz(tmp_path, random_arrays())
-    header = b"{'descr': __import__('os').abort(), 'fortran_order': False, 'shape': (6,), }\n"
-    with zipfile.ZipFile(path, "a") as archive:
-        length = len(header).to_bytes(2, "little")
-        archive.writestr("b_dec.npy", b"\x93NUMPY\1\0" + length + header + bytes(24))
-    with pytest.raises(InputError, match="b_dec can't be read"):
-        load_sae(tmp_path, 3, N)
 
 
 @pytest.fixture(scope="module")
@@ -336,8 +290,6 @@ def test_a_bad_sasa(tmp_path):
         write_tensors(path, tensors | changes)
         with pytest.raises(InputError, match=message):
             load_sae(tmp_path, 3, N)
-    for spoil, message in [(lambda: path.write_bytes(b"1" * 99), "sasa.safetensors"),
-                           (path.unlink, "holds no file")]:
-        spoil()
-        with pytest.raises(InputError, match=message):
-            load_sae(tmp_path, 3, N)
+    path.unlink()
+    with pytest.raises(InputError, match="holds no file"):
+        load_sae(tmp_path, 3, N)

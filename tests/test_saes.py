@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from conftest import random_gemma
 
 from data import load_tokenizer
-from run.files import InputError, read_json, read_jsonl, write_json, write_jsonl
+from experiments import sasa_demo
+from run.files import InputError, read_json, read_jsonl, write_jsonl
 from run.session import CHECKPOINT
 from sae import SASA, JumpReLU, load_sae, strongest
 from saes import measure as saes_measure
 from saes import train as saes_train
-from saes.concepts import auroc, concept_report, logistic
-from saes.measure import batches, letters, measure, measures_table
-from saes.step import Spec, Trainer, least_kept, nuclear_norm, ranks
+from saes.concepts import auroc, concept_report
+from saes.measure import batches, measure, measures_table
+from saes.step import Spec, Trainer, nuclear_norm
 from saes.stream import Stream, encode_item
 from saes.train import Training
 from toy import world as toy
@@ -47,14 +48,6 @@ def trainer_of(name):
     return trainer
 
 
-def trained(spec, x, steps, batch):
-    """A Training that is done, on the same buffer x again and again."""
-    training = Training(lambda cursor: (cursor, {0: x}), spec, steps, batch, 0)
-    for _ in training:
-        pass
-    return training
-
-
 # --------------------------------------------------------------------------------------------------
 # Gradients
 
@@ -79,11 +72,8 @@ def test_gradients_are_those_of_the_loss(name):
 
 
 def test_the_thresholds_estimator_is_the_gradient_of_the_smoothed_step():
-    """1[h > θ] smoothed to H = clamp((h − θ)/ε + ½, 0, 1), which has dH/dθ = −1/ε where |h − θ| < ε/2.
-
-    Inside the band the codes are θ·H, since f jumps by θ there. Central differences of the loss, to
-    first order in the codes and in L0, must give the estimator.
-    """
+    """1[h > θ] is smoothed to H = clamp((h − θ)/ε + ½, 0, 1). In the band the codes are θ·H, since
+    f jumps by θ there. Central differences of the loss, to first order in H, are the estimator."""
     trainer, x = trainer_of("jumprelu"), inputs().double()
     spec, p = trainer.spec, trainer.parameters
     h = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
@@ -139,25 +129,8 @@ def test_nuclear_norm():
     assert slope.isfinite().all() and norms.max() < 0.01
 
 
-def test_ranks_of_known_blocks():
-    repeated = F.normalize(torch.arange(1.0, 9), dim=0).expand(4, 8)
-    uneven = torch.diag(torch.tensor([2.0, 1, 1, 1, 0, 0, 0, 0]))[:4]
-    stable, effective = ranks(torch.stack([torch.eye(8)[:4], repeated, uneven]))
-    assert torch.allclose(stable, torch.tensor([4.0, 1, 7 / 4]), atol=1e-4)
-    assert torch.allclose(effective[:2], torch.tensor([4.0, 1]), atol=1e-3)
-    assert 1 < effective[2] < 4
-
-
 # --------------------------------------------------------------------------------------------------
 # A step
-
-def test_least_kept_is_exact_whatever_the_guess():
-    h = random(50, 40)
-    ordered = h.flatten().sort(descending=True).values
-    for guess, count in itertools.product((0.0, 0.5, 50.0), (1, 300, 900)):
-        least = least_kept(h, count, torch.tensor(guess))
-        assert least == ordered[count - 1].clamp(min=1e-12)
-
 
 @pytest.mark.parametrize("name", SPECS)
 def test_what_a_step_keeps_true(name):
@@ -202,37 +175,6 @@ def test_folded_arrays_give_the_codes_of_training(name):
         assert torch.allclose(sae.decode(codes) - c * x, c * error, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["batchtopk", "jumprelu"])
-def test_directions_set_by_hand_are_found(name):
-    """Eight orthogonal directions, two at a time, far from the origin: training, threshold and the
-    folds of b_dec and scale must be right together."""
-    draw = torch.Generator().manual_seed(2)
-    directions = torch.linalg.qr(torch.randn(16, 16, generator=draw))[0][:8]
-    which = torch.rand(4000, 8, generator=draw).topk(2).indices
-    sizes = 1 + 2 * torch.rand(4000, 2, generator=draw)
-    x = torch.zeros(4000, 8).scatter(1, which, sizes) @ directions + 5
-    training = trained(Spec(name, 16, 2, lr=5e-3), x, 600, 512)
-    sae = JumpReLU(**training.trainers[0].arrays(training.scale[0]))
-    assert (sae.W_dec @ directions.T).max(0).values.min() > 0.9
-    codes = sae.encode(x)
-    assert abs((codes > 0).sum(1).float().mean() - 2) < 0.4
-    assert (sae.decode(codes) - x).square().sum() / (x - x.mean(0)).square().sum() < 0.1
-
-
-def test_planes_set_by_hand_are_found():
-    draw = torch.Generator().manual_seed(0)
-    planes = torch.linalg.qr(torch.randn(16, 16, generator=draw))[0].reshape(8, 2, 16)[:6]
-    which = torch.rand(4000, 6, generator=draw).topk(2).indices
-    parts = torch.randn(4000, 6, 2, generator=draw)
-    parts = parts * torch.zeros(4000, 6).scatter(1, which, 1)[..., None]
-    x = torch.einsum("nkr,krd->nd", parts, planes)
-    trainer = trained(Spec("sasa", 24, 4, block=2, lr=1e-2), x, 600, 512).trainers[0]
-    assert trainer.mean["ev"] > 0.9
-    blocks = torch.linalg.qr(trainer.parameters["W_dec"].unflatten(0, (-1, 2)).mT).Q  # (12, 16, 2)
-    cosines = torch.linalg.svdvals(torch.einsum("krd,jds->kjrs", planes, blocks))[..., -1]
-    assert cosines.max(1).values.min() > 0.95  # each plane has a block, by its largest angle
-
-
 # --------------------------------------------------------------------------------------------------
 # The stream
 
@@ -272,16 +214,6 @@ def test_the_stream_is_a_function_of_its_cursor_and_stops_at_the_deepest_layer(s
         cursor, more = stream(cursor)
     assert cursor > len(small.items) and len(more[1]) >= 100
     handle.remove()
-
-
-def test_long_documents_are_split_and_every_part_begins_with_bos(small):
-    text = "steal the vault " * 20
-    parts = encode_item(small.tokenizer, text, 16)
-    assert all(part[0] == small.tokenizer.bos and len(part) <= 16 for part in parts)
-    assert sum((part[1:] for part in parts), []) == small.tokenizer.encode(text)
-
-
-def test_data_without_text_are_refused(small):
     for items in ([], ["", ""]):
         with pytest.raises(InputError, match="no document with text"):
             stream_of(small, (0,), items=items)(0)
@@ -318,7 +250,7 @@ def test_a_resumed_training_is_the_same_bit_for_bit(name, tmp_path, small):
 
 
 def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatch, capsys):
-    """In this process, so that importing PyTorch is paid once; SIGTERM arrives in the tenth step."""
+    """In this process, so that PyTorch is imported once; SIGTERM arrives in the tenth step."""
     def run(main, *words):
         monkeypatch.setattr(sys, "argv", ["saes", "--model", *map(str, (mini, *words))])
         return main()
@@ -332,6 +264,8 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
     assert read_jsonl(tmp_path / "a/metrics.jsonl")[-1]["step"] == 30
     with pytest.raises(InputError, match="finished"):
         train("a", "--architecture", "sasa")
+
+    # Measure them
     measured = ("--data", mini / "train.jsonl", "--context", 64, "--out", tmp_path / "figures.json")
     write_jsonl(tmp_path / "concepts.jsonl", [
         {"tokens": [2, *range(110, 140)], "labels": {"even": "-" + "10" * 15}}])
@@ -343,17 +277,13 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
     assert [row["positive"] for row in figures["concepts"]] == [0.5, 0.5]
 
     # Stopped and resumed against unbroken
-    class Later(saes_train.Signals):
+    class Later:
         count = 0
 
         @property
         def caught(self):
             self.count += 1
             return 15 if self.count == 10 else None
-
-        @caught.setter
-        def caught(self, value):
-            pass
     with monkeypatch.context() as patch:
         patch.setattr(saes_train, "Signals", Later)
         assert train("b") == 128 + 15
@@ -373,10 +303,6 @@ def test_flags_that_do_not_fit_are_refused(words, message, monkeypatch, tmp_path
     monkeypatch.setattr(sys, "argv", ["saes.train", *words, "--out", str(tmp_path / "x")])
     with pytest.raises(InputError, match=message):
         saes_train.main()
-    write_json(tmp_path / "y.json", {})
-    monkeypatch.setattr(sys, "argv", ["saes.measure", str(tmp_path)])
-    with pytest.raises(InputError, match="holds no SAE"):
-        saes_measure.main()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -429,18 +355,14 @@ def test_auroc_is_the_share_of_pairs_in_order():
         assert auroc(values, labels)[k] == pytest.approx(wanted, abs=1e-12)
 
 
-def test_logistic_regression_finds_the_plane():
-    x, normal = random(800, 5), torch.tensor([1.0, 2, 0, 0, 0])
-    w, b = logistic(x, x @ normal > 1)
-    assert F.cosine_similarity(w, normal, dim=0) > 0.99 and b < 0
-
-
 def test_a_concept_in_one_unit_and_one_in_two():
     """An SAE whose feature i is axis i, on sparse inputs."""
     draw, eye = torch.Generator().manual_seed(0), torch.eye(16)[:12]
     x = torch.zeros(3000, 16)
-    x[:, :12] = (torch.rand(3000, 12, generator=draw) < 0.2) * (1 + torch.rand(3000, 12, generator=draw))
-    sae = JumpReLU(eye.T.contiguous(), torch.zeros(12), torch.full((12,), 0.5), eye, torch.zeros(16))
+    present = torch.rand(3000, 12, generator=draw) < 0.2
+    x[:, :12] = present * (1 + torch.rand(3000, 12, generator=draw))
+    theta = torch.full((12,), 0.5)
+    sae = JumpReLU(eye.T.contiguous(), torch.zeros(12), theta, eye, torch.zeros(16))
     single = concept_report(sae, x, x[:, 3] > 0)
     assert single["main"] == [3] and single["best"] == 3 and single["absorbed"] == 0
     assert single["auroc"] > 0.999 and single["f1"] > 0.99
@@ -460,30 +382,32 @@ def test_absorption_is_seen():
 
     def report():
         theta = torch.full((12,), 0.5)
-        return concept_report(JumpReLU(W_enc, torch.zeros(12), theta, W_dec, torch.zeros(16)), x, concept)
+        sae = JumpReLU(W_enc, torch.zeros(12), theta, W_dec, torch.zeros(16))
+        return concept_report(sae, x, concept)
     honest = report()
     assert honest["main"] == [0] and honest["absorbed"] < 0.01
-    W_dec[1:12, 0] = 1  # what writes a detail writes the concept too, but feature 0 isn't silent
-    assert report()["absorbed"] < 0.01
-    W_enc[1:12, 0] = -1  # a detail's presence silences feature 0
+    W_dec[1:12, 0] = 1   # what writes a detail writes the concept too,
+    W_enc[1:12, 0] = -1  # and a detail's presence silences feature 0
     absorbing = report()
     assert absorbing["main"] == [0] and absorbing["absorbed"] == pytest.approx(0.33, abs=0.04)
 
 
-def test_blocks_are_measured_as_units():
-    """Four planes, the concept is in the second: one block holds it, whatever the direction."""
-    draw = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(16, 16, generator=draw)).Q.T[:8]
-    present = torch.rand(3000, 4, generator=draw) < 0.3
-    parts = F.normalize(torch.randn(3000, 4, 2, generator=draw), dim=2) * present[..., None]
-    sae = SASA(basis.T.contiguous(), torch.zeros(8), basis, torch.zeros(16), 2, 4)
-    report = concept_report(sae, parts.flatten(1) @ basis, present[:, 1])
-    assert report["best"] == 1 and report["auroc"] > 0.999
-    assert report["auroc"] > report["random"] and 0 < report["untrained"] <= 1
+# --------------------------------------------------------------------------------------------------
+# The demonstration
 
-
-def test_letters():
-    names = {1: " apple", 2: "bee", 3: " Boat", 4: " 12", 5: " ant"}
-    tokenizer = SimpleNamespace(token=names.get)
-    labels = letters(tokenizer, [1, 2, 3, 4, 5])
-    assert labels["begins with a"] == "10001" and labels["begins with b"] == "00100"
+def test_the_demonstration_credits_what_holds_a_feature():
+    """Blocks that are the planted planes hold all; rows swapped between two blocks split two."""
+    world = sasa_demo.World({"circle": 4, "sphere": 4, "torus": 2}, 0)
+    basis = torch.linalg.qr(random(64, 64)).Q.T
+    world.bases = [basis[4 * i:4 * i + sasa_demo.DIMENSION[kind]]
+                   for i, kind in enumerate(world.kinds)]
+    swapped = basis[:48].clone()
+    swapped[[18, 22]] = basis[[22, 18]]  # of the first two spheres a row each
+    trainer = Trainer(Spec("sasa", 48, 8, block=4), torch.zeros(64), torch.Generator())
+    for W_dec, held, units in ((basis[:48], 10, 1), (swapped, 8, 1.2)):
+        trainer.parameters |= {"W_dec": W_dec, "W_enc": W_dec.T.contiguous()}
+        figures = sasa_demo.recovered(trainer, torch.tensor(2.0), world, 2000)
+        assert figures["held"] == held and figures["units"] == pytest.approx(units)
+        assert max(figures["angles"]) < 0.5
+        row = sasa_demo.summary([{("planted", "sasa", 2000, 0.0): figures}] * 2).splitlines()[-1]
+        assert f"{held} to {held} of 10" in row
