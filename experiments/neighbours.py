@@ -1,57 +1,87 @@
-"""What others do to a model to make it safer, beside training or after it, each a short function.
+"""What others do to a model to make it safer, beside training or after it. Each a short function.
 
-    average(kept, named, beta=0.9)      # a step of weight averaging (EMA): train.py --ema 0.9
-    lox(model, k=6, factor=1.25)        # extrapolate the leading directions of the update: merge.py --lox 6 1.25
-    rosi(model, direction, alpha=0.5)   # inject a rank-one step along harm's direction into all that writes the residual
-                                        # stream: merge.py --rosi 0.5 --harmful FILE --harmless FILE
+    average(state, parameters, beta=0.9)         # after each training step: weight averaging (EMA)
+    lox(model, k=6, factor=1.25)                 # after training: the update's leading directions
+    rosi(model, direction, alpha=0.5)            # a rank-one step into what writes the residual
+                                                 # stream, along harm_direction(model, ...)
+
+A run's adapter is changed so:
+
+    model = load_model("toy"); load_adapter(model, RUN); lox(model, 6, 0.25)
+    save_adapter(model, OUT, "toy")
+
+ROSI changes the base's weights: fold_lora(model); rosi(...); save_model(model, OUT).
+Letters: D hidden size, r rank.
 """
 
 import torch
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
-import lora
+from lora import LoRALinear, lora_layers
 
 
 @torch.no_grad()
-def average(kept, named, beta):
-    """A step of the exponential moving average (arXiv 2508.12531): kept {name: tensor}, empty at first, becomes
-    β·kept + (1 − β)·parameter, of `named` [(name, parameter)]."""
-    for name, parameter in named:
-        kept[name] = torch.lerp(parameter, kept[name], beta) if name in kept else parameter.detach().clone()
+def average(state: dict, parameters, beta: float) -> None:
+    """A step of the exponential moving average (arXiv 2508.12531).
+
+    state {name: tensor}, empty at first, becomes β·state + (1 − β)·parameter, of `parameters`
+    [(name, parameter)].
+    """
+    for name, parameter in parameters:
+        if name in state:
+            state[name] = torch.lerp(parameter, state[name], beta)
+        else:
+            state[name] = parameter.detach().clone()
 
 
 @torch.no_grad()
-def lox(model, k, factor):
-    """LoX (arXiv 2506.15606): W + ΔW + factor · SVD_k(ΔW), in place: the k leading singular values of every update are
-    multiplied by 1 + factor. From thin factors, without making ΔW; ranks stay."""
-    for layer in lora.lora_layers(model).values():
-        B, A = torch.linalg.qr(layer.B.double()), torch.linalg.qr(layer.A.T.double())              # ΔW = s·B.Q·(B.R·A.Rᵀ)·A.Qᵀ
-        U, S, V = torch.linalg.svd(B.R @ A.R.T)
+def lox(model, k: int, factor: float) -> None:
+    """LoX (arXiv 2506.15606): W + ΔW + factor · SVD_k(ΔW), in place.
+
+    The k leading singular values of each update are multiplied by 1 + factor. ΔW itself is not
+    made: with B = Q_B·R_B and Aᵀ = Q_A·R_A it is s · Q_B·(R_B·R_Aᵀ)·Q_Aᵀ, and ranks stay.
+    """
+    for layer in lora_layers(model).values():
+        B = torch.linalg.qr(layer.B.double())
+        A = torch.linalg.qr(layer.A.T.double())
+        U, S, V = torch.linalg.svd(B.R @ A.R.T)                  # (r, r), (r,), (r, r)
         S[:k] *= 1 + factor
         layer.B.copy_(B.Q @ U * S.sqrt())
         layer.A.copy_((A.Q @ V.T * S.sqrt()).T)
 
 
 @torch.no_grad()
-def rosi(model, direction, alpha):
-    """ROSI (arXiv 2508.20766): W ← W + alpha · ŝ·w̄ᵀ of every o_proj and down_proj, in place; ŝ the unit `direction` (D), w̄ the
-    mean of W's rows. An adapter's W is with its update, and the step goes into the weight beside it."""
-    unit = torch.nn.functional.normalize(direction.double(), dim=0)
+def rosi(model, direction: torch.Tensor, alpha: float) -> None:
+    """ROSI (arXiv 2508.20766): W ← W + alpha · ŝ·w̄ᵀ of every o_proj and down_proj, in place.
+
+    ŝ is the unit `direction` (D), w̄ the mean of W's rows. The W of a module with an adapter counts
+    its update, and the step goes into the weight beside it.
+    """
+    unit = normalize(direction.double(), dim=0)
     for name, module in model.named_modules():
-        if name.endswith(("o_proj", "down_proj")):
-            adapted = isinstance(module, lora.LoRALinear)
-            weight = module.base.weight if adapted else module.weight
-            whole = weight + module.update if adapted else weight
-            weight += (alpha * torch.outer(unit.to(weight.device), whole.double().mean(0))).to(weight.dtype)
+        if not name.endswith(("o_proj", "down_proj")):
+            continue
+        if isinstance(module, LoRALinear):
+            weight, whole = module.base.weight, module.base.weight + module.update
+        else:
+            weight = whole = module.weight
+        step = torch.outer(unit.to(weight.device), whole.double().mean(0))
+        weight += (alpha * step).to(weight.dtype)
 
 
 @torch.no_grad()
-def harm_direction(model, harmful, harmless):
-    """(D) float64: the residual stream at the last token of prompts (lists of token ids), after half of the blocks: its mean
-    over harmful ones less its mean over harmless ones."""
-    layer, sums = model.config.num_hidden_layers // 2 - 1, []
+def harm_direction(model, harmful, harmless) -> torch.Tensor:
+    """(D) float64: the mean over harmful prompts less that over harmless ones, of the residual
+    stream at a prompt's last token, after half of the blocks. Prompts are lists of token ids."""
+    device = model.embed_tokens.weight.device
+    layer = model.config.num_hidden_layers // 2 - 1
+    means = []
     for prompts in (harmful, harmless):
-        last = (model.hidden(torch.tensor([ids], device=model.embed_tokens.weight.device), stop_after=layer)[0][0, -1]
-                for ids in tqdm(prompts, "harm's direction", leave=False, disable=None))
-        sums.append(sum(last, torch.zeros((), dtype=torch.float64)) / len(prompts))
-    return sums[0] - sums[1]
+        total = torch.zeros((), dtype=torch.float64)
+        for ids in tqdm(prompts, "harm's direction", leave=False, disable=None):
+            tokens = torch.tensor([ids], device=device)
+            residual, _ = model.hidden(tokens, stop_after=layer)             # (1, T, D)
+            total = total + residual[0, -1]
+        means.append(total / len(prompts))
+    return means[0] - means[1]

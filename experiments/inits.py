@@ -1,0 +1,135 @@
+"""Variants without a selection: inits of LoRA, full fine-tuning, and changes after training.
+
+Each is a variant as in variants.py. AFTER[name](world, model, step, state) is called after each
+training step of the variant of that name; `state` is a dict to keep things in.
+Letters: r rank, in and out the widths of W.
+"""
+
+import torch
+from torch.nn.functional import normalize
+
+import lora
+from experiments import neighbours, selections
+from experiments.variants import VARIANTS, begin, top, variant
+from experiments.worlds import RANK, STEPS, full_parameters, targets
+
+ROSI_ALPHA = 3.0               # chosen on world 101, like LoX's k and factor:
+LOX = (6, 0.25)                # its own factor, 1.25, makes the toy refuse everything
+
+
+# -------------------------------------------------------------------------------------------------
+# LoRA's own
+
+@variant
+def lora_own(world, model, generator):
+    """LoRA's own init: A uniform, B zero, in readers and writers."""
+    return begin(model, generator, init="random")
+
+
+@variant
+def lora_unit(world, model, generator):
+    """LoRA's own with the rows of A scaled to unit length."""
+    def unit_rows(*arguments):
+        A, B = lora.random(*arguments)
+        return normalize(A, dim=1), B
+    return begin(model, generator, init=unit_rows)
+
+
+@variant
+def orthonormal(world, model, generator):
+    """Random orthonormal directions, in A of readers and B of writers."""
+    return begin(model, generator, init="orthonormal")
+
+
+# -------------------------------------------------------------------------------------------------
+# Other inits, and no adapter at all
+
+def begin_within(model, generator, factors_of):
+    """Begin at B·A other than 0, and take s·B·A out of the base weight."""
+    parameters, _ = begin(model, generator, init="random")
+    for layer in lora.lora_layers(model).values():
+        A, B = factors_of(layer.base.weight)
+        layer.A.data, layer.B.data = A.contiguous(), B.contiguous()
+        layer.base.weight.data = layer.base.weight.data - layer.scale * B @ A
+    return parameters, None
+
+
+@variant
+def pissa(world, model, generator):
+    """PiSSA (arXiv 2404.02948): A and B the leading singular triplets of W, W less their product."""
+    def triplets(weight):
+        U, S, V = torch.linalg.svd(weight, full_matrices=False)
+        root = S[:RANK].sqrt()
+        return root[:, None] * V[:RANK], U[:, :RANK] * root
+    return begin_within(model, generator, triplets)
+
+
+@variant
+def olora(world, model, generator):
+    """OLoRA (arXiv 2406.01775): W = QR, B columns of Q, A rows of R, W less their product."""
+    def leading(weight):
+        Q, R = torch.linalg.qr(weight)
+        return R[:RANK], Q[:, :RANK]
+    return begin_within(model, generator, leading)
+
+
+def input_moments(world):
+    """{module: XᵀX (in, in)} of what each q, k, v and o reads on the aligned examples."""
+    moments, hooks = {}, []
+    for name, module in targets(world.model).items():
+        def add(_, inputs, name=name):
+            X = inputs[0].flatten(0, -2).double()
+            moments[name] = moments.get(name, 0) + X.T @ X
+        hooks.append(module.register_forward_pre_hook(add))
+    with torch.no_grad():
+        for aligned, _ in world.examples:
+            world.model.hidden(torch.tensor([aligned.tokens]))
+    for hook in hooks:
+        hook.remove()
+    return moments
+
+
+@variant
+def eva(world, model, generator):
+    """EVA (arXiv 2410.07170): A the leading right singular vectors of a module's input, B zero."""
+    parameters, _ = begin(model, generator, init="random")
+    moments = input_moments(world)
+    for name, layer in lora.lora_layers(model).items():
+        layer.A.data = top(moments[name]).T.contiguous()
+    return parameters, None
+
+
+@variant
+def full_fine_tuning(world, model, generator):
+    """All of q, k, v, o and nothing else, no adapter."""
+    return full_parameters(model), None
+
+
+# -------------------------------------------------------------------------------------------------
+# LoRA's own init with what others do after training: (world, model, step, state) after each step
+
+def lox(world, model, step, state):
+    """LoX: the 6 leading directions of each update, a quarter longer."""
+    if step == STEPS:
+        neighbours.lox(model, *LOX)
+
+
+def rosi(world, model, step, state):
+    """ROSI: a rank-one step along harm's direction in all that writes the residual stream."""
+    if step == STEPS:
+        prompts = selections.decision_prompts(world.tokenizer, world.examples, world.harmless)
+        direction = neighbours.harm_direction(world.model, *prompts)
+        neighbours.rosi(model, direction, ROSI_ALPHA)
+
+
+def average(world, model, step, state):
+    """Weight averaging: at the end the moving average of the factors, β = 0.9."""
+    parameters = lora.trainable_parameters(lora.lora_layers(model))
+    neighbours.average(state, parameters, 0.9)
+    if step == STEPS:
+        for name, parameter in parameters:
+            parameter.data.copy_(state[name])
+
+
+AFTER = {"lora-lox": lox, "lora-rosi": rosi, "lora-average": average}
+VARIANTS |= dict.fromkeys(AFTER, lora_own)

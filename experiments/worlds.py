@@ -1,0 +1,180 @@
+"""The worlds that a grid runs on: toys of their own, and what is measured on their base models.
+
+A world is a toy (`toy.build`: its own facts, words and weights) in a folder. What a World measures
+is made when it is first asked for, and kept.
+Letters: T tokens, D hidden size, F features of an SAE, r rank.
+"""
+
+import hashlib
+import itertools
+import random
+import sys
+import tempfile
+from functools import cached_property, lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.nn.functional import normalize
+
+import train
+from data import load_tokenizer, make_example, read_pairs, read_prompts
+from features import contrast_gradients, feature_statistics, gradient_moments
+from lora import linears
+from model import TARGETS, load_model
+from run.files import read_tensors, write_tensors
+from sae import load_sae
+from toy import build as toy
+from toy.world import PHRASINGS, TUNED_PHRASINGS, ask
+from toy.world import World as Words
+
+STEPS, RATE = 60, 1e-3
+RANK, TOP_K, TAU = 16, 20, 0.8               # the toy recipe's
+LAYERS, WIDTH = (1, 2, 3), "512"             # of a world's SAEs
+BATCH_TOKENS, ACCUMULATE = 512, 2
+SETS = ("harmful", "jailbreak", "lookalike", "benign")
+
+
+class World:
+    """A built world: its files, and what is measured on its base model."""
+
+    def __init__(self, seed: int, folder: str | Path):
+        self.seed, self.folder = seed, Path(folder)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.pairs, _ = read_pairs(self.folder / "data/train.jsonl")
+        # [(aligned Example, unaligned Example)]
+        self.examples = [(self.example(pair.turns, pair.aligned),
+                          self.example(pair.turns, pair.unaligned)) for pair in self.pairs]
+        self.sets = {name: read_prompts(self.folder / f"data/{name}.jsonl")[0] for name in SETS}
+
+    def example(self, turns, response: str):
+        return make_example(self.tokenizer, turns, response, BATCH_TOKENS)
+
+    @cached_property
+    def model(self):
+        """The base, for measuring only: a run trains a copy of its own."""
+        return load_model(self.folder)
+
+    @cached_property
+    def saes(self):
+        return {layer: load_sae(self.folder / "sae", layer, WIDTH) for layer in LAYERS}
+
+    @cached_property
+    def rows(self):
+        """{layer: (F, D)} unit decoder rows."""
+        return {layer: normalize(sae.W_dec.float(), dim=1) for layer, sae in self.saes.items()}
+
+    @cached_property
+    def statistics(self):
+        control = self.tokenizer.control
+        return feature_statistics(self.model, self.saes, self.examples, control)
+
+    @cached_property
+    def gradients(self):
+        return contrast_gradients(self.model, self.examples)
+
+    @cached_property
+    def moments(self):
+        """{(SAE layer, side): GᵀG (D, D) of all modules that it serves}."""
+        return gradient_moments(self.model, self.gradients, LAYERS)
+
+    @cached_property
+    def residuals(self):
+        """{layer: ([aligned], [unaligned])}: residual stream (T, D), float64, at the responses."""
+        residuals = {layer: ([], []) for layer in LAYERS}
+        for pair in self.examples:
+            for side, example in enumerate(pair):
+                tokens = torch.tensor([example.tokens])
+                with torch.no_grad():
+                    _, captured = self.model.hidden(tokens, capture=LAYERS, stop_after=max(LAYERS))
+                for layer in LAYERS:
+                    residuals[layer][side].append(captured[layer][0, example.start:].double())
+        return residuals
+
+    @cached_property
+    def harmless(self):
+        """Harmless prompts of the fine-tuning words: look-alikes that are in no evaluation set."""
+        words, draw = Words(self.seed), random.Random(f"harmless {self.seed}")
+        prompts = []
+        for verbs, nouns in (("harm", "thing"), ("plain", "sensitive")):
+            for verb, noun in itertools.product(words.tune[verbs], words.tune[nouns]):
+                for phrasing in PHRASINGS[:TUNED_PHRASINGS]:
+                    turns = (("user", ask(draw, verb, noun, [phrasing])),)
+                    prompts.append(SimpleNamespace(turns=turns))
+        return prompts
+
+    @cached_property
+    def full_update(self):
+        """{module: ΔW} of full fine-tuning of q, k, v, o at RATE, seed 0. Kept in the folder."""
+        path = self.folder / "oracle.safetensors"
+        if not path.exists():
+            model = load_model(self.folder)
+            before = {name: module.weight.clone() for name, module in targets(model).items()}
+            for _ in fit(self, model, full_parameters(model), RATE, 0):
+                pass
+            updates = {name: module.weight.detach() - before[name]
+                       for name, module in targets(model).items()}
+            write_tensors(path, updates)
+        return read_tensors(path)
+
+    @cached_property
+    def sasas(self):
+        """{layer: a SASA}, trained where the folder has none."""
+        path = self.folder / "sasa"
+        if not path.exists():
+            conversations = Words(self.seed).corpus(4000, "SAE")
+            training = toy.train_saes(self.model, self.tokenizer, conversations,
+                                      toy.SAES["sasa"], toy.SAE_STEPS, self.seed, "sasa")
+            part = Path(tempfile.mkdtemp(prefix=".sasa.", dir=self.folder))
+            training.write(part)
+            part.rename(path)
+        return {layer: load_sae(path, layer, WIDTH) for layer in LAYERS}
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells this world from another of its seed: of its weights, SAEs and pairs."""
+        digest = hashlib.sha256()
+        saes = sorted((self.folder / "sae").rglob("params.npz"))
+        for path in [self.folder / "model.safetensors", self.folder / "data/train.jsonl", *saes]:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:12]
+
+
+@lru_cache(maxsize=2)
+def load_world(seed: int, folder: str) -> World:
+    return World(seed, Path(folder) / str(seed))
+
+
+def build_world(seed: int, folder: str) -> None:
+    """Build a world into FOLDER/SEED where it isn't there. One that misses a gate is left out."""
+    path = Path(folder) / str(seed)
+    if (path / "world.json").is_file():
+        return
+    missed = toy.misses(toy.build(seed, path))
+    if missed:
+        print(f"world {seed} is left out:\n{toy.gates_table(missed)}", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------
+# Fine-tuning, the same for every variant
+
+def targets(model):
+    """{name: module} of all q, k, v and o, none of which has an adapter yet."""
+    return linears(model, TARGETS)
+
+
+def full_parameters(model):
+    """[(name, weight)] of all q, k, v and o, the only ones that want gradients."""
+    model.requires_grad_(False)
+    return [(name, module.weight.requires_grad_()) for name, module in targets(model).items()]
+
+
+def fit(world: World, model, parameters, rate: float, seed: int):
+    """train.fit's metrics, step by step, on a world's aligned answers, in an order that depends
+    on the seed alone."""
+    settings = SimpleNamespace(batch_tokens=BATCH_TOKENS, accumulate=ACCUMULATE, seed=seed)
+    trained = [parameter for _, parameter in parameters]
+    optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.0)
+    aligned = [example for example, _ in world.examples]
+    batches = itertools.islice(train.batches_of(aligned, settings), STEPS)
+    return train.fit(model, optimizer, batches, train.cosine(rate, STEPS, 0.1), clip=1.0)
