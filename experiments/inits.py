@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 import lora
 from experiments import neighbours, selections
-from experiments.variants import VARIANTS, begin, top, variant
+from experiments.variants import begin, top, variant
 from experiments.worlds import RANK, STEPS, full_parameters, targets
 
 ROSI_ALPHA = 3.0               # chosen on world 101, like LoX's k and factor:
@@ -106,14 +106,29 @@ def full_fine_tuning(world, model, generator):
 
 
 # -------------------------------------------------------------------------------------------------
-# LoRA's own init with what others do after training: (world, model, step, state) after each step
+# LoRA's own init with what others do to a model after training
 
+AFTER = {}
+
+
+def after_training(change):
+    """Register `change` under "lora-" and its name, and a variant that begins at LoRA's own."""
+    def run(world, model, generator):
+        return begin(model, generator, init="random")
+    run.__name__, run.__doc__ = f"lora_{change.__name__}", f"LoRA's own, then {change.__doc__}"
+    variant(run)
+    AFTER[f"lora-{change.__name__}"] = change
+    return change
+
+
+@after_training
 def lox(world, model, step, state):
     """LoX: the 6 leading directions of each update, a quarter longer."""
     if step == STEPS:
         neighbours.lox(model, *LOX)
 
 
+@after_training
 def rosi(world, model, step, state):
     """ROSI: a rank-one step along harm's direction in all that writes the residual stream."""
     if step == STEPS:
@@ -122,14 +137,11 @@ def rosi(world, model, step, state):
         neighbours.rosi(model, direction, ROSI_ALPHA)
 
 
+@after_training
 def average(world, model, step, state):
-    """Weight averaging: at the end the moving average of the factors, β = 0.9."""
+    """weight averaging: at the end the moving average of the factors, β = 0.9."""
     parameters = lora.trainable_parameters(lora.lora_layers(model))
     neighbours.average(state, parameters, 0.9)
     if step == STEPS:
         for name, parameter in parameters:
             parameter.data.copy_(state[name])
-
-
-AFTER = {"lora-lox": lox, "lora-rosi": rosi, "lora-average": average}
-VARIANTS |= dict.fromkeys(AFTER, lora_own)

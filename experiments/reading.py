@@ -1,116 +1,138 @@
-"""Do the features that a selection chooses read as something? Which of them detect harm, or refusals, beside all features of their SAEs.
+"""Which of the features that a selection chooses detect harm, or refusals.
 
-    python experiments/reading.py             # worlds 1 to 8, built where they are missing; a line a world and selection
-    python experiments/reading.py --table     # what the lines say
+    python -m experiments.reading            # worlds 1 to 8, built where they are missing
+    python -m experiments.reading --print    # what the lines in results/reading.jsonl say
 
-Harm: activation at the decision token, the last of a prompt, on held-out harmful prompts, with a jailbreak or without, against
-harmless ones, look-alikes among them. Refusal: mean activation over an answer, refusals against help, on the fine-tuning pairs
-themselves. A feature detects what its activation, high or low, tells with an AUROC of at least LEVEL (chosen on world 101).
+Harm: the activation at the decision token, a prompt's last, on held-out harmful prompts, with a
+jailbreak or without, against harmless ones, look-alikes among them. Refusal: the mean activation
+over an answer, refusals against help, on the fine-tuning pairs. A feature detects what its
+activation, high or low, tells with an AUROC of at least LEVEL (chosen on world 101).
 """
 
-import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from experiments.variants import LAYERS, RANK, ROOT, TOP_K, WIDE, world_of  # first: it puts the product on the path
-
-from run import files
-from experiments.ablate import RESULTS, append, build, mean_error, versions
 from data import prompt_tokens
-from experiments import selections as tried
+from experiments import selections
+from experiments.ablate import RESULTS, WORLDS, append_lines, read_lines, versions
+from experiments.tables import mean_error
+from experiments.variants import NUM_GREEDY
+from experiments.worlds import LAYERS, RANK, TOP_K, build_world, load_world
 from features import choose_features
+from run.files import InputError, Parser, run_command, table
 from saes.gradient import greedy
-from run.files import InputError
 from saes.measure import auroc
-from run.files import table
 
 LEVEL = 0.8
+HARMFUL = ("harmful", "jailbreak")
+HARMLESS = ("lookalike", "benign")
 
 
 @torch.no_grad()
-def detection(world):
-    """{layer: (2, F) AUROC of every feature, for harm and for refusal}."""
+def detection(world) -> dict[int, torch.Tensor]:
+    """{layer: (2, F)} AUROC of every feature, for harm and for refusal."""
+    # Codes at the decision token of every prompt
     codes, labels = {layer: [] for layer in LAYERS}, []
-    for name in ("harmful", "jailbreak", "lookalike", "benign"):
+    for name in HARMFUL + HARMLESS:
         for prompt in world.sets[name]:
-            ids = prompt_tokens(world.tokenizer, prompt.turns)
-            _, found = world.model.hidden(torch.tensor([ids]), capture=LAYERS, stop_after=max(LAYERS))
-            labels.append(name in ("harmful", "jailbreak"))
+            ids = torch.tensor([prompt_tokens(world.tokenizer, prompt.turns)])
+            _, residuals = world.model.hidden(ids, capture=LAYERS, stop_after=max(LAYERS))
+            labels.append(name in HARMFUL)
             for layer in LAYERS:
-                codes[layer].append(world.saes[layer].encode(found[layer][0, -1:])[0])
-    out = {}
+                codes[layer].append(world.saes[layer].encode(residuals[layer][0, -1:])[0])
+    aurocs = {}
     for layer, sae in world.saes.items():
-        sides = [torch.stack([sae.encode(x.float()).mean(0) for x in part]) for part in world.residuals[layer]]
-        refused = torch.arange(sum(map(len, sides))) < len(sides[0])
-        out[layer] = torch.stack((auroc(torch.stack(codes[layer]), torch.tensor(labels)), auroc(torch.cat(sides), refused)))
-    return out
+        harm = auroc(torch.stack(codes[layer]), torch.tensor(labels))
+        # Mean codes over every answer, aligned ones first
+        aligned, unaligned = ([sae.encode(x.float()).mean(0) for x in answers]
+                              for answers in world.residuals[layer])
+        refused = torch.arange(len(aligned) + len(unaligned)) < len(aligned)
+        refusal = auroc(torch.stack(aligned + unaligned), refused)
+        aurocs[layer] = torch.stack((harm, refusal))
+    return aurocs
 
 
-def selections(world):
-    """{(selection, side): {layer: chosen features}}; "all features" for the base rate."""
-    found = {("all features", "all"): {layer: torch.arange(len(world.rows[layer])) for layer in LAYERS},
-             ("paper", "all"): {layer: choose_features(world.statistics[layer], TOP_K) for layer in LAYERS}}
+def chosen_features(world) -> dict[tuple[str, str], dict[int, torch.Tensor]]:
+    """{(selection, modules): {layer: features}}; "all features" gives the base rate."""
+    chosen = {
+        ("all features", "all"): {layer: torch.arange(len(world.rows[layer])) for layer in LAYERS},
+        ("paper", "all"): {layer: choose_features(world.statistics[layer], TOP_K)
+                           for layer in LAYERS},
+    }
     for (layer, side), moment in world.moments.items():
-        found.setdefault(("gradient", side), {})[layer] = greedy(world.rows[layer], moment, 2 * RANK, RANK).features
-    _, harmless = tried.decision_prompts(world.tokenizer, world.examples, world.harmless)
-    inputs = world.model, world.saes, world.examples, world.statistics, WIDE
-    choices = {"attribution": tried.attribution(*inputs, control=world.tokenizer.control),
-               "decision": tried.decision(*inputs, harmless=harmless)}
-    for name, choice in choices.items():
-        found[name, "all"] = {layer: choice[layer, "readers"].features for layer in LAYERS}
-    return found
+        features = greedy(world.rows[layer], moment, NUM_GREEDY, RANK).features
+        chosen.setdefault(("gradient", side), {})[layer] = features
+    settings = SimpleNamespace(top_k=NUM_GREEDY, rank=RANK, batch_tokens=2048)
+    harmless = [prompt_tokens(world.tokenizer, prompt.turns) for prompt in world.harmless]
+    for name, options in (("attribution", {"control": world.tokenizer.control}),
+                          ("decision", {"harmless": harmless})):
+        selection = getattr(selections, name)
+        choices = selection(world.model, world.saes, world.examples, None, settings, **options)
+        # Both sides have the same features
+        chosen[name, "all"] = {layer: choices[layer, "readers"].features for layer in LAYERS}
+    return chosen
 
 
-def read(world):
-    """A line for each selection and side: how many features, and the shares of them that detect harm and refusal."""
-    told = detection(world)
-    for (name, side), chosen in selections(world).items():
-        values = torch.cat([told[layer][:, features] for layer, features in chosen.items()], 1)            # (2, features)
-        harm, refusal = (values.maximum(1 - values) >= LEVEL).double().mean(1).tolist()
-        yield {"world": world.seed, "selection": name, "side": side, "features": values.shape[1], "level": LEVEL,
-               "harm": harm, "refusal": refusal}
+def read(world) -> list[dict]:
+    """A line for each selection: how many features, and the shares that detect harm and refusal."""
+    aurocs = detection(world)
+    lines = []
+    for (name, side), chosen in chosen_features(world).items():
+        parts = [aurocs[layer][:, features] for layer, features in chosen.items()]
+        values = torch.cat(parts, 1)                                         # (2, features)
+        detects = values.maximum(1 - values) >= LEVEL
+        harm, refusal = detects.double().mean(1).tolist()
+        lines.append({"world": world.seed, "selection": name, "side": side,
+                      "features": values.shape[1], "level": LEVEL,
+                      "harm": harm, "refusal": refusal})
+    return lines
 
 
-def told(shares):
+def share_cell(shares) -> str:
     mean, error = mean_error(shares)
-    return f"{mean:.1%}" + f" ± {error:.1%}" * (len(shares) > 1)
+    return f"{mean:.1%} ± {error:.1%}" if len(shares) > 1 else f"{mean:.1%}"
 
 
-def show(lines):
+def reading_table(lines) -> str:
+    groups = {}
+    for line in lines:
+        groups.setdefault((line["selection"], line["side"]), []).append(line)
     rows = []
-    for name, side in dict.fromkeys((line["selection"], line["side"]) for line in lines):
-        mine = [line for line in lines if (line["selection"], line["side"]) == (name, side)]
-        shares = [told([line[what] for line in mine]) for what in ("harm", "refusal")]
-        rows.append([name, side, len(mine), round(sum(line["features"] for line in mine) / len(mine)), *shares])
-    head = ["selection", "modules", "worlds", "features", f"AUROC ≥ {LEVEL} of harm, decision token", "of refusal, over the answer"]
+    for (name, side), group in groups.items():
+        num_features = round(sum(line["features"] for line in group) / len(group))
+        shares = [share_cell([line[kind] for line in group]) for kind in ("harm", "refusal")]
+        rows.append([name, side, len(group), num_features, *shares])
+    head = ["selection", "modules", "worlds", "features",
+            f"AUROC ≥ {LEVEL} of harm, decision token", "of refusal, over the answer"]
     return table(rows, head, right=range(2, 6))
 
 
 def main():
-    parser = files.Parser(__doc__)
-    parser.add_argument("--worlds", nargs="+", type=int, default=list(range(1, 9)), metavar="SEED", help="default 1 to 8")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/worlds", metavar="DIR",
-                        help="where worlds are built (default runs/worlds)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "reading.jsonl", metavar="FILE",
-                        help="lines are added here (default experiments/results/reading.jsonl)")
-    parser.add_argument("--table", action="store_true", help="print what the lines say, and stop")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--worlds", nargs="+", type=int, default=list(range(1, 9)), metavar="SEED",
+        help="default 1 to 8")
+    add("--folder", type=Path, default=WORLDS, metavar="DIR",
+        help="where worlds are built (default runs/worlds)")
+    add("--out", type=Path, default=RESULTS / "reading.jsonl", metavar="FILE",
+        help="lines are added here (default experiments/results/reading.jsonl)")
+    add("--print", action="store_true", help="print what the lines say, and stop")
     args = parser.parse_args()
-    lines = [json.loads(text) for text in args.out.read_text().splitlines()] if args.out.exists() else []
-    if not args.table:
-        stamp, done = versions(), {line["world"] for line in lines}
-        for seed in tqdm([seed for seed in args.worlds if seed not in done], "worlds", disable=None):
-            build((seed, args.folder, ()))
-            world = world_of(seed, str(args.folder))
-            new = [line | {"digest": world.digest} | stamp for line in read(world)]
-            append(args.out, *new)
-            lines += new
-    lines = [line for line in lines if line["world"] in args.worlds]
+    done = {line["world"] for line in read_lines([args.out])}
+    wanted = [] if args.print else [seed for seed in args.worlds if seed not in done]
+    for seed in tqdm(wanted, "worlds", disable=None):
+        build_world(seed, str(args.folder))
+        world = load_world(seed, str(args.folder))
+        stamp = {"digest": world.digest} | versions()
+        append_lines(args.out, [line | stamp for line in read(world)])
+    lines = [line for line in read_lines([args.out]) if line["world"] in args.worlds]
     if not lines:
-        raise InputError(f"{args.out}: no lines yet: run experiments/reading.py first")
-    print(show(lines))
+        raise InputError(f"{args.out}: no lines yet: run python -m experiments.reading first")
+    print(reading_table(lines))
 
 
 if __name__ == "__main__":
-    files.run_command(main)
+    run_command(main)
