@@ -25,8 +25,8 @@ from model import TARGETS, load_model
 from run.files import read_tensors, write_tensors
 from sae import load_sae
 from toy import build as toy
-from toy.build import PHRASINGS, TUNED_PHRASINGS, ask
-from toy.build import World as Words
+from toy.world import PHRASINGS, TUNED_PHRASINGS, ask
+from toy.world import World as Words
 
 STEPS, RATE = 60, 1e-3
 RANK, TOP_K, TAU = 16, 20, 0.8               # the toy recipe's
