@@ -315,8 +315,3 @@ class FusedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss):
         return d_loss * ctx.saved_tensors[0], None, None, None
-
-
-def __getattr__(name):  # alias until the rooms meet
-    import attention
-    return getattr(attention, name)

@@ -23,23 +23,22 @@ SHARED = ROOT.parent / "shared" / "data"
 hypothesis.settings.register_profile("same each time", derandomize=True)
 hypothesis.settings.load_profile("same each time")
 
-# Heads, key-value heads, head_dim, hidden_size, query_pre_attn_scalar; the last two as odd as 27b's
+# Heads, key-value heads, head_dim, hidden_size, query_pre_attn_scalar; the last two odd, as 27b's
 SHAPES = [(4, 2, 16, 64, 16), (4, 1, 16, 48, 16), (8, 8, 8, 64, 9), (6, 2, 16, 72, 24)]
 
 
 def random_gemma(shape=SHAPES[0], seed=0, std=0.4, **changes):
     """A random Gemma-2 with 4 layers, window 16, 300 tokens; both softcaps bite."""
     heads, kv_heads, head_dim, hidden_size, scalar = shape
-    settings = dict(vocab_size=300, hidden_size=hidden_size, intermediate_size=96,
+    settings = dict(vocab_size=300, hidden_size=hidden_size, intermediate_size=96, head_dim=head_dim,
                     num_hidden_layers=4, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                    head_dim=head_dim, query_pre_attn_scalar=scalar, sliding_window=16)
+                    query_pre_attn_scalar=scalar, sliding_window=16)
     draw = torch.Generator().manual_seed(seed)
     model = Gemma2(Config(**settings | changes)).init_weights(std, draw).requires_grad_(False)
     for weight in model.parameters():
         if weight.dim() == 1:
             weight.normal_(0, 0.3, generator=draw)
-    # A small embedding, so that the next token depends on the context, not on the last token alone;
-    # the final norm's gain makes up for it in the logits
+    # A small embedding, so that the context decides the next token; the norm's gain makes up for it
     model.embed_tokens.weight /= 8
     model.norm.weight += 12
     return model
@@ -48,9 +47,8 @@ def random_gemma(shape=SHAPES[0], seed=0, std=0.4, **changes):
 def transformers_twin(model, dtype=torch.float32):
     """transformers' Gemma-2, eager, with the weights of ours."""
     transformers = pytest.importorskip("transformers")
-    values = model.config.to_dict()
-    del values["architectures"], values["model_type"]
-    config = transformers.Gemma2Config(**values, attn_implementation="eager")
+    config = transformers.Gemma2Config.from_dict(model.config.to_dict())
+    config._attn_implementation = "eager"
     twin = transformers.Gemma2ForCausalLM(config).eval()
     weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     missing, extra = twin.load_state_dict(weights, strict=False)
@@ -75,11 +73,10 @@ def shared():
 def mini(tmp_path_factory):
     """A folder like toy/, made in a second: random weights and SAEs, the toy's words and texts."""
     from toy import world as toy
-
     folder = tmp_path_factory.mktemp("mini")
     toy.write_tokenizer(folder / "tokenizer.json")
-    vocab_size = load_tokenizer(folder).size
-    save_model(random_gemma(vocab_size=vocab_size, num_hidden_layers=3, std=0.1), folder)
+    size = load_tokenizer(folder).size
+    save_model(random_gemma(vocab_size=size, num_hidden_layers=3, std=0.1), folder)
     for layer in (0, 1):
         W = torch.randn(96, 64, generator=torch.Generator().manual_seed(layer))
         W /= W.norm(dim=1, keepdim=True)
@@ -92,21 +89,17 @@ def mini(tmp_path_factory):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------
 # Commands as a person runs them, on the mini folder
-
 STEPS = ("--steps", "7", "--batch-tokens", "96", "--lr", "1e-2",
          "--more", "save-every=3", "accumulate=2", "max-new-tokens=4")
 SETS = ("harmful", "jailbreak", "lookalike", "benign")
 
 
 def command(mini, out, *more, sets=()):
-    """train.py's arguments on the mini folder."""
     arguments = ["--model", mini, "--sae", mini / "sae", "--data", mini / "train.jsonl",
                  "--rank", "8", "--out", out, *STEPS, *more]
-    for name in sets:
-        arguments += ["--set", f"{name}={mini / name}.jsonl"]
-    return list(map(str, arguments))
+    files = [f"--set={name}={mini / name}.jsonl" for name in sets]
+    return list(map(str, arguments + files))
 
 
 def start(script, arguments, **options):
@@ -115,7 +108,7 @@ def start(script, arguments, **options):
 
 
 def ended(script, arguments):
-    """Run a command to its end, which must be a good one; what it printed."""
+    """What a command printed, which must end well."""
     process = start(script, list(map(str, arguments)))
     out, err = process.communicate()
     assert process.returncode == 0, err

@@ -102,16 +102,6 @@ def test_logits_at_the_cap_do_not_overflow():
     assert value.item() == pytest.approx(expected, rel=1e-5) and h.grad.isfinite().all()
 
 
-def test_only_labelled_tokens_reach_the_head(monkeypatch):
-    num_rows = []
-    monkeypatch.setattr(FusedNLL, "apply", lambda h, *_: num_rows.append(len(h)))
-    labels = torch.full((2, 9), IGNORE)
-    for count in (0, 2):
-        assert random_gemma().nll_sum(torch.randn(2, 9, 64), labels)[1] == count
-        labels[0, 3] = labels[1, 8] = 5
-    assert num_rows == [0, 2]
-
-
 def test_a_trained_embedding_and_unbounded_logits_take_the_plain_loss():
     hidden, labels = torch.randn(1, 4, 8), torch.tensor([[5, IGNORE, 6, 7]])
     E = (100 * torch.randn(50, 8)).requires_grad_()
@@ -237,35 +227,32 @@ def factors(model):
             for name, layer in lora_layers(model).items() for letter in "AB"}
 
 
-def step(model, rows, hidden=None):
-    """Loss a token of rows (tokens, documents, labels), and {factor: gradient}."""
+def step(model, row, hidden=None):
+    """Loss a token of row (tokens, documents, labels), and {factor: gradient}."""
+    tokens, documents, labels = row
     hidden = hidden or (lambda *row: model.hidden(*row)[0])
-    count = sum(int((labels != IGNORE).sum()) for *_, labels in rows)
-    loss = 0
-    for tokens, documents, labels in rows:
-        loss = loss + model.nll_sum(hidden(tokens, documents), labels)[0] / max(count, 1)
-    parameters = factors(model)
+    total, count = model.nll_sum(hidden(tokens, documents), labels)
+    loss, parameters = total / max(count, 1), factors(model)
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     return loss.item(), dict(zip(parameters, gradients))
 
 
-def plain_step(model, rows):
+def plain_step(model, row):
     """The same with every operation in its plain form."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "SHORT", 10 ** 9)
         for name in ("model.rotate", "model.rms_norm", "model.geglu", "lora.lora_linear"):
             patch.setattr(name, getattr(fused, name.split(".")[1] + "_plain"))
         patch.setattr(FusedNLL, "apply", fused.nll_sum_plain)
-        return step(model, rows)
+        return step(model, row)
 
 
-def peft_step(model, rows):
+def peft_step(model, row):
     """transformers' eager Gemma-2 with peft's LoRA and its own loss, on the weights of ours."""
     peft = pytest.importorskip("peft")
     base = Gemma2(model.config)
     base.load_state_dict({name.replace(".base.", "."): weight
-                          for name, weight in model.state_dict().items()
-                          if not name.endswith((".A", ".B"))})
+                          for name, weight in model.state_dict().items() if name[-2] != "."})
     twin = transformers_twin(base, model.embed_tokens.weight.dtype)
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
     twin, theirs = peft.get_peft_model(twin, config), {}
@@ -274,7 +261,7 @@ def peft_step(model, rows):
         pair = getattr(twin.get_submodule(f"base_model.model.model.{module}"), f"lora_{letter}")
         pair.default.weight.data = factor.detach().clone()
         theirs[name] = pair.default.weight
-    (tokens, _, labels), = rows
+    tokens, _, labels = row
     loss = twin(input_ids=tokens, labels=labels.roll(1, 1), use_cache=False).loss
     loss.backward()
     return loss.item(), {name: weight.grad for name, weight in theirs.items()}
@@ -305,8 +292,8 @@ def test_a_step_is_that_of_transformers_and_peft(form):
     if form == "one graph":                                          # inductor would take a minute
         hidden = torch.compile(lambda *row: model.hidden(*row)[0], fullgraph=True, dynamic=False,
                                backend="aot_eager")
-    rows = [make_row(200, B=2)]
-    compare(step(model, rows, hidden), peft_step(model, rows), 1e-4)
+    row = make_row(200, B=2)
+    compare(step(model, row, hidden), peft_step(model, row), 1e-4)
 
 
 def test_bfloat16_gradients_are_no_further_from_the_truth_than_peft_s():
@@ -314,9 +301,9 @@ def test_bfloat16_gradients_are_no_further_from_the_truth_than_peft_s():
     for seed in range(8):
         model = random_gemma(seed=seed, std=0.15, sliding_window=50, num_hidden_layers=2)
         model = with_lora(model.to(torch.bfloat16), seed)
-        rows = [make_row(120, seed)]
-        candidates = step(model, rows)[1], peft_step(model, rows)[1]
-        _, truth = plain_step(model.float(), rows)
+        row = make_row(120, seed)
+        candidates = step(model, row)[1], peft_step(model, row)[1]
+        _, truth = plain_step(model.float(), row)
         for i, gradients in enumerate(candidates):
             off[i] += sum(distances(gradients.values(), truth.values()))
     assert off[0] <= 1.1 * off[1]
@@ -336,5 +323,5 @@ def test_any_shape(lengths, window, heads, vocab_size, unlabelled, seed):
     tokens, _, labels = make_row(sum(lengths), seed, unlabelled=unlabelled)
     labels = torch.where(labels == IGNORE, labels, labels % vocab_size)
     documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
-    rows = [(tokens % vocab_size, documents, labels)]
-    compare(step(model, rows), plain_step(model, rows), 1e-3)
+    row = tokens % vocab_size, documents, labels
+    compare(step(model, row), plain_step(model, row), 1e-3)

@@ -10,7 +10,7 @@ from conftest import ROOT, SHAPES, random_gemma, transformers_twin
 
 from attention import Cache
 from lora import add_lora
-from model import PRESETS, TARGETS, Config, Gemma2, load_model, save_model
+from model import PRESETS, Config, Gemma2, load_model, save_model
 from run.files import InputError, write_json, write_tensors
 
 
@@ -90,16 +90,12 @@ def test_recomputed_blocks_give_the_same_gradients():
         assert (kept - again).norm() <= 1e-6 * kept.norm()
 
 
-@pytest.mark.parametrize("name, count, adapter", [
-    ("2b", 2_614_341_888, 6_389_760), ("9b", 9_241_705_984, 17_891_328),
-    ("27b", 27_227_128_320, 22_609_920)])
-def test_parameter_counts(name, count, adapter):
+@pytest.mark.parametrize("name, count", [
+    ("2b", 2_614_341_888), ("9b", 9_241_705_984), ("27b", 27_227_128_320)])
+def test_parameter_counts(name, count):
     with torch.device("meta"):
-        model = Gemma2(PRESETS[f"google/gemma-2-{name}"])
+        model = Gemma2(PRESETS[f"google/gemma-2-{name}-it"])
     assert sum(weight.numel() for weight in model.parameters()) == count
-    shapes = [weight.shape for module, weight in model.named_parameters()
-              if module.split(".")[-2] in TARGETS]
-    assert sum(16 * (out + inner) for out, inner in shapes) == adapter
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,7 +158,6 @@ def test_checkpoints_go_both_ways(tmp_path):
         assert again.config == model.config
         for ours, theirs in zip(model.state_dict().values(), again.state_dict().values()):
             assert torch.equal(ours, theirs)
-    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
 
 
 def test_older_config(capsys):
@@ -192,14 +187,11 @@ def write_checkpoint(folder, **changes):
 
 
 def test_names_and_shapes_are_strict(tmp_path):
-    for change, message in (
-            ({"model.norm.weight": None}, r"model.norm.weight has shape None, not \(64,\)"),
-            ({"model.norm.weight": torch.zeros(63)}, r"model.norm.weight has shape \(63,\)"),
-            ({"lm_head.weight": torch.zeros(300, 64)}, "lm_head.weight .* not None")):
-        with pytest.raises(InputError, match=message):
-            load_model(write_checkpoint(tmp_path, **change))
-    with pytest.raises(InputError, match="float16"):
-        load_model(write_checkpoint(tmp_path), dtype=torch.float16)
+    for name, weight, shapes in (("model.norm.weight", None, r"None, not \(64,\)"),
+                                 ("model.norm.weight", torch.zeros(63), r"\(63,\), not"),
+                                 ("lm_head.weight", torch.zeros(2, 3), r"\(2, 3\), not None")):
+        with pytest.raises(InputError, match=f"{name} has shape {shapes}"):
+            load_model(write_checkpoint(tmp_path, **{name: weight}))
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -209,9 +201,6 @@ def test_damaged_files_are_named(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(InputError, match="model.safetensors"):
             load_model(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="config.json"):
-        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd", "..", 3])
