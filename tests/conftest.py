@@ -18,8 +18,7 @@ from run.files import write_jsonl
 from sae import save_sae
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY = ROOT / "toy"
-SHARED = ROOT.parent / "shared" / "data"
+TOY, SHARED = ROOT / "toy", ROOT.parent / "shared" / "data"
 hypothesis.settings.register_profile("same each time", derandomize=True)
 hypothesis.settings.load_profile("same each time")
 
@@ -30,9 +29,9 @@ SHAPES = [(4, 2, 16, 64, 16), (4, 1, 16, 48, 16), (8, 8, 8, 64, 9), (6, 2, 16, 7
 def random_gemma(shape=SHAPES[0], seed=0, std=0.4, **changes):
     """A random Gemma-2 with 4 layers, window 16, 300 tokens; both softcaps bite."""
     heads, kv_heads, head_dim, hidden_size, scalar = shape
-    settings = dict(vocab_size=300, hidden_size=hidden_size, intermediate_size=96, head_dim=head_dim,
+    settings = dict(vocab_size=300, hidden_size=hidden_size, intermediate_size=96,
                     num_hidden_layers=4, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                    query_pre_attn_scalar=scalar, sliding_window=16)
+                    head_dim=head_dim, query_pre_attn_scalar=scalar, sliding_window=16)
     draw = torch.Generator().manual_seed(seed)
     model = Gemma2(Config(**settings | changes)).init_weights(std, draw).requires_grad_(False)
     for weight in model.parameters():
