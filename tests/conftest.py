@@ -16,6 +16,7 @@ from data import load_tokenizer
 from model import Config, Gemma2, save_model
 from run.files import write_jsonl
 from sae import save_sae
+from toy import world as toy
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY, SHARED = ROOT / "toy", ROOT.parent / "shared" / "data"
@@ -71,7 +72,6 @@ def shared():
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory):
     """A folder like toy/, made in a second: random weights and SAEs, the toy's words and texts."""
-    from toy import world as toy
     folder = tmp_path_factory.mktemp("mini")
     toy.write_tokenizer(folder / "tokenizer.json")
     size = load_tokenizer(folder).size
