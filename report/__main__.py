@@ -128,6 +128,7 @@ def mean_and_sd(values):
 
 def main():
     parser = Parser(__doc__)
+    parser.prog = "python -m report"
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run of train.py")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter in PEFT's layout")
     parser.add_argument("--prompts", metavar="N", type=int, default=NUM_PROMPTS,

@@ -332,7 +332,8 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
               for part in explanation["layers"] for feature in part["features"]]
     places += [(feature["layer"], feature["index"])
                for part in explanation["inside"] for feature in part["features"]]
-    mentioned = {layer: sorted({index for place, index in places if place == layer}) for layer in saes}
+    mentioned = {layer: sorted({index for place, index in places if place == layer})
+                 for layer in saes}
     explanation["tokens"] = []
     for name in sets:
         of_set = [exchange for exchange in exchanges if exchange.set == name]
