@@ -141,7 +141,7 @@ def figures(rows: Sequence[dict]) -> dict[str, dict]:
         # A figure is taken of the rows that it applies to
         parts = [outcomes(row) for row in group]
         for key in dict.fromkeys(key for part in parts for key in part):
-            values = [part[key] for part in parts if key in part]
+            values: list = [part[key] for part in parts if key in part]
             result[key] = (average if isinstance(values[0], float) else share)(values)
 
         # The main figure by category
