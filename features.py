@@ -3,23 +3,21 @@
     python select.py                                            # on the built-in toy, a few seconds
     python select.py --model google/gemma-2-2b --top-k 20 --tau 0.8     # needs Gemma's licence
 
-Prints the strongest features of each layer, writes features.json and subspace.safetensors. A pair
-is a prompt with an aligned (safe) and an unaligned answer, aᵢ the activation of feature i on the
-residual stream after an SAE's layer, E the mean over response tokens. The paper's selection:
+A pair is a prompt with an aligned and an unaligned answer, aᵢ the activation of feature i on the
+residual stream after an SAE's layer, E the mean over response tokens. Selection `paper`:
 
     Δᵢ = E_aligned[aᵢ] − E_unaligned[aᵢ]; take the k features of largest |Δᵢ|
-    M = P·S·Vᵀ: their decoder rows at unit length, (k, D), not centred (PCA)
+    M = P·S·Vᵀ, their decoder rows at unit length, (k, D), not centred (PCA)
     U = V[:, :r̂], r̂ the fewest columns that hold a share τ of ΣS², at most the rank
 
-`--select gradient` is ours. Activations on a shared prompt are equal; gradients are not. With
-L = NLL(aligned) − NLL(unaligned) per token and G the ∂L/∂W ((∂L/∂W)ᵀ of writers) of the modules
-that an SAE layer serves, one over the other, an adapter that begins at direction w gains ‖G·w‖:
+`gradient` is ours. L = NLL(aligned) − NLL(unaligned), per token. G stacks the gradients ∂L/∂W of
+the readers that an SAE layer serves, or the (∂L/∂W)ᵀ of the writers. Chosen one after the other:
 
-    next feature = argmax over decoder rows w of ‖G(I − QQᵀ)w‖² / ‖(I − QQᵀ)w‖², Q the span so far
+    w = the decoder row of largest ‖G(I − QQᵀ)w‖² / ‖(I − QQᵀ)w‖², Q the span of those before it
     U = the leading right singular vectors of GQQᵀ, rotated at random
 
-Modules that read the residual stream (q, k, v; gate, up) are "readers"; o and down are "writers".
-A unit is a feature (b = 1) or, of a SASA, a block of b features.
+Readers (q, k, v; gate, up) read the residual stream, writers (o, down) write to it. A unit is a
+feature (b = 1) or, of a SASA, a block of b features.
 Letters: T tokens, D hidden size, F features in K = F/b units, P pairs, r rank.
 """
 
@@ -29,14 +27,13 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Example, Tokenizer, load_examples, load_tokenizer, pack
+from data import Example, load_examples, load_tokenizer, pack
 from model import MODULES, TARGETS, Gemma2, load_model
 from run import parallel
 from run.files import InputError, Parser, is_new, read_tensors, write_json, write_tensors
@@ -68,7 +65,7 @@ class Statistics:
 
     @property
     def rho(self) -> torch.Tensor:
-        """(K,) Δ over the largest mean on the unaligned side; version 1 of the paper ranks by it."""
+        """(K,) Δ over the largest unaligned mean; version 1 of the paper ranks by it."""
         return self.delta / self.mean[1].abs().max().clamp(min=1e-30)
 
     @property
@@ -79,11 +76,10 @@ class Statistics:
 
 
 class PairSums:
-    """Float64 sums over pairs for one SAE, of which memory doesn't grow with the number of pairs.
+    """Float64 sums over pairs for one SAE; their size doesn't grow with the number of pairs.
 
     z = (s_a, n_a, s_u, n_u) of a pair: a unit's code summed over the aligned answer (b numbers),
-    the number of tokens, and both of the unaligned answer. Σz gives Δ = Σs_a/Σn_a − Σs_u/Σn_u, and
-    Σzzᵀ its standard error over pairs.
+    its tokens, and both unaligned. Σz gives Δ = Σs_a/Σn_a − Σs_u/Σn_u, Σzzᵀ its standard error.
     """
 
     def __init__(self, sae: SAE, device):
@@ -95,13 +91,13 @@ class PairSums:
         self.sae, self.peaks = sae, Peaks(K, device)
 
     def add(self, number, residuals, places):
-        """Take in pair `number`: residual stream (2, T, D), and token indices (n,) of each answer."""
+        """Take in pair `number`: residual stream (2, T, D), token indices (n,) of each answer."""
         z = torch.empty_like(self.z).unflatten(1, (2, -1))                          # (K, 2, b+1)
         for answer, place in enumerate(places):
             codes = self.sae.encode(residuals[answer, place])                       # (n, F)
             activations = self.sae.activations(codes)                               # (n, K)
             code_sum = codes.sum(0, dtype=torch.float64)                            # (F,)
-            z[:, answer, :-1] = code_sum.unflatten(0, (-1, self.sae.block))
+            z[:, answer, :-1] = code_sum.view(-1, self.sae.block)
             z[:, answer, -1] = len(place)
             self.fired[answer] += (activations > 0).sum(0)
             self.peaks.update(answer, number, activations, place)
@@ -111,7 +107,6 @@ class PairSums:
         self.num_pairs += 1
 
     def statistics(self) -> Statistics:
-        """Of the pairs that all processes have taken in."""
         if parallel.world_size() > 1:
             parallel.sum_tensors(self.z, self.zz, self.fired, self.num_pairs)
             self.peaks.merge(parallel.gather_tensors)
@@ -137,9 +132,8 @@ class PairSums:
 
 
 @torch.no_grad()
-def feature_statistics(model: Gemma2, saes: dict[int, SAE], pairs: Pairs,
-                       control: Collection[int] = (), tokens="response", batch_tokens=4096
-                       ) -> dict[int, Statistics]:
+def feature_statistics(model: Gemma2, saes: dict[int, SAE], pairs: Pairs, control=(),
+                       tokens="response", batch_tokens=4096) -> dict[int, Statistics]:
     """{layer: Statistics} of pairs that are streamed through the model once.
 
     Ids in `control` (BOS, turn markers) never count; tokens: "response", or "all" for the prompt
@@ -152,9 +146,9 @@ def feature_statistics(model: Gemma2, saes: dict[int, SAE], pairs: Pairs,
     if parallel.is_sharded(model):
         batches += [[]] * (-len(batches) % parallel.world_size())
     for batch in tqdm(parallel.own_share(batches), "selecting", leave=False, delay=1, disable=None):
+        # Pads stand on the right, so no token sees them; nothing deeper than the last SAE runs
         ids = [torch.tensor(example.tokens) for _, pair, _ in batch for example in pair]
         ids = pad_sequence(ids or [torch.zeros(1, dtype=torch.long)], batch_first=True)
-        # Pads stand on the right, so no token sees them; nothing deeper than the last SAE runs
         _, residuals = model.hidden(ids.to(device), capture=layers, stop_after=layers[-1])
         for layer in layers:
             for i, (number, _, places) in enumerate(batch):
@@ -164,7 +158,7 @@ def feature_statistics(model: Gemma2, saes: dict[int, SAE], pairs: Pairs,
 
 
 def _batches(pairs, control, tokens, batch_tokens):
-    """Lists of (pair's number, pair, [token indices that count] of its answers), long ones first."""
+    """Lists of (pair's number, pair, [token indices that count] of its answers), long first."""
     control = torch.tensor(sorted(control), dtype=torch.long)
     counted, batches = [], []
     for number, pair in enumerate(pairs):
@@ -173,14 +167,15 @@ def _batches(pairs, control, tokens, batch_tokens):
             place = (~torch.isin(torch.tensor(example.tokens), control)).nonzero()[:, 0]
             places.append(place if tokens == "all" else place[place >= example.start])
         if all(map(len, places)):
-            counted.append((number, pair, places))
+            longest = max(len(example.tokens) for example in pair)
+            counted.append((longest, number, pair, places))
     if not counted:
         raise InputError("no pair has a response token on both sides")
-    counted.sort(key=lambda item: -max(len(example.tokens) for example in item[1]))
+    # Pairs of like length share a batch, so that few pads are computed
+    counted.sort(key=lambda item: -item[0])
     while counted:
-        longest = max(len(example.tokens) for example in counted[0][1])
-        size = max(1, batch_tokens // (2 * longest))
-        batches.append(counted[:size])
+        size = max(1, batch_tokens // (2 * counted[0][0]))
+        batches.append([item[1:] for item in counted[:size]])
         counted = counted[size:]
     return batches
 
@@ -198,9 +193,8 @@ def choose_features(statistics: Statistics, top_k: int) -> torch.Tensor:
 def spanning_rows(sae: SAE, statistics: Statistics, units, tau: float) -> torch.Tensor:
     """Directions (m, D) that `units` bring into the span: of a feature its decoder row.
 
-    Of a block with rows D_k (b, D), the fewest that hold a share `tau` of what pairs differ by: code
-    differences d write d·D_k, have the second moment M = ΔΔᵀ + P·Cov Δ, and the directions are the
-    leading right singular vectors of M^½·D_k.
+    Of a block with rows D_k (b, D): what pairs differ by has the second moment M = ΔΔᵀ + P·Cov Δ;
+    the leading right singular vectors of M^½·D_k, the fewest that hold a share `tau`.
     """
     if sae.block == 1:
         return sae.decoder_rows(units)
@@ -215,14 +209,9 @@ def spanning_rows(sae: SAE, statistics: Statistics, units, tau: float) -> torch.
     return directions[keep].float()
 
 
-class Subspace(NamedTuple):
-    U: torch.Tensor      # (D, r̂) orthonormal columns, float32
-    explained: float     # their share of the squared singular values
-    limit: str           # what set r̂: "tau", or "rank" where tau asks for more
-
-
-def subspace(rows: torch.Tensor, tau: float, rank: int) -> Subspace:
-    """PCA of decoder rows (k, D); the QR that follows in the paper changes nothing."""
+def subspace(rows: torch.Tensor, tau: float, rank: int) -> tuple[torch.Tensor, float, str]:
+    """(U, explained, limit) of decoder rows (k, D), by PCA. U (D, r̂): orthonormal columns, float32;
+    explained: their share of the squared singular values; limit: "tau" or "rank", what set r̂."""
     if not 0 < tau <= 1:
         raise InputError(f"--tau {tau}: a share of variance, above 0 and at most 1")
     if len(rows) == 0:
@@ -231,20 +220,19 @@ def subspace(rows: torch.Tensor, tau: float, rank: int) -> Subspace:
     share = S.square().cumsum(0) / S.square().sum()
     wanted = int((share < tau - 1e-12).sum()) + 1
     r = min(wanted, rank, int((S > 1e-9 * S[0]).sum()))
-    return Subspace(V[:r].T.float().contiguous(), share[r - 1].item(),
-                    "tau" if r == wanted else "rank")
+    limit = "tau" if r == wanted else "rank"
+    return V[:r].T.float().contiguous(), share[r - 1].item(), limit
 
 
 # ---- Which basis serves which module -------------------------------------------------------------
 def serving_layer(block: int, writer: bool, layers: Collection[int]) -> int:
-    """The SAE layer nearest to what a module of `block` reads, the residual stream after the block
-    before, or writes, the one after its own; of two equally near, the lower one."""
-    place = block if writer else block - 1
+    """The SAE layer nearest to the stream that a module reads or writes; on a tie the lower."""
+    place = block if writer else block - 1          # readers see what the block before has left
     return min(sorted(layers), key=lambda layer: abs(layer - place))
 
 
 def norm_gain(block, name: str) -> torch.Tensor:
-    """(D,) 1 + w, float32, at least 0.01 in size, of the norm between module `name` and the stream."""
+    """(D,) 1 + w of the norm between module `name` and the stream; no closer to 0 than 0.01."""
     gain = 1 + getattr(block, MODULES[name.split(".")[-1]].norm).weight.float().cpu()
     return torch.where(gain.abs() < 0.01, torch.where(gain < 0, -0.01, 0.01), gain)
 
@@ -306,26 +294,24 @@ SELECTIONS = {"paper": paper, "gradient": gradient}
 def contrast_gradients(model: Gemma2, pairs: Pairs, batch_tokens=2048) -> dict[str, torch.Tensor]:
     """{module name: ∂L/∂W (out, in)} of the q, k, v and o of a frozen model, at least float32.
 
-    The loss counts the turn's end, as in training. Of many processes each takes a share of the rows
-    of `batch_tokens` tokens (or of the longest answer). Raises InputError for a sharded model.
+    Rows have `batch_tokens` tokens, or those of the longest example; of many processes each takes a
+    share. The loss counts the turn's end, as in training. Raises InputError for a sharded model.
     """
     if parallel.is_sharded(model):
         raise InputError("--select gradient needs whole weights on each card: leave --shard out")
-    longest, rows = max(len(example.tokens) for pair in pairs for example in pair), []
+    length = max(batch_tokens, *(len(example.tokens) for pair in pairs for example in pair))
+    rows = []
     for sign, examples in zip((1, -1), zip(*pairs)):
         num_tokens = sum(len(example.tokens) - example.start for example in examples)
-        packed = pack(examples, max(batch_tokens, longest), 0, 0)
-        rows += [(sign / num_tokens, row) for row in packed]
+        rows += [(sign / num_tokens, row) for row in pack(examples, length, 0, 0)]
     sums = summed_gradients(model, parallel.own_share(rows))
     parallel.sum_tensors(*sums.values())
     return sums
 
 
 def gradient_moments(model, gradients, layers, norm_aware=False) -> dict[tuple, torch.Tensor]:
-    """{(SAE layer, side): GᵀG (D, D)}, float64, summed over the modules that the layer serves.
-
-    With `norm_aware` in the stream's coordinates: a module sees direction u of it along u/gain.
-    """
+    """{(SAE layer, side): GᵀG (D, D)}, float64, summed over the modules that the layer serves; with
+    `norm_aware` in the stream's coordinates, of which a module sees direction u along u/gain."""
     moments = {}
     for name, G in gradients.items():
         block, side = int(name.split(".")[1]), MODULES[name.split(".")[-1]].side
@@ -340,8 +326,7 @@ def gradient_moments(model, gradients, layers, norm_aware=False) -> dict[tuple, 
 
 
 # ---- All of it -----------------------------------------------------------------------------------
-def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, pairs: Pairs,
-                    settings) -> tuple[dict[tuple[int, str], Choice], list[dict]]:
+def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer, pairs: Pairs, settings):
     """({(SAE layer, side): Choice}, entries of features.json); a table a layer is printed."""
     if settings.select not in SELECTIONS:
         raise InputError(f"--select {settings.select}: known are {', '.join(SELECTIONS)}")
@@ -354,11 +339,9 @@ def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, p
             print(f"layer {layer}, {side}: {len(choice.features)} {sae.noun} span r̂ = "
                   f"{choice.U.shape[1]} directions, which explain {choice.explained:.1%}; "
                   f"{choice.limit} decided")
-        entries = describe_features(model, sae, tokenizer, statistics[layer], sides, pairs)
         # The paper's score is |Δ|, which an entry holds anyway
-        if settings.select == "paper":
-            for entry in entries:
-                del entry["scores"]
+        entries = describe_features(model, sae, tokenizer, statistics[layer], sides, pairs,
+                                    with_scores=settings.select != "paper")
         print(f"{features_table(entries)}\n")
         features += entries
     return choices, features
@@ -383,7 +366,7 @@ def load_subspaces(path: str | Path) -> dict[tuple[int, str], torch.Tensor]:
     for name, U in read_tensors(path).items():
         key = re.fullmatch(r"layer_(\d+)\.(readers|writers)", name)
         if not key:
-            raise InputError(f"{path}: {name} is no layer_N.readers or layer_N.writers: select anew")
+            raise InputError(f"{path}: {name} isn't layer_N.readers or .writers: select anew")
         subspaces[int(key[1]), key[2]] = U
     return subspaces
 
@@ -394,22 +377,22 @@ def main():
                                           "runs/TIME-select-MODEL)")
     args = parser.parse_args()
     settings, source = resolve(args)
-    stem = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-select-{Path(settings.model).name}"
-    folder = Path(args.out or stem).expanduser()
+    default = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-select-{Path(settings.model).name}"
+    folder = Path(args.out or default).expanduser()
     if not is_new(folder):
         raise InputError(f"{folder} is there and isn't empty: give another --out")
     with parallel.agreed():
-        model_source = model_folder(settings.model)
-        model = load_model(model_source, getattr(torch, settings.dtype), settings.device,
-                           parallel.shard if settings.shard else None)
+        model_source, dtype = model_folder(settings.model), getattr(torch, settings.dtype)
+        shard = parallel.shard if settings.shard else None
+        model = load_model(model_source, dtype, settings.device, shard)
         saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                          settings.device, model.config)
         tokenizer = load_tokenizer(model_source)
         pairs, _ = load_examples(settings.data, tokenizer, settings.batch_tokens, settings.format)
     print(*saes.values(), sep="\n")
-    choices, features = select_features(model, saes, tokenizer, sample_pairs(settings, pairs), settings)
+    sample = sample_pairs(settings, pairs)
+    choices, features = select_features(model, saes, tokenizer, sample, settings)
     config = {"settings": vars(settings), "source": source}
     parallel.on_rank_zero(write_json, folder / "config.json", config)
     parallel.on_rank_zero(save_selection, folder, choices, features)
     print(f"selection: {folder}")
-

@@ -146,7 +146,7 @@ def errors(s, steps=(UNDER, WELL), tau=0.8):
     for count in steps:
         rows = SAE(s, count, a, u).chosen_rows(a, u, s.r)
         found[f"SAE, {count} steps"] = error(span(rows), W, s.r)
-    for name, U in (("uncentred", subspace(rows, tau, s.d).U), ("centred", centred(rows, tau))):
+    for name, U in (("uncentred", subspace(rows, tau, s.d)[0]), ("centred", centred(rows, tau))):
         found[f"  its PCA, {name}, τ = {tau:g}"] = error(U, W, s.r)
         found[f"    {name}, √(r − r̂)"] = math.sqrt(s.r - U.shape[1])
     return found
@@ -193,7 +193,7 @@ def figure(base, path):
     s = setting(r=16)
     W, a, u = world(s)
     rows, taus = SAE(s, WELL, a, u).chosen_rows(a, u, s.r), torch.linspace(0.3, 1, 71).tolist()
-    for name, color, estimate in (("uncentred", "C3", lambda tau: subspace(rows, tau, s.d).U),
+    for name, color, estimate in (("uncentred", "C3", lambda tau: subspace(rows, tau, s.d)[0]),
                                   ("centred", "C4", lambda tau: centred(rows, tau))):
         panels[3].plot(taus, [error(estimate(tau), W, s.r) for tau in taus], color=color, label=f"{trained}, {name} PCA")
         panels[3].plot(taus, [math.sqrt(s.r - estimate(tau).shape[1]) for tau in taus], ":", color="black", lw=1.2,

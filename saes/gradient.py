@@ -1,7 +1,8 @@
-"""The mechanics of `--select gradient` (features.py): gradients summed over rows of text, and matching
-pursuit, which finds the decoder rows of an SAE that carry most of a matrix G (n, D).
+"""The mechanics of `--select gradient` (features.py): gradients summed over rows of text, and
+matching pursuit, which finds the decoder rows of an SAE that carry most of a matrix G (n, D).
 
-G is known by its moment GᵀG (D, D). Letters: D hidden size, K units of b features, k chosen, r rank.
+G is known by its moment GᵀG (D, D).
+Letters: T tokens, D hidden size, K units of b features, k chosen ones, r rank.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ class Pursuit(NamedTuple):
 
 
 def candidates(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """(K, D) unit directions of decoder rows (K, b, D): of a block, what G carries most in its span."""
+    """(K, D) unit directions of decoder rows (K, b, D): in a block's span, what G carries most."""
     if rows.shape[1] == 1:
         return normalize(rows[:, 0].float(), dim=1)
     basis = torch.linalg.svd(rows.double(), full_matrices=False).Vh                 # (K, b, D)
@@ -80,8 +81,8 @@ def greedy(rows: torch.Tensor, moment: torch.Tensor, count: int, rank: int) -> P
     In the order-recursive form (Rebollo-Neira and Lowe 2002): with q the new direction, numerator
     and denominator of all rows follow from a = w·q and b = (GᵀGq)·(I − QQᵀ)w, two products a pick.
     """
-    outside, norm = energy(rows, moment), torch.ones(len(rows), dtype=torch.float64,
-                                                     device=rows.device)            # (K,), (K,)
+    outside = energy(rows, moment)                                                  # (K,)
+    norm = torch.ones_like(outside)                                                 # (K,)
     Q, features, scores = moment.new_zeros(len(moment), 0), [], []
     for _ in range(min(count, len(rows), len(moment))):
         ratio = torch.where(norm > NEW, outside / norm.clamp(min=NEW), -1.0)

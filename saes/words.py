@@ -77,7 +77,7 @@ def in_context(tokenizer: Tokenizer, ids: Sequence[int], token: int) -> dict:
 
 
 def describe_features(model: Gemma2, sae: SAE, tokenizer: Tokenizer, statistics, choices: dict,
-                      pairs: Sequence[tuple[Example, Example]]) -> list[dict]:
+                      pairs: Sequence[tuple[Example, Example]], with_scores=True) -> list[dict]:
     """Entries of features.json for one SAE: a dict a chosen feature, strongest score first.
 
     statistics: its features.Statistics; choices {side: features.Choice}.
@@ -110,7 +110,9 @@ def describe_features(model: Gemma2, sae: SAE, tokenizer: Tokenizer, statistics,
             "neuronpedia": neuronpedia_url(sae.source, sae.layer, sae.width, feature, sae.l0)}
         if sae.block > 1:
             entry |= {"block": sae.block, "shift": statistics.shift[feature].tolist()}
-        entries.append(entry | {"scores": scores[feature]})
+        if with_scores:
+            entry["scores"] = scores[feature]
+        entries.append(entry)
     return entries
 
 

@@ -201,7 +201,7 @@ def test_the_papers_statement_and_its_edges(r):
     assert theory.error(theory.covariance_difference(a, u, r), W, r) <= 0.31
     trained, untrained = (theory.SAE(setting, steps, a, u).chosen_rows(a, u, r) for steps in (500, 0))
     assert theory.error(theory.span(trained), W, r) <= 0.15 and theory.error(theory.span(untrained), W, r) > 1.1
-    for U, kept in ((theory.subspace(trained, 0.8, 64).U, {4: 3, 16: 11}), (theory.centred(trained, 0.8), {4: 3, 16: 10})):
+    for U, kept in ((theory.subspace(trained, 0.8, 64)[0], {4: 3, 16: 11}), (theory.centred(trained, 0.8), {4: 3, 16: 10})):
         assert U.shape[1] == kept[r] and theory.error(U, W, r) == pytest.approx(math.sqrt(r - kept[r]), abs=0.05)
 
 

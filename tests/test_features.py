@@ -1,254 +1,430 @@
-"""features.py against a brute-force float64 reference, and the subspace by hand."""
+"""features.py against brute force, autograd's dense gradients, and a pursuit written down."""
 
+import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, random_gemma
+from torch.nn.functional import normalize
 
+import features
 from data import Example
-from features import choose_features, feature_statistics, module_bases, serving_layer, spanning_rows, subspace
-from run.files import InputError
+from features import (SIDES, Choice, choose_features, contrast_gradients, feature_statistics,
+                      gradient_moments, load_subspaces, module_bases, norm_gain, save_selection,
+                      select_features, serving_layer, spanning_rows, subspace)
+from model import MODULES, TARGETS
+from run.files import InputError, write_tensors
 from sae import SASA, JumpReLU
+from saes import gradient
+from saes.gradient import candidates, energy, greedy, rotated
 
 CONTROL = (0, 1, 2, 106, 107)
+LAYERS = (1, 2)                 # of 4 blocks, so that each serves some readers and some writers
 
 
-def random_sae(layer, seed=0, features=96, d=64):
-    draw = torch.Generator().manual_seed(seed)
-    W = torch.nn.functional.normalize(torch.randn(features, d, generator=draw), dim=1)
-    return JumpReLU(W.T.contiguous() * 2, torch.randn(features, generator=draw) * 0.1, torch.rand(features, generator=draw) * 4,
-                    W, torch.zeros(d), source="random", layer=layer, width=str(features), l0=1)
+def unit_rows(count, size, seed):
+    return normalize(torch.randn(count, size, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def random_pairs(count, seed=0):
-    draw = random.Random(seed)
+def random_sae(layer, num_features=96):
+    W, generator = unit_rows(num_features, 64, layer), torch.Generator().manual_seed(layer)
+    bias = torch.randn(num_features, generator=generator) * 0.1
+    threshold = torch.rand(num_features, generator=generator) * 4
+    return JumpReLU(W.T.contiguous() * 2, bias, threshold, W, torch.zeros(64), layer=layer)
+
+
+def random_sasa(layer):
+    W, bias = unit_rows(72, 64, layer), unit_rows(1, 72, layer)[0]
+    return SASA(W.T.contiguous() * 2, bias, W, torch.zeros(64), block=3, active=5, layer=layer)
+
+
+def random_pairs(count):
+    rng = random.Random(0)
 
     def words(low, high):
-        return [draw.choice(range(108, 300)) for _ in range(draw.randint(low, high))]
-
+        return [rng.choice(range(108, 300)) for _ in range(rng.randint(low, high))]
     pairs = []
     for _ in range(count):
         prompt = [2, 106, *words(2, 20), 107, 108, 106, *words(2, 2)]
-        pairs.append(tuple(Example(prompt + words(1, 30) + [107] * draw.randint(0, 1), len(prompt), True) for _ in range(2)))
+        answers = (words(1, 30) + [107] * rng.randint(0, 1) for _ in range(2))
+        pairs.append(tuple(Example(prompt + answer, len(prompt), True) for answer in answers))
     return pairs
 
 
-def reference(model, sae, pairs, tokens):
-    """Means, firing shares, Δ and its error straight from the definitions, in float64, one example at a time."""
-    W, b, threshold = sae.W_enc.double(), sae.b_enc.double(), sae.threshold.double()
-    sums, fired, counts, doubtful = [[], []], [0, 0], [[], []], 0
+# ---- Statistics ----------------------------------------------------------------------------------
+def code_sums(model, sae, pairs, tokens="response"):
+    """Per pair and answer: summed codes (2, P, K, b) and token counts (2, P); firings (2, K)."""
+    sums, counts, fired = ([], []), ([], []), [0, 0]
     for pair in pairs:
-        for side, example in enumerate(pair):
-            _, captured = model.hidden(torch.tensor([example.tokens]), capture=(sae.layer,))
-            keep = [i for i, id in enumerate(example.tokens) if id not in CONTROL and (tokens == "all" or i >= example.start)]
-            h = captured[sae.layer][0, keep].double() @ W + b
-            doubtful += int(((h - threshold).abs() < 1e-4).sum())
-            a = torch.where(h > threshold, h, 0)
-            sums[side].append(a.sum(0))
-            fired[side] = fired[side] + (a > 0).sum(0)
-            counts[side].append(len(keep))
-    s, n = [torch.stack(side) for side in sums], [torch.tensor(side).double() for side in counts]
-    mean = [s[i].sum(0) / n[i].sum() for i in range(2)]
-    moves = sum(sign * (s[i] - n[i][:, None] * mean[i]) / n[i].sum() for i, sign in ((0, 1), (1, -1)))      # (P, F)
-    error = (moves.square().sum(0) * len(pairs) / (len(pairs) - 1)).sqrt()
-    return torch.stack(mean), torch.stack([fired[i] / n[i].sum() for i in range(2)]), mean[0] - mean[1], error, doubtful
+        for answer, example in enumerate(pair):
+            ids = torch.tensor([example.tokens])
+            _, residuals = model.hidden(ids, capture=(sae.layer,))
+            places = [i for i, id in enumerate(example.tokens)
+                      if id not in CONTROL and (tokens == "all" or i >= example.start)]
+            codes = sae.encode(residuals[sae.layer][0, places])
+            blocks = codes.double().unflatten(1, (-1, sae.block))
+            sums[answer].append(blocks.sum(0))
+            counts[answer].append(len(places))
+            fired[answer] = fired[answer] + (blocks != 0).any(2).sum(0)
+    return (torch.stack([torch.stack(side) for side in sums]), torch.tensor(counts).double(),
+            torch.stack(fired))
 
 
 @pytest.mark.parametrize("tokens", ["response", "all"])
-def test_statistics_equal_brute_force(gemma, tokens):
-    pairs, saes = random_pairs(24), {1: random_sae(1), 3: random_sae(3, seed=1)}
+@pytest.mark.parametrize("make", [random_sae, random_sasa])
+def test_statistics_equal_brute_force(gemma, make, tokens):
+    """Means, firing, Δ and its covariance over pairs from their definitions, in float64."""
+    pairs, sae = random_pairs(20), make(2)
+    s, n, fired = code_sums(gemma, sae, pairs, tokens)
+    mean = s.sum(1) / n.sum(1)[:, None, None]                                           # (2, K, b)
+    shift = mean[0] - mean[1]
+    moves = (s - n[..., None, None] * mean[:, None]) / n.sum(1)[:, None, None, None]
+    moves = moves[0] - moves[1]                                                         # (P, K, b)
+    covariance = torch.einsum("pki,pkj->kij", moves, moves) * 20 / 19
+    along = torch.sign(shift) if sae.block == 1 else normalize(shift, dim=1)
+    variance = torch.einsum("ki,kij,kj->k", along, covariance, along)
+    delta = shift[:, 0] if sae.block == 1 else shift.norm(dim=1)
     for batch_tokens in (1, 150, 10_000):
-        found = feature_statistics(gemma, saes, pairs, CONTROL, tokens, batch_tokens)
-        for layer, sae in saes.items():
-            mean, frequency, delta, error, doubtful = reference(gemma, sae, pairs, tokens)
-            scale = delta.abs().max()
-            crossed = (found[layer].frequency - frequency).abs() > 1e-9     # a rounding took it over its threshold
-            print(f"layer {layer}: {int(crossed.any(0).sum())} features crossed their threshold by rounding")
-            assert crossed.sum() <= doubtful, f"{crossed.sum()} features crossed, {doubtful} activations are near a threshold"
-            sure = ~crossed.any(0)
-            assert sure.sum() >= 90
-            for ours, theirs in ((found[layer].mean, mean), (found[layer].delta, delta), (found[layer].error, error)):
-                assert ((ours - theirs).abs().max(0).values if ours.dim() > 1 else (ours - theirs).abs())[sure].max() <= 1e-5 * scale
-            assert found[layer].num_pairs == 24
+        ours = feature_statistics(gemma, {2: sae}, pairs, CONTROL, tokens, batch_tokens)[2]
+        assert ours.num_pairs == 20 and ours.num_tokens.tolist() == n.sum(1).tolist()
+        # Padding changes a rounding: an activation at its threshold may cross it
+        same = ((ours.frequency - fired / n.sum(1)[:, None]).abs() < 1e-9).all(0)
+        assert same.double().mean() > 0.9
+        for value, wanted in ((ours.mean, mean.norm(dim=2)), (ours.delta, delta),
+                              (ours.covariance, covariance), (ours.error, variance.sqrt())):
+            value, wanted = (t.transpose(0, 1) if len(t) == 2 else t for t in (value, wanted))
+            assert value.shape == wanted.shape
+            assert (value - wanted)[same].abs().max() <= 2e-4 * wanted.abs().max()
 
 
-def test_errors_match_a_resampling_of_pairs(gemma):
-    """The linearised standard error is what Δ's spread over bootstrap samples of the pairs says it is."""
-    pairs, sae = random_pairs(60), random_sae(1)
-    found = feature_statistics(gemma, {1: sae}, pairs, CONTROL)[1]
-    draw, deltas = random.Random(0), []
-    single = [feature_statistics(gemma, {1: sae}, [pair], CONTROL)[1] for pair in pairs]
-    totals = torch.stack([stat.mean * stat.num_tokens[:, None] for stat in single])                              # (P, 2, F)
-    tokens = torch.stack([stat.num_tokens for stat in single])
-    for _ in range(400):
-        rows = [draw.randrange(60) for _ in range(60)]
-        mean = totals[rows].sum(0) / tokens[rows].sum(0)[:, None]
-        deltas.append(mean[0] - mean[1])
-    active = found.frequency.min(0).values > 0.02
-    ratio = found.error[active] / torch.stack(deltas).std(0)[active]
-    assert active.sum() > 30 and 0.9 < ratio.median() < 1.1
-
-
-def test_pairs_without_a_response_are_left_out(gemma):
-    good, empty = random_pairs(3), (Example([2, 106, 150, 107], 4, False), Example([2, 106, 150, 107, 160], 4, False))
-    with_it = feature_statistics(gemma, {1: random_sae(1)}, [empty, *good], CONTROL)[1]
-    assert with_it.num_pairs == 3 and torch.allclose(with_it.delta, feature_statistics(gemma, {1: random_sae(1)}, good, CONTROL)[1].delta)
+def test_few_pairs(gemma):
+    good, empty = random_pairs(3), (Example([2, 106, 150, 107], 4, False),
+                                    Example([2, 106, 150, 107, 160], 4, False))
+    with_empty = feature_statistics(gemma, {1: random_sae(1)}, [empty, *good], CONTROL)[1]
+    assert with_empty.num_pairs == 3 and with_empty.delta.isfinite().all()
     with pytest.raises(InputError, match="no pair"):
         feature_statistics(gemma, {1: random_sae(1)}, [empty], CONTROL)
-
-
-def test_one_pair_has_no_error(gemma):
-    statistics = feature_statistics(gemma, {1: random_sae(1)}, random_pairs(1), CONTROL)[1]
-    assert statistics.error.isnan().all() and statistics.effect.isnan().all() and statistics.delta.isfinite().all()
+    single = feature_statistics(gemma, {1: random_sae(1)}, good[:1], CONTROL)[1]
+    assert single.effect.isnan().all() and single.delta.isfinite().all()
 
 
 def test_peaks_are_the_strongest_examples(gemma):
     pairs, sae = random_pairs(20), random_sae(2)
-    found = feature_statistics(gemma, {2: sae}, pairs, CONTROL, batch_tokens=200)[2]
-    peaks = found.peaks
-    for feature in found.frequency.sum(0).topk(3).indices.tolist():
-        best = []
+    ours = feature_statistics(gemma, {2: sae}, pairs, CONTROL, batch_tokens=200)[2]
+    for feature in ours.frequency.sum(0).topk(3).indices.tolist():
+        peaks = []
         for number, pair in enumerate(pairs):
-            for side, example in zip(("aligned", "unaligned"), pair):
-                _, captured = gemma.hidden(torch.tensor([example.tokens]), capture=(2,))
-                a = sae.encode(captured[2][0])[:, feature]
-                places = [i for i in range(example.start, len(example.tokens)) if example.tokens[i] not in CONTROL]
-                top = max(places, key=lambda i: a[i])
-                best.append((a[top].item(), side, number, top))
-        wanted = [row for row in sorted(best, key=lambda row: -row[0])[:5] if row[0] > 0]
-        strongest = peaks.of(feature)
-        assert [row[1:] for row in strongest] == [row[1:] for row in wanted] and len(wanted) == 5
-        assert strongest[0][0] == pytest.approx(wanted[0][0], rel=1e-4)
-        for number, side in enumerate(("aligned", "unaligned")):        # all five of each side, the weakest too
-            top = sorted((row[0] for row in best if row[1] == side), reverse=True)[:5]
-            assert sorted(peaks.value[number, :, feature].tolist(), reverse=True) == pytest.approx(top, rel=1e-4)
+            for answer, example in zip(("aligned", "unaligned"), pair):
+                _, residuals = gemma.hidden(torch.tensor([example.tokens]), capture=(2,))
+                a = sae.encode(residuals[2][0])[:, feature]
+                a[:example.start] = -1
+                a[torch.isin(torch.tensor(example.tokens), torch.tensor(CONTROL))] = -1
+                peaks.append((a.max().item(), answer, number, a.argmax().item()))
+        wanted, strongest = sorted(peaks, reverse=True)[:5], ours.peaks.of(feature)
+        assert [peak[1:] for peak in strongest] == [peak[1:] for peak in wanted]
+        assert wanted[4][0] > 0 and strongest[4][0] == pytest.approx(wanted[4][0], rel=1e-4)
 
 
 MEMORY = """
 import sys
 sys.path.append("tests")
-from conftest import random_gemma
-from test_features import CONTROL, feature_statistics, random_pairs, random_sae
-feature_statistics(random_gemma(), {1: random_sae(1, features=4096)}, random_pairs(int(sys.argv[1])), CONTROL, batch_tokens=512)
-print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+from test_features import *
+model, saes = random_gemma(), {1: random_sae(1, num_features=4096)}
+for count in (20, 120):
+    feature_statistics(model, saes, random_pairs(count), CONTROL, batch_tokens=512)
+    contrast_gradients(model, random_pairs(count), 512)
+    print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
 
 
 def test_memory_does_not_grow_with_pairs():
-    small, large = (int(subprocess.run([sys.executable, "-c", MEMORY, count], cwd=ROOT, capture_output=True, text=True,
-                                       check=True).stdout) for count in ("100", "1000"))
-    assert large < small + 20_000, f"{small} kB for 100 pairs, {large} kB for 1,000"    # the pairs themselves: some MB
+    printed = subprocess.check_output([sys.executable, "-c", MEMORY], cwd=ROOT, text=True)
+    small, large = map(int, printed.split())
+    assert large < small + 20_000, f"{small} kB for 20 pairs, {large} kB for 120"
 
 
-def test_choice_is_by_size_of_the_difference(gemma):
-    statistics = feature_statistics(gemma, {1: random_sae(1)}, random_pairs(5), CONTROL)[1]
-    statistics.delta = torch.tensor([0.1, -3.0, 0.0, 2.0, 2.5])
+# ---- Choice, subspace, bases ---------------------------------------------------------------------
+def test_choice_is_by_size_of_the_difference():
+    statistics = SimpleNamespace(delta=torch.tensor([0.1, -3.0, 0.0, 2.0, 2.5]))
     assert choose_features(statistics, 3).tolist() == [1, 4, 3]
-    assert choose_features(statistics, 5).tolist() == [1, 4, 3, 0]      # a feature that never differs is no choice
+    assert choose_features(statistics, 5).tolist() == [1, 4, 3, 0]      # one that never differs
     with pytest.raises(InputError, match="--top-k 6"):
         choose_features(statistics, 6)
 
 
 def test_subspace_by_hand():
-    """Three rows along e1 and one along e2: squared singular values 3 and 1, so e1 alone explains three quarters."""
+    """Three rows along e1, one along e2: squared singular values 3 and 1."""
     rows = torch.tensor([[2.0, 0, 0], [5.0, 0, 0], [-1.0, 0, 0], [0, 3.0, 0]])
-    one = subspace(rows, 0.75, 16)
-    assert one.limit == "tau" and one.explained == pytest.approx(0.75) and one.U.abs().flatten().tolist() == pytest.approx([1, 0, 0])
-    two = subspace(rows, 0.8, 16)
-    assert two.limit == "tau" and two.U.shape == (3, 2) and two.explained == pytest.approx(1)
-    assert subspace(rows, 0.8, 1).limit == "rank"
+    U, explained, limit = subspace(rows, 0.75, 16)
+    assert limit == "tau" and explained == pytest.approx(0.75)
+    assert U.abs().flatten().tolist() == pytest.approx([1, 0, 0])
+    U, explained, limit = subspace(rows, 0.8, 16)
+    assert limit == "tau" and explained == pytest.approx(1) and U.shape == (3, 2)
+    assert subspace(rows, 0.8, 1)[2] == "rank"
     with pytest.raises(InputError, match="--tau 0"):
         subspace(rows, 0, 1)
 
 
-def test_subspace_is_orthonormal_and_holds_the_directions():
-    rows = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
-    space = subspace(rows, 1.0, 64)
-    assert space.U.shape == (300, 20) and (space.U.T @ space.U - torch.eye(20)).abs().max() < 1e-6
-    assert torch.allclose(space.U @ (space.U.T @ rows.T), rows.T, atol=1e-4)
-    part = subspace(rows, 0.8, 64)
-    values = torch.linalg.svdvals(torch.nn.functional.normalize(rows, dim=1)).square()
-    assert values[:part.U.shape[1]].sum() >= 0.8 * values.sum() > values[:part.U.shape[1] - 1].sum()
+def test_directions_of_a_block_are_those_that_carry_the_difference(gemma):
+    """At most 1 − τ of what pairs differ by is outside them; one direction fewer leaves more."""
+    sae = random_sasa(2)
+    statistics = feature_statistics(gemma, {2: sae}, random_pairs(20), CONTROL)[2]
+    block = int(statistics.delta.argmax())
+    spread = torch.diag(torch.tensor([4.0, 0.0, 0.01])).double()
+    statistics.covariance[block] = spread / statistics.num_pairs
+    statistics.shift[block] = torch.tensor([0.0, 0.7, 0.0])
+    rows = spanning_rows(sae, statistics, torch.tensor([block]), 0.97)
+    assert rows.shape == (2, 64) and torch.allclose(rows @ rows.T, torch.eye(2), atol=1e-5)
+    D_k = sae.unit_rows([block])[0]
+    root = torch.diag(torch.tensor([2.0, 0.7, 0.1])) @ D_k                              # M^½ D_k
+    shares = (root @ rows.T).square().sum(0) / root.square().sum()
+    assert shares.sum() >= 0.97 > shares[0]
+    assert (rows - rows @ torch.linalg.pinv(D_k) @ D_k).norm() < 1e-4            # in its span
+    assert len(spanning_rows(sae, statistics, torch.tensor([block, 0]), 1.0)) == 6
 
 
 def test_which_sae_serves_which_module():
-    assert [serving_layer(block, False, (5, 10, 15, 20)) for block in (0, 6, 8, 9, 13, 14, 25)] == [5, 5, 5, 10, 10, 15, 20]
-    assert [serving_layer(block, True, (5, 10, 15, 20)) for block in (0, 5, 7, 8, 12, 13, 25)] == [5, 5, 5, 10, 10, 15, 20]
+    layers, blocks = (5, 10, 15, 20), (0, 5, 7, 8, 9, 13, 14, 25)
+    assert [serving_layer(b, False, layers) for b in blocks] == [5, 5, 5, 5, 10, 10, 15, 20]
+    assert [serving_layer(b, True, layers) for b in blocks] == [5, 5, 5, 10, 10, 15, 15, 20]
+
+
+def random_subspaces():
+    return {(layer, side): torch.linalg.qr(unit_rows(64, 4, layer + 9 * number)).Q
+            for layer in LAYERS for number, side in enumerate(SIDES)}
+
+
+def test_bases_by_side_and_their_file(gemma, tmp_path):
+    subspaces = random_subspaces()
+    choices = {key: Choice(None, None, U, 1.0, "rank") for key, U in subspaces.items()}
+    save_selection(tmp_path, choices, [])
+    loaded = load_subspaces(tmp_path / "subspace.safetensors")
+    assert loaded.keys() == subspaces.keys()
+    bases = module_bases(gemma, loaded, targets=tuple(MODULES))
+    assert len(bases) == 4 * len(MODULES)
+    for name, U in bases.items():
+        side = "writers" if name.endswith(("o_proj", "down_proj")) else "readers"
+        layer = serving_layer(int(name.split(".")[1]), side == "writers", LAYERS)
+        assert torch.equal(U, subspaces[layer, side]), name
+    write_tensors(tmp_path / "old.safetensors", {"layer_1": subspaces[1, "readers"]})
+    with pytest.raises(InputError, match="old.safetensors.*select anew"):
+        load_subspaces(tmp_path / "old.safetensors")
 
 
 def test_norm_aware_bases_see_the_residual_itself(gemma):
-    """What q reads along A = Uᵀ behind the norm is, with the map, a rotation of what U reads of the residual before it."""
-    U = torch.linalg.qr(torch.randn(64, 4, generator=torch.Generator().manual_seed(0))).Q
-    spaces = {(1, "readers"): U, (1, "writers"): U}
-    bases = module_bases(gemma, spaces, norm_aware=True)
+    """Behind its norm, a module reads along its basis what U reads of x/rms(x); writes alike."""
+    subspaces = random_subspaces()
+    bases = module_bases(gemma, subspaces, norm_aware=True, targets=tuple(MODULES))
     block, x = gemma.layers[2], torch.randn(9, 64)
-    read = block.input_layernorm(x) @ bases["layers.2.self_attn.q_proj"]
-    before = x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt() @ U
-    turn = torch.linalg.lstsq(before, read).solution
-    assert torch.allclose(before @ turn, read, atol=1e-4)
-    written = torch.randn(9, 4) @ bases["layers.2.self_attn.o_proj"].T       # what o adds, before the post-norm
-    after = block.post_attention_layernorm(written)
-    assert torch.allclose(after @ U @ U.T, after, atol=1e-4)
+    before = torch.nn.functional.rms_norm(x, (64,), eps=1e-6)
+    readers = {"self_attn.q_proj": block.input_layernorm,
+               "mlp.up_proj": block.pre_feedforward_layernorm}
+    for name, norm in readers.items():
+        read, wanted = norm(x) @ bases[f"layers.2.{name}"], before @ subspaces[1, "readers"]
+        turn = torch.linalg.lstsq(wanted, read).solution                                # a rotation
+        assert torch.allclose(wanted @ turn, read, atol=1e-4), name
+    writers = {"self_attn.o_proj": block.post_attention_layernorm,
+               "mlp.down_proj": block.post_feedforward_layernorm}
+    for name, norm in writers.items():
+        U = subspaces[2, "writers"]
+        written = norm(torch.randn(9, 4) @ bases[f"layers.2.{name}"].T)
+        assert torch.allclose(written @ U @ U.T, written, atol=1e-4), name
     for basis in bases.values():
         assert (basis.T @ basis - torch.eye(4)).abs().max() < 1e-6
-    plain = module_bases(gemma, spaces)
-    assert torch.equal(plain["layers.0.self_attn.v_proj"], U)
+    block.input_layernorm.weight[:3] = torch.tensor([-1.0, -1.001, -0.5])
+    assert norm_gain(block, "v_proj")[:3].tolist() == pytest.approx([0.01, -0.01, 0.5])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Blocks: features that are subspaces
-
-def random_sasa(layer, seed=0, blocks=24, block=3, d=64):
-    draw = torch.Generator().manual_seed(seed)
-    W = torch.nn.functional.normalize(torch.randn(blocks * block, d, generator=draw), dim=1)
-    return SASA(W.T.contiguous() * 2, torch.randn(blocks * block, generator=draw) * 0.1, W, torch.zeros(d), block, 5, source="random",
-                layer=layer, width=str(blocks * block), l0=15)
-
-
-def test_block_statistics_equal_brute_force(gemma):
-    """Δ of a block is the length of its mean code's difference; shift, covariance and error over pairs, in float64."""
-    pairs, sae = random_pairs(20), random_sasa(2)
-    found = feature_statistics(gemma, {2: sae}, pairs, CONTROL, batch_tokens=150)[2]
-    sums, fired, counts = [[], []], [0, 0], [[], []]
-    for pair in pairs:
-        for side, example in enumerate(pair):
-            _, captured = gemma.hidden(torch.tensor([example.tokens]), capture=(2,))
-            keep = [i for i, id in enumerate(example.tokens) if id not in CONTROL and i >= example.start]
-            codes = sae.encode(captured[2][0, keep]).double().unflatten(1, (-1, 3))
-            sums[side].append(codes.sum(0))
-            fired[side] = fired[side] + (codes != 0).any(2).sum(0)
-            counts[side].append(len(keep))
-    s, n = [torch.stack(side) for side in sums], [torch.tensor(side).double() for side in counts]            # (P, K, r)
-    mean = [s[i].sum(0) / n[i].sum() for i in range(2)]
-    shift = mean[0] - mean[1]
-    moves = sum(sign * (s[i] - n[i][:, None, None] * mean[i]) / n[i].sum() for i, sign in ((0, 1), (1, -1)))
-    covariance = torch.einsum("pki,pkj->kij", moves, moves) * 20 / 19
-    along = shift / shift.norm(dim=1, keepdim=True)
-    for ours, theirs in ((found.shift, shift), (found.delta, shift.norm(dim=1)), (found.mean, torch.stack(mean).norm(dim=2)),
-                         (found.covariance, covariance), (found.error.square(), torch.einsum("ki,kij,kj->k", along, covariance, along)),
-                         (found.frequency[1], fired[1] / n[1].sum())):
-        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 2e-4 * theirs.abs().max()
-    assert choose_features(found, 5).tolist() == shift.norm(dim=1).topk(5).indices.tolist()
-    assert sum(value > 0 for value, *_ in found.peaks.of(int(found.frequency.sum(0).argmax()))) == 5
+# ---- Gradients -----------------------------------------------------------------------------------
+def contrast_loss(model, pairs):
+    """NLL(aligned) − NLL(unaligned) per token from its definition, a forward for each answer."""
+    sides = []
+    for answers in zip(*pairs):
+        total, count = 0, 0
+        for answer in answers:
+            tokens, start = torch.tensor(answer.tokens), answer.start
+            log_p = model(tokens[None])[0].double().log_softmax(-1)[start - 1:-1]
+            total = total - log_p.gather(1, tokens[start:, None]).sum()
+            count += len(tokens) - start
+        sides.append(total / count)
+    return sides[0] - sides[1]
 
 
-def test_the_directions_of_a_block_are_those_that_carry_the_difference(gemma):
-    """Against the pairs' own differences: their energy outside the directions is at most 1 − τ, and one fewer leaves more."""
-    sae = random_sasa(2)
-    found = feature_statistics(gemma, {2: sae}, random_pairs(20), CONTROL)[2]
-    block = int(found.delta.argmax())
-    found.covariance[block] = torch.diag(torch.tensor([4.0, 0.0, 0.01])).double() / found.num_pairs
-    found.shift[block] = torch.tensor([0.0, 0.7, 0.0])
-    rows = spanning_rows(sae, found, torch.tensor([block]), 0.97)
-    assert rows.shape == (2, 64) and torch.allclose(rows @ rows.T, torch.eye(2), atol=1e-5)
-    D_k = sae.unit_rows([block])[0]
-    spread = torch.diag(torch.tensor([2.0, 0.7, 0.1])) @ D_k                                # M^½ D
-    inside = (spread @ rows.T).square().sum() / spread.square().sum()
-    assert inside >= 0.97 and (spread @ rows[0]).square().sum() / spread.square().sum() < 0.97
-    assert (rows - rows @ torch.linalg.pinv(D_k) @ D_k).norm() < 1e-4                                        # in the block's span
-    assert len(spanning_rows(sae, found, torch.tensor([block, 0]), 1.0)) == 6
-    plain = random_sae(1)
-    assert torch.equal(spanning_rows(plain, None, [3, 1], 0.8), plain.decoder_rows([3, 1]))
+@pytest.mark.parametrize("batch_tokens", [1, 100])
+def test_gradients_equal_autograds(batch_tokens):
+    model, pairs = random_gemma(std=0.1).double(), random_pairs(9)
+    ours = contrast_gradients(model, pairs, batch_tokens)
+    assert not any(weight.requires_grad for weight in model.parameters())
+    modules = dict(model.named_modules())
+    weights = {name: modules[name].weight.requires_grad_() for name in ours}
+    wanted = torch.autograd.grad(contrast_loss(model, pairs), list(weights.values()))
+    assert len(ours) == 16 and all(name.endswith(TARGETS) for name in ours)
+    for (name, G), dense in zip(ours.items(), wanted):
+        assert G.dtype == torch.float64 and (G - dense).norm() < 1e-5 * dense.norm(), name
+
+
+def test_one_gradient_at_a_time_in_float32_sums(gemma, monkeypatch):
+    model, seen, take = gemma.bfloat16(), set(), gradient._take_gradient
+
+    def watched(total, weight):
+        made = [name for name, p in model.named_parameters() if p.grad is not None]
+        assert len(made) == 1
+        seen.update(made)
+        take(total, weight)
+    monkeypatch.setattr(gradient, "_take_gradient", watched)
+    sums = contrast_gradients(model, random_pairs(3))
+    assert len(seen) == 16 and all(G.dtype == torch.float32 and G.any() for G in sums.values())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm_aware", [False, True])
+def test_moments_are_of_the_modules_that_a_layer_serves(gemma, norm_aware):
+    """uᵀ(GᵀG)u is the sum of ‖G·u‖² over them; norm-aware, along u/(1 + w)."""
+    names = [name for name, _ in gemma.named_modules() if name.endswith(TARGETS)]
+    gradients = {name: torch.randn(gemma.get_submodule(name).weight.shape) for name in names}
+    moments = gradient_moments(gemma, gradients, LAYERS, norm_aware)
+    assert moments.keys() == {(layer, side) for layer in LAYERS for side in SIDES}
+    u = unit_rows(1, 64, 7)[0]
+    for (layer, side), moment in moments.items():
+        wanted = 0
+        for name, G in gradients.items():
+            writer, number = name.endswith("o_proj"), int(name.split(".")[1])
+            w = u / norm_gain(gemma.layers[number], name) if norm_aware else u
+            if (side == "writers") == writer and serving_layer(number, writer, LAYERS) == layer:
+                wanted += (w @ G if writer else G @ w).square().sum().item()
+        assert (u.double() @ moment @ u.double()).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def pursuit_problem(seed, n=40, d=24, num_features=96):
+    """G (n, d) whose energy falls off, so that the order of picks matters, and unit rows."""
+    generator = torch.Generator().manual_seed(seed)
+    G = torch.randn(n, d, generator=generator, dtype=torch.float64) * 0.8 ** torch.arange(d)
+    turn = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    return G @ turn, unit_rows(num_features, d, seed + 100)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_is_the_pursuit_written_down(seed):
+    G, rows = pursuit_problem(seed)
+    ours = greedy(rows, G.T @ G, 12, 6)
+    Q, chosen, scores = torch.zeros(24, 0, dtype=torch.float64), [], []
+    for _ in range(12):
+        outside = rows.double() @ (torch.eye(24, dtype=torch.float64) - Q @ Q.T)
+        ratio = (outside @ G.T).square().sum(1) / outside.square().sum(1)
+        ratio[chosen] = -1
+        chosen.append(int(ratio.argmax()))
+        scores.append((ratio.max() / G.square().sum()).item())
+        Q = torch.linalg.qr(rows[chosen].double().T).Q
+    assert ours.features.tolist() == chosen
+    assert ours.scores.tolist() == pytest.approx(scores, rel=1e-4)
+    V = torch.linalg.svd(G @ Q @ Q.T).Vh[:6].T
+    assert (ours.U @ ours.U.T - V @ V.T).abs().max() < 1e-4
+    assert ours.explained == pytest.approx(((G @ V).square().sum() / G.square().sum()).item(), 1e-4)
+    # The same span, but G's energy is spread more evenly over the columns
+    turned = rotated(ours.U, seed)
+    assert (turned @ turned.T - ours.U @ ours.U.T).abs().max() < 1e-5
+    assert (G @ turned.double()).abs().sum() > (G @ ours.U.double()).abs().sum()
+
+
+def test_greedy_takes_no_copy_and_stops_at_the_whole_space():
+    G, rows = pursuit_problem(0)
+    rows[50] = rows[51] = rows[52]
+    ours = greedy(rows, G.T @ G, 96, 24)
+    assert len(ours.features) == 24 and len({50, 51, 52} & set(ours.features.tolist())) <= 1
+    assert ours.explained == pytest.approx(1, abs=1e-6)
+    with pytest.raises(InputError, match="nothing to choose by"):
+        greedy(rows, torch.zeros(24, 24, dtype=torch.float64), 4, 2)
+
+
+def test_candidate_of_a_block_is_what_the_gradient_carries_most():
+    G, _ = pursuit_problem(3)
+    rows, moment = unit_rows(60, 24, 5).unflatten(0, (20, 3)), G.T @ G
+    ours = candidates(rows, moment)
+    mix = torch.randn(20, 500, 3, generator=torch.Generator().manual_seed(0))
+    for block, others in enumerate(normalize(mix @ rows, dim=-1)):
+        best, most = energy(ours[block:block + 1], moment), energy(others, moment).max()
+        assert most <= best < 1.1 * most
+    assert torch.equal(candidates(rows[:, :1], moment), normalize(rows[:, 0], dim=1))
+
+
+# ---- Whole selections, and forks of them ---------------------------------------------------------
+WORDS = SimpleNamespace(control=CONTROL, token=str)       # a tokenizer of numbers
+
+
+def selection(model, select, make=random_sae):
+    saes = {layer: make(layer) for layer in LAYERS}
+    settings = SimpleNamespace(select=select, top_k=8, tau=0.8, rank=4, tokens="response",
+                               batch_tokens=256, norm_aware=False)
+    return select_features(model, saes, WORDS, random_pairs(12), settings)
+
+
+@pytest.mark.parametrize("make", [random_sae, random_sasa])
+@pytest.mark.parametrize("select", ["paper", "gradient"])
+def test_selections(gemma, select, make, capsys):
+    choices, entries = selection(gemma, select, make)
+    assert choices.keys() == {(layer, side) for layer in LAYERS for side in SIDES}
+    for choice in choices.values():
+        r = choice.U.shape[1]
+        assert len(choice.features) == len(choice.scores) == 8 and r <= 4
+        assert (choice.U.T @ choice.U - torch.eye(r)).abs().max() < 1e-5
+    assert (choices[1, "readers"] is choices[1, "writers"]) == (select == "paper")
+    # A feature has one entry, with a score for each side that chose it; |Δ| is its own score
+    assert len({(entry["layer"], entry["index"]) for entry in entries}) == len(entries)
+    assert all(("scores" in entry) == (select == "gradient") for entry in entries)
+    for (layer, side), choice in choices.items() if select == "gradient" else ():
+        scores = {entry["index"]: entry["scores"][side] for entry in entries
+                  if entry["layer"] == layer and side in entry["scores"]}
+        assert scores == dict(zip(choice.features.tolist(), choice.scores.tolist()))
+    assert "layer 1, readers: 8" in capsys.readouterr().out
+
+
+def t_score(model, saes, pairs, statistics, settings):
+    """The README's fork: features by their t-score."""
+    choices = {}
+    for layer, sae in saes.items():
+        scores = statistics[layer].effect.abs().nan_to_num()
+        top = scores.topk(settings.top_k).indices
+        rows = spanning_rows(sae, statistics[layer], top, settings.tau)
+        choice = Choice(top, scores[top], *subspace(rows, settings.tau, settings.rank))
+        choices |= {(layer, side): choice for side in SIDES}
+    return choices
+
+
+def random_features(model, saes, pairs, statistics, settings):
+    """A control: as many features, drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    noise = {layer: replace(statistics[layer], delta=torch.rand(sae.n_units, generator=generator))
+             for layer, sae in saes.items()}
+    return features.paper(model, saes, pairs, noise, settings)
+
+
+@pytest.mark.parametrize("fork", [t_score, random_features])
+def test_a_fork_is_one_function_in_the_dictionary(gemma, fork, monkeypatch):
+    with pytest.raises(InputError, match="--select fork: known are paper, gradient"):
+        selection(gemma, "fork")
+    monkeypatch.setitem(features.SELECTIONS, "fork", fork)
+    choices, entries = selection(gemma, "fork")
+    paper, _ = selection(gemma, "paper")
+    assert choices.keys() == paper.keys() and len(entries) == 16
+    for key, choice in choices.items():
+        assert choice.features.tolist() != paper[key].features.tolist()
+    effects = [-abs(entry["effect"]) for entry in entries[:8]]
+    assert (effects == sorted(effects)) == (fork is t_score)
+
+
+def test_the_command_writes_a_selection(tmp_path, monkeypatch, capsys):
+    command = ["select.py", "--top-k", "5", "--rank", "3", "--more", "pairs=30"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "s")])
+    features.main()
+    assert f"selection: {tmp_path}/s" in capsys.readouterr().out
+    entries = json.loads((tmp_path / "s/features.json").read_text())
+    keys = "layer index delta rho effect mean frequency peaks promotes neuronpedia"
+    assert len(entries) == 15 and list(entries[0]) == keys.split()
+    assert json.loads((tmp_path / "s/config.json").read_text())["settings"]["pairs"] == 30
+    with pytest.raises(InputError, match="give another --out"):
+        features.main()
