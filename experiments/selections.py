@@ -1,4 +1,4 @@
-"""Selections that were tried beside `paper` and `gradient`, each a function that features.SELECTIONS can hold.
+"""Selections that were tried beside `paper` and `gradient`, each for features.SELECTIONS.
 
     from functools import partial
     from experiments import selections
@@ -23,7 +23,7 @@ from run.files import InputError
 
 
 def variance(model, saes, pairs, statistics, settings):
-    """What differs most from pair to pair: the variance of the mean codes' difference over pairs."""
+    """What differs most from pair to pair: the variance of the mean codes' difference."""
     choices = {}
     for layer, sae in saes.items():
         covariance = statistics[layer].covariance.nan_to_num()                          # (K, b, b)
@@ -38,7 +38,7 @@ def variance(model, saes, pairs, statistics, settings):
 
 
 def attribution(model, saes, pairs, statistics, settings, control=()):
-    """Activation × gradient: Σ over tokens of a·(∂L/∂x · w), what L would lose were the unit silent.
+    """Activation × gradient: Σ over tokens of a·(∂L/∂x · w), what L would lose without the unit.
 
     L = NLL(aligned) − NLL(unaligned) per token, to first order; x the residual stream after the
     SAE's layer, prompt and answer; ids in `control` are left out.
@@ -100,7 +100,7 @@ def sampled(prompts, count):
 
 
 def decision_prompts(tokenizer, pairs, prompts, format="chat"):
-    """(harmful, harmless) lists of token ids, as many of each: of the pairs, and of data.Prompts."""
+    """(harmful, harmless) lists of token ids, as many of each: of pairs, and of data.Prompts."""
     harmful = [aligned.tokens[:aligned.start] for aligned, _ in pairs]
     harmless = [prompt_tokens(tokenizer, prompt.turns, format) for prompt in prompts]
     count = min(len(harmful), len(harmless))
@@ -118,7 +118,7 @@ def weighted_choices(saes, weights, settings):
 
 
 def weighted(rows, weights, count, rank):
-    """Choice of the `count` rows (K, D) of largest |weight|; U their span, each times its |weight|."""
+    """The Choice of the `count` rows (K, D) of largest |weight|; U spans them, each times it."""
     order = weights.abs().sort(descending=True, stable=True).indices[:count]
     order = order[weights[order] != 0]
     if not len(order):

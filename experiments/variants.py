@@ -79,7 +79,7 @@ def paper_bases(world, model, saes=None, statistics=None, norm_aware=False):
     for layer, sae in saes.items():
         features = choose_features(statistics[layer], TOP_K)
         rows = spanning_rows(sae, statistics[layer], features, TAU)
-        spaces[layer] = subspace(rows, TAU, RANK).U
+        spaces[layer] = subspace(rows, TAU, RANK)[0]
     return module_bases(model, both_sides(spaces), norm_aware)
 
 
@@ -107,7 +107,7 @@ def paper_full(world, model, generator):
     spaces = {}
     for layer in LAYERS:
         features = choose_features(world.statistics[layer], NUM_GREEDY)
-        spaces[layer] = subspace(world.rows[layer][features], 1.0, RANK).U
+        spaces[layer] = subspace(world.rows[layer][features], 1.0, RANK)[0]
     return module_bases(model, both_sides(spaces))
 
 
@@ -134,7 +134,7 @@ def random_row_bases(world, model, count, tau, generator):
     spaces = {}
     for layer in LAYERS:
         features = random_features(world, layer, count, generator)
-        spaces[layer] = subspace(world.rows[layer][features], tau, RANK).U
+        spaces[layer] = subspace(world.rows[layer][features], tau, RANK)[0]
     return module_bases(model, both_sides(spaces))
 
 

@@ -86,7 +86,6 @@ def greedy(rows: torch.Tensor, moment: torch.Tensor, count: int, rank: int) -> P
     Q, features, scores = moment.new_zeros(len(moment), 0), [], []
     for _ in range(min(count, len(rows), len(moment))):
         ratio = torch.where(norm > NEW, outside / norm.clamp(min=NEW), -1.0)
-        ratio[features] = -1.0
         best = int(ratio.argmax())
         if ratio[best] <= 0:
             break
