@@ -1,4 +1,4 @@
-"""Which units of an SAE carry a concept: AUROC, feature splitting, absorption, and two controls.
+"""Which units of an SAE carry a concept: AUROC beside two controls, and feature splitting.
 
     report = concept_report(sae, x, labels)    # residuals x (n, D), labels (n) bool
 
@@ -7,16 +7,12 @@ Definitions follow SAEBench (arXiv 2503.09532).
 Letters: n tokens, D width of the residual stream, F features, K units (features, or blocks of r).
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 
 from sae import SASA, JumpReLU
 from saes.step import Spec, Trainer
 
-MAX_UNITS, MIN_RISE = 10, 0.03       # of a sparse probe, and the rise in F1 that adds a unit
-MIN_COSINE, MIN_SHARE = 0.025, 0.4   # absorption: with the probe, and of the probe's projection
+MAX_UNITS, MIN_RISE = 10, 0.03  # of a sparse probe, and the rise in F1 that adds a unit
 
 
 def auroc(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -56,8 +52,8 @@ def f1(predicted, labels):
 def concept_report(sae, x, labels, seed=0):
     """How an SAE carries one concept, on residuals x (n, D) with labels (n) bool.
 
-    main: the units that a sparse probe needs (more than one: feature splitting); f1: its F1; probe:
-    F1 of a dense probe; absorbed: see `absorption`; auroc, best: of the best single unit; random,
+    main, units: the units that a sparse probe needs (more than one: feature splitting), and their
+    number; f1: its F1; probe: F1 of a dense probe; auroc, best: of the best single unit; random,
     untrained: the best AUROC of as many random subspaces of r dimensions, of an untrained SAE.
     Probes learn on half of the tokens, all figures are of the other half.
     """
@@ -69,16 +65,14 @@ def concept_report(sae, x, labels, seed=0):
     codes = sae.encode(x)
     activations = sae.activations(codes)[test]
     w, b = logistic(centred[learn], labels[learn])
-    predicted = centred[test] @ w + b > 0
     main, score = sparse_probe(sae, codes, labels, learn, test)
-    absorbed = absorption(sae, codes[test], activations, centred[test], F.normalize(w, dim=0), main)
-    fires = predicted & labels[test]
+
+    # The controls draw in this order
     areas = auroc(activations, labels[test])
     random = auroc(random_subspaces(centred, sae, draw)[test], labels[test])
     fresh = auroc(untrained(x, sae, draw)[test], labels[test])
-    return {"positive": labels.double().mean().item(), "main": main.tolist(), "f1": score,
-            "probe": f1(predicted, labels[test]),
-            "absorbed": ((absorbed & fires).sum() / fires.sum().clamp(min=1)).item(),
+    return {"positive": labels.double().mean().item(), "main": main.tolist(), "units": len(main),
+            "f1": score, "probe": f1(centred[test] @ w + b > 0, labels[test]),
             "auroc": areas.max().item(), "best": areas.argmax().item(),
             "random": random.max().item(), "untrained": fresh.max().item()}
 
@@ -100,27 +94,6 @@ def sparse_probe(sae, codes, labels, learn, test):
             return best[:k - 1], previous
         previous = score
     return best, previous
-
-
-def absorption(sae, codes, activations, centred, probe, main):
-    """(n) bool: the main units are silent, and one other unit writes MIN_SHARE or more of the
-    projection on the probe, a unit vector, at a cosine of MIN_COSINE or more."""
-    # What each unit writes (n, K, D) enters by its part along the probe and its length
-    blocks, p = sae.W_dec.unflatten(0, (-1, sae.block)), codes.unflatten(1, (-1, sae.block))
-    along = (codes * (sae.W_dec @ probe)).unflatten(1, (-1, sae.block)).sum(2)  # (n, K)
-    if sae.block == 1:
-        lengths = codes.abs() * sae.W_dec.norm(dim=1)
-    else:
-        squares = torch.einsum("nkr,krs,nks->nk", p, blocks @ blocks.mT, p)
-        lengths = squares.clamp(min=0).sqrt()
-    cosine = along / lengths.clamp(min=1e-9)
-
-    others = along.clone()
-    others[:, main] = -math.inf
-    largest, unit = others.max(1)
-    silent = (activations[:, main] <= 1e-6).all(1)
-    aligned = cosine.gather(1, unit[:, None])[:, 0] >= MIN_COSINE
-    return silent & aligned & (largest >= MIN_SHARE * (centred @ probe))
 
 
 def random_subspaces(centred, sae, draw):

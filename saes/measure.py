@@ -3,14 +3,12 @@
     python -m saes.measure toy/sae                                       # half a minute on one core
     python -m saes.measure DIR --model google/gemma-2-2b --data FILE --out figures.json
 
-Concepts are those of --concepts FILE, else the first letter of a word, as in SAEBench. The AUROC of
-the best unit stands beside two controls, which often do as well: random subspaces of the same
-dimension, and an untrained SAE.
+Concepts are those of --concepts FILE, labelled tokens. The AUROC of the best unit stands beside two
+controls, which often do as well: random subspaces of the same dimension, and an untrained SAE.
 
 Letters: n tokens, D width of the residual stream, F features, K units (features, or blocks of r).
 """
 
-import string
 from pathlib import Path
 
 import torch
@@ -58,10 +56,10 @@ def measure(model: Gemma2, tokenizer: Tokenizer, saes: dict[int, SAE], rows) -> 
     """Figures of each layer of saes {layer: sae} on the `batches`.
 
     ev: 1 − Σ‖x − x̂‖²/Σ‖x − mean‖²; l0; dead: share of units that no token activates. ce: nats a
-    token with the clean residual stream and with x̂, zeros or the mean in its place; kl: of x̂ from
-    clean; recovered: (ablated − spliced)/(ablated − clean) against zeros and the mean. stable,
-    effective: mean ranks of blocks. BOS and padding are left as they are, and out of every mean but
-    the losses'.
+    token with the clean residual stream and with x̂, zeros or the mean in its place; rise: of x̂
+    over clean; kl: of x̂ from clean; zero, mean: (ablated − spliced)/(ablated − clean), the share
+    recovered of what this ablation loses. stable, effective: mean ranks of blocks. BOS and padding
+    are left as they are, and out of every mean but the losses'.
     """
     device, layers = model.embed_tokens.weight.device, sorted(saes)
     sums: dict[int, dict] = {layer: {} for layer in layers}
@@ -95,7 +93,7 @@ def measure(model: Gemma2, tokenizer: Tokenizer, saes: dict[int, SAE], rows) -> 
 
 
 def spliced(model, tokenizer, sae, layer, mean, rows):
-    """measure's ce, kl and recovered of one layer."""
+    """measure's ce, rise, kl, zero and mean of one layer."""
     device = model.embed_tokens.weight.device
     replacements = {"clean": None, "spliced": lambda x: sae.decode(sae.encode(x)),
                     "zero": torch.zeros_like, "mean": lambda x: mean.expand_as(x)}
@@ -117,9 +115,10 @@ def spliced(model, tokenizer, sae, layer, mean, rows):
                            log_target=True).item()
         count += len(labels)
     ce = {name: total / count for name, total in ce.items()}
-    recovered = {name: (ce[name] - ce["spliced"]) / (ce[name] - ce["clean"])
-                 for name in ("zero", "mean")}
-    return {"ce": ce, "kl": kl / count, "recovered": recovered}
+    figures = {"ce": ce, "rise": ce["spliced"] - ce["clean"], "kl": kl / count}
+    for name in ("zero", "mean"):
+        figures[name] = (ce[name] - ce["spliced"]) / (ce[name] - ce["clean"])
+    return figures
 
 
 def hidden_with(model, layer, replace, tokens, documents, counted):
@@ -137,34 +136,23 @@ def hidden_with(model, layer, replace, tokens, documents, counted):
 # --------------------------------------------------------------------------------------------------
 # Concepts
 
-def letters(tokenizer, ids):
-    """{"begins with a": a letter a token, 1 or 0}: the token begins a word with that letter."""
-    initials = []
-    for token in ids:
-        name = tokenizer.token(token)
-        begins_word = name.startswith(" ") and name.strip().isalpha()
-        initials.append(name.strip()[0].lower() if begins_word else "")
-    return {f"begins with {letter}": "".join(str(int(initial == letter)) for initial in initials)
-            for letter in string.ascii_lowercase}
-
-
 @torch.no_grad()
 def concepts_of(model, saes, examples, count=20_000):
     """[{layer, concept, ... of concept_report}] on the first `count` tokens of the examples.
 
-    examples: (token ids, {concept: a letter a token: 1, 0, or - where it makes no sense to ask}).
+    examples: {"tokens": ids, "labels": {concept: a letter a token, 1, 0, or - for no question}}.
     Concepts of less than 1 % of the tokens are left out.
     """
     device, layers = model.embed_tokens.weight.device, sorted(saes)
     residuals, marks, num_tokens = {layer: [] for layer in layers}, {}, 0
-    for ids, labels in examples:
-        batch = torch.tensor([ids], device=device)
+    for example in examples:
+        batch = torch.tensor([example["tokens"]], device=device)
         _, captured = model.hidden(batch, None, layers, layers[-1])
         for layer in layers:
             residuals[layer].append(captured[layer][0, 1:].float())
-        for concept, text in labels.items():
+        for concept, text in example["labels"].items():
             marks[concept] = marks.get(concept, "") + text[1:]
-        num_tokens += len(ids) - 1
+        num_tokens += batch.shape[1] - 1
         if num_tokens >= count:
             break
 
@@ -184,33 +172,25 @@ def concepts_of(model, saes, examples, count=20_000):
 # --------------------------------------------------------------------------------------------------
 # Tables and the command
 
-def measures_table(rows):
-    """measure's rows as text."""
-    lines = []
-    for row in rows:
-        ce, ranks_of_blocks = row["ce"], [None, None]
-        if "stable" in row:
-            ranks_of_blocks = [f"{row[name]:.2f}" for name in ("stable", "effective")]
-        recovered = [f"{100 * value:.1f}" for value in row["recovered"].values()]
-        lines.append([row["layer"], row["kind"], f"{row['ev']:.3f}", f"{row['l0']:.1f}",
-                      f"{100 * row['dead']:.1f}", f"{ce['spliced'] - ce['clean']:+.3f}",
-                      f"{row['kl']:.3f}", *recovered, *ranks_of_blocks])
-    head = ["layer", "SAE", "EV", "L0", "dead %", "ΔCE", "KL", "recovered %: zero", "mean",
-            "stable rank", "effective"]
-    return table(lines, head, right=[0, *range(2, 11)])
+MEASURES = {  # head: (figure, format)
+    "layer": ("layer", ""), "SAE": ("kind", ""), "EV": ("ev", ".3f"), "L0": ("l0", ".1f"),
+    "dead": ("dead", ".1%"), "ΔCE": ("rise", "+.3f"), "KL": ("kl", ".3f"),
+    "recovered: zero": ("zero", ".1%"), "mean": ("mean", ".1%"),
+    "stable rank": ("stable", ".2f"), "effective": ("effective", ".2f")}
+CONCEPTS = {
+    "layer": ("layer", ""), "concept": ("concept", ""), "of tokens": ("positive", ".0%"),
+    "units": ("units", ""), "F1": ("f1", ".2f"), "F1 of probe": ("probe", ".2f"),
+    "best AUROC": ("auroc", ".3f"), "random subspaces": ("random", ".3f"),
+    "untrained SAE": ("untrained", ".3f")}
 
 
-def concepts_table(rows):
-    """concepts_of's rows as text."""
+def figures_table(rows, columns):
+    """Some figures of `measure` or `concepts_of` as text."""
     lines = []
     for row in rows:
-        areas = [f"{row[name]:.3f}" for name in ("auroc", "random", "untrained")]
-        lines.append([row["layer"], row["concept"], f"{100 * row['positive']:.0f}",
-                      len(row["main"]), f"{row['f1']:.2f}", f"{row['probe']:.2f}",
-                      f"{100 * row['absorbed']:.1f}", *areas])
-    head = ["layer", "concept", "% of tokens", "units", "F1", "F1 of probe", "absorbed %",
-            "best AUROC", "random subspaces", "untrained SAE"]
-    return table(lines, head, right=[0, *range(2, 10)])
+        cells = [(row.get(name), form) for name, form in columns.values()]
+        lines.append([None if value is None else format(value, form) for value, form in cells])
+    return table(lines, columns, right=[0, *range(2, len(columns))])
 
 
 def sizes_in(folder):
@@ -254,13 +234,11 @@ def main():
         saes = load_saes(args.folder, layers, width, l0, args.device, model.config)
         measures += measure(model, tokenizer, saes, rows)
         if args.concepts:
-            examples = ((row["tokens"], row["labels"]) for row in read_jsonl(args.concepts))
-        else:
-            examples = ((ids, letters(tokenizer, ids)) for item in read_items(path)
-                        for ids in encode_item(tokenizer, item, args.context))
-        concepts += concepts_of(model, saes, examples)
+            concepts += concepts_of(model, saes, read_jsonl(args.concepts))
     print(f"{args.folder}: {measures[0]['tokens']:,} tokens, BOS and padding left out\n\n"
-          f"{measures_table(measures)}\n\n{concepts_table(concepts)}")
+          f"{figures_table(measures, MEASURES)}\n")
+    if concepts:
+        print(figures_table(concepts, CONCEPTS))
     if args.out:
         write_json(args.out, {"measures": measures, "concepts": concepts})
 
