@@ -177,7 +177,8 @@ def add_flags(parser, names=tuple(SETTINGS)):
         kind = KINDS.get(name, {})
         if isinstance(default, int | float):
             kind = {"type": type(default), "metavar": "N"}
-            text += f" (default {default:,}; toy {toy:,})" if toy else f" (default {default:,})"
+            toys = f"; toy {toy:,.9g}" if toy else ""
+            text += f" (default {default:,.9g}{toys})"
         parser.add_argument("--" + name.replace("_", "-"), help=text, **kind)
 
 
