@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import lora
 from lora import (INITS, add_lora, fold_lora, load_adapter, lora_layers, merge_lora,
                   save_adapter, scaled, trainable_parameters, unmerge_lora, update_share)
-from model import MODULES, PRESETS, TARGETS, Config, Gemma2, load_model, save_model
+from model import MODULES, TARGETS, Config, Gemma2, load_model, save_model
 from run.files import InputError, read_json, write_json
 
 # Twelve layers, so that a pattern for layer 1 could be taken for layer 11's
@@ -138,10 +138,8 @@ def test_sails_starts_with_the_basis_and_the_rest_is_orthogonal_to_it():
         assert layer.writer == name.endswith(("o_proj", "down_proj"))
         assert start.shape == (32, RANK) and torch.equal(start[:, :U.shape[1]], U)
         rest = start[:, U.shape[1]:]
-        if rest.numel():
-            assert (U.T @ rest).abs().max() < 1e-7
-            # Uniform within ±1/√32: a norm near 0.58
-            assert (rest.norm(dim=0) > 0.2).all()
+        # Drawn uniformly within ±1/√32: a norm near 0.58
+        assert ((U.T @ rest).abs() < 1e-7).all() and (rest.norm(dim=0) > 0.2).all()
 
 
 def test_random_is_peft_s_init():
@@ -219,13 +217,6 @@ def test_bad_arguments_leave_the_model_alone(change, message):
     assert not lora_layers(model)
 
 
-def test_parameter_count_at_rank_16():
-    with torch.device("meta"):
-        model = Gemma2(PRESETS["google/gemma-2-2b"])
-    parameters = trainable_parameters(add_lora(model, 16, 32, "random"))
-    assert sum(parameter.numel() for _, parameter in parameters) == 6_389_760
-
-
 # PEFT, both ways
 
 @pytest.fixture
@@ -255,7 +246,6 @@ def test_peft_opens_what_is_saved_here(twin, tmp_path, sizes, freeze):
     layers = load_adapter(again, tmp_path / "adapter")
     close(again(TOKENS).detach(), ours, 1e-5)
     config = read_json(tmp_path / "adapter/adapter_config.json")
-    assert config["base_model_name_or_path"] == "google/gemma-2-2b"
     assert config["target_modules"] == sorted(TARGETS) and bool(config["rank_pattern"]) == freeze
 
     again(TOKENS).logsumexp(-1).sum().backward()
@@ -314,14 +304,13 @@ def adapter(tmp_path):
 
 def test_names_and_dtypes_of_other_writers_load(adapter):
     folder, _, tensors, expected = adapter
-    tensors = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
-    embedding = base_model(TWO).embed_tokens.weight
-    tensors["base_model.model.model.embed_tokens.weight"] = embedding.clone()
-    save_file(tensors, folder / lora.WEIGHTS)
+    renamed = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
+    renamed[lora.EMBEDDINGS[0]] = base_model(TWO).embed_tokens.weight.clone()
+    save_file(renamed, folder / lora.WEIGHTS)
     model = base_model(TWO)
     load_adapter(model, folder)
     assert torch.equal(model(TOKENS), expected)
-    save_file({key: t.bfloat16() for key, t in adapter[2].items()}, folder / lora.WEIGHTS)
+    save_file({key: t.bfloat16() for key, t in tensors.items()}, folder / lora.WEIGHTS)
     layers = load_adapter(base_model(TWO), folder)
     assert all(layer.A.dtype == torch.float32 for layer in layers.values())
 
@@ -426,10 +415,8 @@ def test_the_command(merging, tmp_path, monkeypatch, capsys):
     lora.main()
     config = read_json(adapter / lora.CONFIG)
     write_json(adapter / lora.CONFIG, config | {"base_model_name_or_path": None})
-    monkeypatch.setattr(sys, "argv", ["lora.py", str(adapter), "--out", str(tmp_path / "new")])
     with pytest.raises(InputError, match="names 'None' as its base model"):
         lora.main()
-    assert not (tmp_path / "new").exists()
 
 
 def test_lm_eval_reads_the_same_log_likelihoods(merging, tmp_path):
