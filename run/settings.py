@@ -6,6 +6,7 @@ those are our choice (docs/method.md).
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,8 +56,8 @@ class Setting:
     help: str
     metavar: str | None = None
     choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
     rare: bool = False
 
 
@@ -69,7 +70,7 @@ GROUPS: dict[str, list[Setting]] = {
                 "N"),
         Setting("width", None, str, "SAE width as Gemma Scope names it: 16k, 65k, …", rare=True),
         Setting("l0", None, int, "average L0 in the SAE's folder name (default: the canonical)",
-                low=0, high=1e6, rare=True),
+                low=0, rare=True),
     ],
     "data and selection (SAILS section 3)": [
         Setting("data", None, str, 'pairs, JSON lines with "chosen" and "rejected", plain or .gz; '
@@ -77,12 +78,12 @@ GROUPS: dict[str, list[Setting]] = {
         Setting("format", "chat", str, "chat: Gemma's turns, put in by id; plain: Human: and "
                 "Assistant: as text", choices=("chat", "plain")),
         Setting("pairs", 2000, int, "pairs that selection looks at, at most, drawn by the seed; "
-                "0: all", low=0, high=1e12, rare=True),
+                "0: all", low=0, rare=True),
         Setting("select", "paper", str, "paper: the features of largest |Δ|, the difference of "
                 "mean activations; gradient: by the gradients of the loss on the two answers",
                 "NAME"),
         Setting("top_k", None, int, f"features kept of each SAE layer (default {TOP_K}; with "
-                "--select gradient twice the rank)", "K", low=1, high=1 << 24),
+                "--select gradient twice the rank)", "K", low=1),
         Setting("tau", 0.8, float, "share of the squared singular values of the chosen decoder "
                 "directions that the subspace keeps, at most --rank directions", "T",
                 low=1e-9, high=1),
@@ -93,9 +94,9 @@ GROUPS: dict[str, list[Setting]] = {
     ],
     "adapter": [
         Setting("rank", 16, int, "rank of the adapters on q, k, v, o of every layer", "R",
-                low=1, high=1 << 20),
+                low=1),
         Setting("alpha", None, float, "the update is alpha/rank · B·A (default: the rank)", "A",
-                low=1e-6, high=1e6),
+                low=1e-6),
         Setting("init", "sails", str, "how A and B begin; sails: in the safety subspace, random: "
                 "LoRA's own, orthonormal: a random basis", "NAME"),
         Setting("freeze_basis", False, bool, "train only the factor that isn't the basis: the "
@@ -103,30 +104,30 @@ GROUPS: dict[str, list[Setting]] = {
     ],
     "training": [
         Setting("steps", None, int, "optimizer steps (default: the recipe's, or one pass over the "
-                "data)", "N", low=1, high=1e12),
+                "data)", "N", low=1),
         Setting("lr", 2e-4, float, "peak learning rate of AdamW: linear warm-up, then cosine to 0",
-                "LR", low=1e-12, high=1e3),
+                "LR", low=1e-12),
         Setting("warmup", 0.1, float, "share of the steps that warm up", low=0, high=1, rare=True),
-        Setting("weight_decay", 0.0, float, "AdamW's, on A and B", low=0, high=1e3, rare=True),
+        Setting("weight_decay", 0.0, float, "AdamW's, on A and B", low=0, rare=True),
         Setting("clip", 1.0, float, "largest norm of a step's gradient; 0: no clipping",
-                low=0, high=1e9, rare=True),
+                low=0, rare=True),
         Setting("batch_tokens", 2048, int, "tokens of one packed row, the longest example too; in "
-                "selection, of one batch", "N", low=2, high=1 << 24),
+                "selection, of one batch", "N", low=2),
         Setting("accumulate", 8, int, "packed rows in a step; of each process under torchrun",
-                low=1, high=1 << 20, rare=True),
-        Setting("save_every", 50, int, "steps between checkpoints", low=1, high=1e12, rare=True),
+                low=1, rare=True),
+        Setting("save_every", 50, int, "steps between checkpoints", low=1, rare=True),
     ],
     "evaluation, before and after": [
         Setting("sets", None, dict, "a file of prompts (.txt, .csv, .json, .jsonl) and its role: "
                 + ", ".join(ROLES), "ROLE=FILE"),
         Setting("eval_prompts", 200, int, "prompts taken of each set, always the same; 0: all", "N",
-                low=0, high=1e12),
-        Setting("eval_batch", 32, int, "prompts answered at once", low=1, high=1 << 20, rare=True),
-        Setting("max_new_tokens", 128, int, "longest answer", low=1, high=8192, rare=True),
+                low=0),
+        Setting("eval_batch", 32, int, "prompts answered at once", low=1, rare=True),
+        Setting("max_new_tokens", 128, int, "longest answer", low=1, rare=True),
     ],
     "machine and run": [
         Setting("seed", 0, int, "of the data's order, of samples and of random inits", "N",
-                low=0, high=2**63 - 1),
+                low=0),
         Setting("device", None, str, "cpu, cuda, cuda:1, … (default: cuda where there is one)",
                 "D"),
         Setting("dtype", None, str, "of the frozen model: float32 or bfloat16 (default: float32 "
@@ -301,12 +302,11 @@ def _width_in(folder, layers):
 
 
 def _check(values):
-    for name, setting in SETTINGS.items():
-        value = values[name]
-        if setting.low is None or value is None:
-            continue
-        if not setting.low <= value <= setting.high:
-            raise InputError(f"{flag(name)} {value}: give a value from {setting.low:g} to "
+    numbers = [setting for setting in SETTINGS.values() if setting.kind in (int, float)]
+    for setting in numbers:
+        name, value = setting.name, values[setting.name]
+        if value is not None and not setting.low <= value <= setting.high:
+            raise InputError(f"{flag(name)} {value}: give a number from {setting.low:g} to "
                              f"{setting.high:g}")
     if values["freeze_basis"] and values["init"] == "random":
         raise InputError("--freeze-basis keeps the update in the basis that --init puts in; random "
