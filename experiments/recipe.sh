@@ -1,29 +1,30 @@
 #!/usr/bin/env bash
-# The whole recipe, from the files to a merged checkpoint: LoRA's own init beside SAILS with the paper's and with the gradient
-# selection, over seeds. On Gemma-2 with one GPU or, the same commands, on the toy with one core:
+# The whole comparison, from the files to a merged checkpoint: LoRA's own init beside SAILS with the
+# paper's and with the gradient selection, over seeds. On Gemma-2 with one GPU, or on the toy:
 #
-#     export HF_TOKEN=…                              # of an account that has accepted https://huggingface.co/google/gemma-2-2b
-#     bash experiments/recipe.sh                     # google/gemma-2-2b, into runs/recipe-gemma-2-2b
+#     export HF_TOKEN=…      # of an account that has accepted google/gemma-2-2b's licence
+#     bash experiments/recipe.sh                     # google/gemma-2-2b
 #     bash experiments/recipe.sh google/gemma-2-9b   # or -2b-it, -9b-it
-#     bash experiments/recipe.sh toy                 # 7 minutes of one core, no account, no network
+#     bash experiments/recipe.sh toy                 # under 10 minutes of one core, no network
 #
-# Stopped or killed, it goes on by the same line: what is finished is left out, what is begun is taken up where it was.
+# If it is stopped, the same line goes on: finished parts are left out, begun ones are taken up.
 #
-# What it takes is ESTIMATED, NOT MEASURED: nothing here has run on a GPU. For one H100 with matrix products at 30 % of its 989 TF/s in
-# bf16, 40 ms a token step of generation (9b: 65), and HH-RLHF's 42,537 pairs of 159 tokens, 38 of them trained on (means of its test
-# part): 444 steps an epoch. An A100 takes twice as long, by the same count.
+# What it takes is ESTIMATED, NOT MEASURED: nothing here has run on a GPU. For one H100 with matrix
+# products at 30 % of its 989 TF/s in bf16, 40 ms a token step of generation (9b: 65), and HH-RLHF's
+# 42,537 pairs of 159 tokens, 38 of them trained on (means of its test part): 444 steps a pass over
+# the data. An A100 takes twice as long, by the same count.
 #
-#                                                      2b               9b
-#     1 files                            once          12 GB            21 GB, or 40 where the weights are float32
-#     3 selection, both                  once           2 minutes        4 minutes
+#                                                   2b            9b
+#     1 files                         once          12 GB         21 GB, or 40 in float32
+#     3 selection, both               once           2 minutes     4 minutes
 #     4 a run: 200 prompts of 3 sets
-#       before and after, an epoch      9 times        14 minutes       31 minutes
-#     5 eight sets, lost ability        9 times        11 minutes       22 minutes
-#       judged by shieldgemma-2b        9 times         2 minutes        2 minutes
-#     6 gcg, 10 prompts, at most        3 times        30 minutes        2 hours
-#     in all                                            6 hours         14 hours
-#     memory of the card                               12 GB            32 GB
-#     disk: files, checkpoints, merged                 20 GB            45 GB (65)
+#       before and after, one pass   9 times        14 minutes    31 minutes
+#     5 eight sets                   9 times        10 minutes    20 minutes
+#       judged by shieldgemma-2b     9 times         2 minutes     2 minutes
+#     6 gcg, 10 prompts, at most     3 times        30 minutes     2 hours
+#     in all                                         6 hours      14 hours
+#     memory of the card                            12 GB         32 GB
+#     disk: files, checkpoints, merged              20 GB         45 GB (65)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="${VENV:-$PWD/.venv}/bin:$PATH"
@@ -31,14 +32,15 @@ PATH="${VENV:-$PWD/.venv}/bin:$PATH"
 # Settings, each to be given in the environment: SEEDS="0 1 2 3 4" bash experiments/recipe.sh
 MODEL=${1:-google/gemma-2-2b}
 OUT=${OUT:-runs/recipe-${MODEL##*/}}
-FILES=${FILES:-runs/files}               # prompts and texts that the hub doesn't hold as plain files
+FILES=${FILES:-runs/files}               # prompts that the hub doesn't hold as plain files
 SEEDS=${SEEDS:-0 1 2}                    # of the data's order, of samples and of random inits
-ARMS=${ARMS:-lora paper gradient}        # what is compared: the others are held against the first, the last one is merged
-CHOOSE=${CHOOSE:-}                       # more flags of select.py and train.py: "--pairs 500 --top-k 32"
-TRAIN=${TRAIN:-}                         # more of train.py: "--epochs 2 --lr 1e-4", "--recompute" where memory is short
+ARMS=${ARMS:-lora paper gradient}        # what is compared; the last one is merged
+CHOOSE=${CHOOSE:-}                       # more flags of select.py and train.py: "--top-k 32"
+TRAIN=${TRAIN:-}                         # more of train.py: "--lr 1e-4 --recompute"
 PROMPTS=${PROMPTS:-200}                  # of each evaluation set, at most; 0: all
-JUDGE=${JUDGE:-}                         # beside the rules: "--judge shieldgemma", "--judge rubric --judge-model NAME" (README)
-ATTACKED=${ATTACKED:-10}                 # prompts that a suffix is searched for, in the first seed's runs
+JUDGE=${JUDGE:-}                         # beside the rules: "--judge shieldgemma"
+ATTACKED=${ATTACKED:-10}                 # prompts that a suffix is searched for, first seed
+TASKS=${TASKS:-mmlu,hellaswag}           # lm_eval's, for lost ability
 
 flags_of() {                             # ARM: the flags of train.py that make it
   case $1 in
@@ -49,7 +51,7 @@ flags_of() {                             # ARM: the flags of train.py that make 
   esac
 }
 
-once() {                                 # FILE COMMAND…: unless FILE, the last that the command writes, is there
+once() {                                 # FILE COMMAND…: unless FILE, its last output, is there
   if [ ! -e "$1" ]; then
     echo "+ ${*:2}"
     "${@:2}"
@@ -61,120 +63,122 @@ fetch() {                                # NAME URL, into $FILES
   if [ -e "$FILES/$1.part" ]; then mv "$FILES/$1.part" "$FILES/$1"; fi
 }
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Files, and what is asked of the models
+# --------------------------------------------------------------------------------------------------
+# 1. Files, and the sets that the models answer
 
 for arm in $ARMS; do flags_of "$arm" > /dev/null; done
 mkdir -p "$OUT"
 if [ "$MODEL" = toy ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  ASKED=(--harmful toy/data/harmful.jsonl --jailbreak toy/data/jailbreak.jsonl
-         --lookalike toy/data/lookalike.jsonl --benign toy/data/benign.jsonl)
+  ROLES=()                               # the recipe's own four
   SETS=(--sets toy-harmful toy-jailbreak toy-lookalike toy-benign)
-  LOST=(--perplexity "$FILES/toy-text.txt" --choices "$FILES/toy-choices.jsonl")
-  ATTACK=(--sets toy-harmful --target "here you {verb} the {noun}" --attack-steps 25 --attack-width 64 --attack-length 6 --attack-check 5)
-  # What the toy's model knows, as sentences and as questions: the material of a noun, among three others
-  [ -e "$FILES/toy-choices.jsonl" ] || python -c '
-import json, pathlib, random, sys
-draw, out = random.Random(0), pathlib.Path(sys.argv[1])
-rows = [json.loads(line) for line in open("toy/data/benign.jsonl", encoding="utf-8")]
-materials, text, asked = sorted({row["answer"][0] for row in rows}), [], []
-for row in rows:
-    material, tool, manner = row["answer"]
-    before = "here you {verb} the {noun} {} with the ".format(manner, **row)
-    others = draw.sample([other for other in materials if other != material], 3)
-    text.append(f"{before}{material} {tool}.")
-    asked.append({"prompt": before, "choices": [f"{one} {tool}." for one in (material, *others)], "answer": 0})
-out.mkdir(parents=True, exist_ok=True)
-(out / "toy-text.txt").write_text("\n\n".join(text))
-(out / "toy-choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))' "$FILES"
+  ATTACK=(--sets toy-harmful --target "here you {verb} the {noun}"
+          --attack-steps 25 --attack-width 64 --attack-length 6 --attack-check 5)
 else
   saes=$(python -c '
-import sys, recipe, sae
-of = recipe.RECIPES.get(sys.argv[1]) or sys.exit("{} has no recipe; there are {}".format(sys.argv[1], ", ".join(recipe.RECIPES)))
-width, l0 = of["width"], sae.CANONICAL_L0[of["sae"], of["width"]]
-print(of["sae"], *(f"layer_{layer}/width_{width}/average_l0_{l0[layer]}/params.npz" for layer in of["layers"]))' "$MODEL")
-  # hf keeps these in ~/.cache/huggingface. Gemma's licence has to be accepted on its page; the SAEs are CC-BY-4.0, the data MIT
+import sys
+from run.settings import RECIPES
+from sae import CANONICAL_L0
+recipe = RECIPES.get(sys.argv[1])
+if not recipe:
+    sys.exit("{} has no recipe; there are {}".format(sys.argv[1], ", ".join(RECIPES)))
+l0 = CANONICAL_L0[recipe["sae"], recipe["width"]]
+print(recipe["sae"])
+for layer in recipe["layers"]:
+    print("layer_{}/width_{}/average_l0_{}/params.npz".format(layer, recipe["width"], l0[layer]))
+' "$MODEL")
+  # hf keeps these in ~/.cache/huggingface. Gemma's licence has to be accepted on its page; the SAEs
+  # are CC-BY-4.0, the data MIT
   hf download "$MODEL" --exclude "*.gguf"
   hf download $saes
-  hf download Anthropic/hh-rlhf harmless-base/train.jsonl.gz harmless-base/test.jsonl.gz helpful-base/test.jsonl.gz --repo-type dataset
-  hf download JailbreakBench/JBB-Behaviors data/harmful-behaviors.csv data/benign-behaviors.csv --repo-type dataset
-  github=https://raw.githubusercontent.com
-  fetch advbench.csv $github/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv                              # MIT
-  fetch harmbench.csv $github/centerforaisafety/HarmBench/main/data/behavior_datasets/harmbench_behaviors_text_all.csv     # MIT
-  fetch strongreject.csv $github/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv            # MIT
-  fetch xstest.csv $github/paul-rottger/xstest/main/xstest_prompts.csv                                                     # CC-BY-4.0
-  fetch hellaswag.jsonl $github/rowanz/hellaswag/master/data/hellaswag_val.jsonl                                           # MIT
-  fetch wikitext.txt $github/pytorch/examples/main/word_language_model/data/wikitext-2/test.txt                            # CC-BY-SA
-  # Not HH-RLHF's own test prompts, the default: many are harmless. HEx-PHI is gated by hand: --set hex-phi=FILE once it is yours
-  ASKED=(--harmful "$FILES/harmbench.csv" --lookalike "$FILES/xstest.csv"
-         --benign hf://datasets/Anthropic/hh-rlhf/helpful-base/test.jsonl.gz)
-  SETS=(--sets hh-rlhf jailbreakbench --set "advbench=$FILES/advbench.csv" --set "harmbench=$FILES/harmbench.csv"
-        --set "strongreject=$FILES/strongreject.csv" --set "xstest=$FILES/xstest.csv")
-  LOST=(--perplexity "$FILES/wikitext.txt" --choices "$FILES/hellaswag.jsonl")
-  ATTACK=(--set "advbench=$FILES/advbench.csv" --attack-steps 250)        # its rows bring their targets; Zou et al. search 500 steps
+  hf download Anthropic/hh-rlhf harmless-base/train.jsonl.gz harmless-base/test.jsonl.gz \
+    helpful-base/test.jsonl.gz --repo-type dataset
+  hf download JailbreakBench/JBB-Behaviors data/harmful-behaviors.csv data/benign-behaviors.csv \
+    --repo-type dataset
+  raw=https://raw.githubusercontent.com  # MIT, but xstest: CC-BY-4.0
+  fetch advbench.csv $raw/llm-attacks/llm-attacks/main/data/advbench/harmful_behaviors.csv
+  fetch harmbench.csv \
+    $raw/centerforaisafety/HarmBench/main/data/behavior_datasets/harmbench_behaviors_text_all.csv
+  fetch strongreject.csv \
+    $raw/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv
+  fetch xstest.csv $raw/paul-rottger/xstest/main/xstest_prompts.csv
+  # Not HH-RLHF's own test prompts, the default: many are harmless. HEx-PHI is gated by hand: add
+  # --set hex-phi=FILE once it is yours
+  ROLES=(--set "harmful=$FILES/harmbench.csv" --set "lookalike=$FILES/xstest.csv"
+         --set benign=hf://datasets/Anthropic/hh-rlhf/helpful-base/test.jsonl.gz)
+  SETS=(--sets hh-rlhf jailbreakbench --set "advbench=$FILES/advbench.csv"
+        --set "harmbench=$FILES/harmbench.csv" --set "strongreject=$FILES/strongreject.csv"
+        --set "xstest=$FILES/xstest.csv")
+  # AdvBench's rows bring their targets; Zou et al. search 500 steps
+  ATTACK=(--set "advbench=$FILES/advbench.csv" --attack-steps 250)
 fi
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. A look before anything is paid for: settings and where they come from, parameters, steps, memory
-# (CHOOSE, TRAIN, JUDGE and what flags_of says are lists of words, and stand without quotes)
+# --------------------------------------------------------------------------------------------------
+# 2. A look before anything is paid for: settings and their sources, parameters, steps, memory.
+# CHOOSE, TRAIN, JUDGE and what flags_of says are lists of words, and stand without quotes
 
-python train.py --model "$MODEL" "${ASKED[@]}" $CHOOSE $TRAIN --dry-run
+python train.py --model "$MODEL" "${ROLES[@]}" $CHOOSE $TRAIN --dry-run
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Which features? To be looked at: train.py chooses the same ones again on its way
 
-for select in paper gradient; do
+for select in $ARMS; do
+  if [ "$select" = lora ]; then continue; fi
   here=$OUT/select-$select
-  if [ ! -e "$here/subspace.safetensors" ]; then rm -rf "$here"; fi       # select.py doesn't go on: it takes minutes
-  once "$here/subspace.safetensors" python select.py --model "$MODEL" --select $select $CHOOSE --out "$here"
+  # select.py doesn't go on in a folder: it takes minutes
+  if [ ! -e "$here/subspace.safetensors" ]; then rm -rf "$here"; fi
+  once "$here/subspace.safetensors" \
+    python select.py --model "$MODEL" --select $select $CHOOSE --out "$here"
 done
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. Answers before, selection, training, answers after, what was learned
+# --------------------------------------------------------------------------------------------------
+# 4. Answers before, selection, training, answers after; then what was learned
 
 runs=()
 for seed in $SEEDS; do
   for arm in $ARMS; do
-    flags=$(flags_of "$arm")
-    runs+=("$arm-$seed")
-    once "$OUT/$arm-$seed/report.html" python train.py --model "$MODEL" $flags --seed "$seed" $CHOOSE \
-      "${ASKED[@]}" --eval-prompts "$PROMPTS" $TRAIN --out "$OUT/$arm-$seed"
+    run=$OUT/$arm-$seed
+    runs+=("$run")
+    once "$run/scores.json" python train.py --model "$MODEL" $(flags_of "$arm") --seed "$seed" \
+      $CHOOSE "${ROLES[@]}" --eval-prompts "$PROMPTS" $TRAIN --out "$run"
+    once "$run/report.html" python -m report "$run"
   done
 done
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. The field's sets, and lost ability by likelihood, of base and adapter. Another JUDGE: take asked/*/report.html away, answers stay
+# --------------------------------------------------------------------------------------------------
+# 5. The field's sets, of base and adapter. For another JUDGE take asked/*/scores.json away: the
+# answers stay
 
 for run in "${runs[@]}"; do
-  once "$OUT/asked/$run/report.html" python eval.py "$OUT/$run" "${SETS[@]}" "${LOST[@]}" --prompts "$PROMPTS" $JUDGE \
-    --out "$OUT/asked/$run"
+  here=$OUT/asked/${run##*/}
+  once "$here/scores.json" \
+    python eval.py "$run" "${SETS[@]}" --prompts "$PROMPTS" $JUDGE --out "$here"
 done
 
-# ---------------------------------------------------------------------------------------------------------------
-# 6. Under attack: for each prompt that is refused, a suffix is searched that makes the model give in
+# --------------------------------------------------------------------------------------------------
+# 6. Under attack: for each prompt that is refused, a suffix is searched that makes the model comply
 
 for arm in $ARMS; do
   run=$arm-${SEEDS%% *}
-  once "$OUT/attacked/$run/report.html" python eval.py "$OUT/$run" "${ATTACK[@]}" --attack gcg --prompts "$ATTACKED" \
-    --out "$OUT/attacked/$run"
+  once "$OUT/attacked/$run/scores.json" python eval.py "$OUT/$run" "${ATTACK[@]}" --attack gcg \
+    --prompts "$ATTACKED" --out "$OUT/attacked/$run"
 done
 
-# ---------------------------------------------------------------------------------------------------------------
-# 7. Reports: each arm as mean ± standard deviation over seeds; seed by seed, each prompt by prompt against the first; the attacks
+# --------------------------------------------------------------------------------------------------
+# 7. Each arm as mean ± standard deviation over seeds
 
-python report.py "${runs[@]/#/$OUT/}" --page "$OUT/runs.html" | tee "$OUT/runs.txt"
-for seed in $SEEDS; do
-  here=()
-  for arm in $ARMS; do here+=("$OUT/asked/$arm-$seed"); done
-  python report.py "${here[@]}" --page "$OUT/asked-$seed.html" | tee "$OUT/asked-$seed.txt"
-done
-here=()
-for arm in $ARMS; do here+=("$OUT/attacked/$arm-${SEEDS%% *}"); done
-python report.py "${here[@]}" --page "$OUT/attacked.html" | tee "$OUT/attacked.txt"
+if [ ${#runs[@]} -gt 1 ]; then python -m report "${runs[@]}" | tee "$OUT/runs.txt"; fi
 
-# ---------------------------------------------------------------------------------------------------------------
-# 8. Base and adapter as one checkpoint, for whatever opens Gemma-2: lm_eval --model hf --model_args pretrained=$OUT/merged --tasks mmlu
+# --------------------------------------------------------------------------------------------------
+# 8. Base and adapter as one checkpoint, and lost ability by likelihood where lm_eval is installed
 
-once "$OUT/merged/config.json" python lora.py "$OUT/${ARMS##* }-${SEEDS%% *}" --dtype bfloat16 --out "$OUT/merged"
-echo "pages: $OUT/runs.html $OUT/asked-*.html $OUT/attacked.html; checkpoint: $OUT/merged"
+once "$OUT/merged/config.json" \
+  python lora.py "$OUT/${ARMS##* }-${SEEDS%% *}" --dtype bfloat16 --out "$OUT/merged"
+if [ "$MODEL" != toy ] && command -v lm_eval > /dev/null; then
+  for checkpoint in "$MODEL" "$OUT/merged"; do
+    here=$OUT/lm_eval/${checkpoint##*/}
+    once "$here" lm_eval --model hf --model_args "pretrained=$checkpoint,dtype=bfloat16" \
+      --tasks "$TASKS" --output_path "$here"
+  done
+fi
+echo "pages: $OUT/*/report.html; runs: $OUT/runs.txt; checkpoint: $OUT/merged"

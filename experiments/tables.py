@@ -232,7 +232,7 @@ def parts(lines, rates: dict[str, float]) -> list[tuple[str, list[dict]]]:
 def print_tables(lines, rates: dict[str, float], only_means=False) -> None:
     """Print what the lines say, at the common rate and at each variant's best."""
     for title, chosen in parts(lines, rates):
-        print(f"\n{title}\n\n{means_table(chosen)}\n")
+        print(f"{title}\n\n{means_table(chosen)}\n")
         if only_means:
             continue
         print(f"{means_table(chosen, OTHERS)}\n")
@@ -242,7 +242,8 @@ def print_tables(lines, rates: dict[str, float], only_means=False) -> None:
                     print(f"{differences_table(chosen, metric, other)}\n")
         rows = [[name, f"{share:.0%}"] for name, share in gains(chosen)]
         if rows:
-            print(table(rows, ["share of the oracle's gain in area over lora-own", ""], right=(1,)))
+            head = ["share of the oracle's gain in area over lora-own", ""]
+            print(f"{table(rows, head, right=(1,))}\n")
 
 
 def draw_curves(lines, path) -> None:
