@@ -56,7 +56,7 @@ def begin_within(model, generator, factors_of):
 
 @variant
 def pissa(world, model, generator):
-    """PiSSA (arXiv 2404.02948): A and B the leading singular triplets of W, W less their product."""
+    """PiSSA (arXiv 2404.02948): A and B leading singular triplets of W, W less B·A."""
     def triplets(weight):
         U, S, V = torch.linalg.svd(weight, full_matrices=False)
         root = S[:RANK].sqrt()
@@ -66,7 +66,7 @@ def pissa(world, model, generator):
 
 @variant
 def olora(world, model, generator):
-    """OLoRA (arXiv 2406.01775): W = QR, B columns of Q, A rows of R, W less their product."""
+    """OLoRA (arXiv 2406.01775): W = QR, B columns of Q, A rows of R, W less B·A."""
     def leading(weight):
         Q, R = torch.linalg.qr(weight)
         return R[:RANK], Q[:, :RANK]

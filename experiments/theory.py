@@ -173,7 +173,7 @@ def errors(s: Setting, steps=(UNDER, WELL)) -> dict[str, float]:
     for count in steps:
         rows = SAE(s, count, a, u).chosen_rows(a, u, s.r)
         by_name[f"SAE, {count} steps"] = error(span(rows), W, s.r)
-    bases = {"uncentred": subspace(rows, TAU, s.d).U, "centred": centred(rows, TAU)}
+    bases = {"uncentred": subspace(rows, TAU, s.d)[0], "centred": centred(rows, TAU)}
     for name, U in bases.items():
         by_name[f"  its PCA, {name}, τ = {TAU:g}"] = error(U, W, s.r)
         by_name[f"    {name}, √(r − r̂)"] = math.sqrt(s.r - U.shape[1])
@@ -226,7 +226,7 @@ def draw_figure(base: Setting, path: Path) -> None:
     W, a, u = sample(wide)
     rows = SAE(wide, WELL, a, u).chosen_rows(a, u, wide.r)
     taus = torch.linspace(0.3, 1, 71).tolist()
-    for name, pca in (("uncentred", lambda tau: subspace(rows, tau, wide.d).U),
+    for name, pca in (("uncentred", lambda tau: subspace(rows, tau, wide.d)[0]),
                       ("centred", lambda tau: centred(rows, tau))):
         bases = [pca(tau) for tau in taus]
         axes[3].plot(taus, [error(U, W, wide.r) for U in bases], label=f"{trained}, {name} PCA")
