@@ -296,7 +296,7 @@ attend_spans.register_autograd(_backward, setup_context=_setup_context)
 # Compiling what stands between the matrix products
 
 EAGER = capped_softmax, capped_softmax_backward
-pointwise = EAGER  # what the operators call
+pointwise: tuple = EAGER  # what the operators call
 compiled = False   # whether these are compiled, and attention on CUDA is flex_attention
 
 
