@@ -9,6 +9,7 @@ Explaining answers prompts a dozen times and reads them twice; on the toy it tak
 """
 
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -67,21 +68,6 @@ def explain_run(run, num_prompts, device=None):
                features, subspaces)
 
 
-def named_table(explanation) -> str:
-    """The features that the update uses clearly more than chance."""
-    rows = []
-    for part in explanation["layers"]:
-        for feature in part["features"]:
-            if feature["named"]:
-                key = f"{part['layer']}/{feature['index']}"
-                peaks = explanation["words"][key]["peaks"]
-                fires = dict.fromkeys(peak["tokens"][peak["peak"]].strip() for peak in peaks)
-                rows.append([key, part["side"], f"{feature['share_left']:.1%}",
-                             f"{feature['left_max']:.1%}", " ".join(fires)])
-    head = ["named feature", "side", "of the update", "most by chance", "fires most on"]
-    return table(rows, head, right=(2, 3)) if rows else "no feature is used beyond chance"
-
-
 # ------------------------------------------------------------------------------
 # The table of runs
 
@@ -91,31 +77,39 @@ COLUMNS = {"safe": ("harmful", "safe"), "safe, jailbreak": ("jailbreak", "safe")
 
 def runs_table(runs) -> str:
     """One line for each configuration among runs [(settings, scores)], over its seeds."""
-    fixed = [{name: value for name, value in vars(settings).items() if name != "seed"}
-             for settings, _ in runs]
     # What differs between the runs names a line
-    first = fixed[0]
-    differing = [name for name in first if any(values[name] != first[name] for values in fixed)]
-    root, bases, groups = f"{ROOT}/", {}, {}
-    for values, (settings, scores) in zip(fixed, runs):
-        label = ", ".join(f"{name.replace('_', '-')} {str(values[name]).removeprefix(root)}"
-                          for name in differing)
-        groups.setdefault(label or "all runs", []).append(scores)
-        bases[f"base model, {settings.model}"] = [scores]
-    # Means and deviations over the seeds of each line
+    first = vars(runs[0][0])
+    differing = [name for name in first if name != "seed"
+                 and any(getattr(settings, name) != first[name] for settings, _ in runs)]
+    bases, groups = {}, defaultdict(list)
+    for settings, scores in runs:
+        values = []
+        for name in differing:
+            value = str(getattr(settings, name)).removeprefix(f"{ROOT}/")
+            values.append(f"{name.replace('_', '-')} {value}")
+        groups[", ".join(values) or "all runs"].append(scores)
+        bases[f"base model, {settings.model}"] = scores
+
+    # The base answers alike whatever the seed; an adapter's figures are means over seeds
     rows = []
-    for model, lines in (("base", bases), ("adapter", groups)):
-        for label, group in lines.items():
-            row = [label, len(group) if model == "adapter" else None]
-            for name, key in COLUMNS.values():
-                figures = [scores["sets"][model].get(name, {}).get(key) for scores in group]
-                row.append(mean_and_sd([figure and figure["rate"] for figure in figures]))
-            for key in ("subspace", "random"):
-                shares = [scores["share"][key] if model == "adapter" else None for scores in group]
-                row.append(mean_and_sd(shares))
-            rows.append(row)
+    for label, scores in bases.items():
+        rows.append([label, None, *figures([scores], "base"), None, None])
+    for label, group in groups.items():
+        row = [label, len(group), *figures(group, "adapter")]
+        for key in ("subspace", "random"):
+            row.append(mean_and_sd([scores["share"][key] for scores in group]))
+        rows.append(row)
     head = ["%, mean ± sd over seeds", "seeds", *COLUMNS, "ΔW in subspace", "in random bases"]
     return table(rows, head, right=range(1, len(head)))
+
+
+def figures(group, model):
+    """The COLUMNS of one line, over the scores of its runs."""
+    cells = []
+    for name, key in COLUMNS.values():
+        shares = [scores["sets"][model].get(name, {}).get(key) for scores in group]
+        cells.append(mean_and_sd([share and share["rate"] for share in shares]))
+    return cells
 
 
 def mean_and_sd(values):
@@ -151,8 +145,7 @@ def main():
         explain_to(folder / "explain.json", args.adapter, settings, args.prompts)
     elif not (folder / "explain.json").exists():
         explain_run(folder, args.prompts, args.device)
-    path = write_page(folder)
-    print(f"{named_table(read_json(folder / 'explain.json'))}\n\npage: {path}")
+    print(f"page: {write_page(folder)}")
 
 
 if __name__ == "__main__":

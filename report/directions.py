@@ -1,6 +1,6 @@
 """Along which SAE decoder directions an adapter's update lies, beside chance.
 
-    used, random_rows = directions_used(model, saes, features, subspaces)   # explain.py goes on
+    used = directions_used(model, saes, subspaces)      # explain.py goes on
 
 A direction d of the residual stream is *read* by q, k and v: their ΔW spends ‖ΔW d‖² on it. It is
 *written* by o, whose ΔW puts ‖dᵀ ΔW‖² there. Decoder directions overlap, and one of them always
@@ -26,15 +26,21 @@ MIN_SHARE = 1e-3    # of an update: a smaller share isn't worth a name
 MAX_NAMED = 10      # features of each layer and side
 NUM_RANDOM = 8192   # random directions of each layer
 MIN_NEW = 0.1       # of a direction, squared, lies outside those named before it: no near copies
+SIDES = "readers", "writers"
 
 
 def update_norm(model) -> float:
     """‖ΔW‖_F of all modules together."""
     layers = lora.lora_layers(model).values()
-    return math.sqrt(sum(float(update_rows(layer).square().sum()) for layer in layers))
+    return math.sqrt(sum(norm2(update_rows(layer)) for layer in layers))
 
 
-def update_rows(layer: lora.LoRALinear, gain: torch.Tensor | None = None) -> torch.Tensor:
+def norm2(Z: torch.Tensor) -> float:
+    """‖Z‖_F²."""
+    return float(Z.square().sum())
+
+
+def update_rows(layer: lora.LoRALinear, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
     """Rows Z (r, D), float64, that stand for a layer's update in the residual stream.
 
     For every d, ‖Z d‖ is ‖ΔW d‖ of a reader and ‖dᵀ ΔW‖ of a writer. ΔW = sBA is never made: with
@@ -43,30 +49,43 @@ def update_rows(layer: lora.LoRALinear, gain: torch.Tensor | None = None) -> tor
     gain (D): the norm's 1 + w between the module and the residual stream. A reader sees gain ∘ x,
     so in the stream's own coordinates its update is ΔW·diag(gain). A writer's is diag(gain)·ΔW.
     """
-    A, B = layer.A.detach().double(), layer.B.detach().double()
+    A = layer.A.detach().cpu().double()
+    B = layer.B.detach().cpu().double()
     stream, other = (B.T, A.T) if layer.writer else (A, B)
-    Z = layer.scale * torch.linalg.qr(other).R @ stream
-    return Z if gain is None else Z * gain.to(Z)
+    R = torch.linalg.qr(other).R
+    return layer.scale * R @ stream * gain
 
 
 def sae_key(name: str, sae_layers) -> tuple[int, str]:
     """(SAE layer, side) that serves the module `name`."""
-    side = MODULES[name.split(".")[-1]].side
-    return serving_layer(int(name.split(".")[1]), side == "writers", sae_layers), side
+    _, block, _, leaf = name.split(".")
+    side = MODULES[leaf].side
+    return serving_layer(int(block), side == "writers", sae_layers), side
 
 
-def stream_gain(model, name: str) -> torch.Tensor:
-    """1 + w (D) of the norm between the module `name` and the residual stream."""
-    return norm_gain(model.layers[int(name.split(".")[1])], name)
+def stream_gain(model, name: str, norm_aware: bool) -> torch.Tensor | float:
+    """1 + w (D), float64, of the norm between module `name` and the residual stream, or 1.0."""
+    if not norm_aware:
+        return 1.0
+    block = int(name.split(".")[1])
+    return norm_gain(model.layers[block], name).double()
+
+
+def unit_decoder(sae) -> torch.Tensor:
+    """Each feature's decoder direction, as unit rows (F, D)."""
+    return F.normalize(sae.directions(range(sae.n_units)), dim=1)
 
 
 def random_directions(decoder: torch.Tensor) -> torch.Tensor:
     """Random unit directions (NUM_RANDOM, D) with the uncentred covariance of unit rows (F, D)."""
     C = (decoder.T @ decoder).double() / len(decoder)
-    C += 1e-9 * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    # A small ridge, so that directions which the decoder doesn't span do no harm
+    identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    C += 1e-9 * C.diagonal().mean() * identity
+    factor = torch.linalg.cholesky(C).T.to(decoder)
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(NUM_RANDOM, len(C), generator=generator).to(decoder)
-    return F.normalize(normal @ torch.linalg.cholesky(C).T.to(decoder), dim=1)
+    return F.normalize(normal @ factor, dim=1)
 
 
 def largest_of(shares: torch.Tensor, count: int, level: float) -> float:
@@ -91,22 +110,25 @@ class Update:
     """Rows Z (R, D) of an update, beside unit rows: decoder (F, D) and random (NUM_RANDOM, D)."""
 
     def __init__(self, Z, decoder, random_rows):
-        self.norm2 = float(Z.square().sum())
+        self.norm2 = norm2(Z)
         # ‖Z d‖ depends on the R factor of Z alone, which has at most D rows
-        self.Z = torch.linalg.qr(Z).R.to(decoder) if len(Z) > Z.shape[1] else Z.to(decoder)
-        self.decoder, self.random_rows = decoder, random_rows
+        if len(Z) > Z.shape[1]:
+            Z = torch.linalg.qr(Z).R
+        self.Z = Z.to(decoder)
+        self.decoder = decoder
+        self.random_rows = random_rows
         self.decoder_products = decoder @ self.Z.T        # (F, R)
         self.random_products = random_rows @ self.Z.T     # (NUM_RANDOM, R)
 
     def inside(self, Q: torch.Tensor) -> float:
         """Share of ‖ΔW‖² in the span of orthonormal columns Q (D, k)."""
-        return float((self.Z @ Q.to(self.Z)).square().sum()) / self.norm2
+        return norm2(self.Z @ Q.to(self.Z)) / self.norm2
 
     def inside_random(self, k: int) -> float:
         """Share of ‖ΔW‖² in the span of k random directions, the mean of 8 draws."""
-        if not k:
+        if k == 0:
             return 0.0
-        draws = [self.random_rows[i * k:(i + 1) * k] for i in range(8)]
+        draws = self.random_rows[:8 * k].split(k)
         return sum(self.inside(span(rows)) for rows in draws) / 8
 
     def remaining(self, named: list[int], level: float) -> tuple[torch.Tensor, float]:
@@ -127,8 +149,9 @@ class Update:
     def _energy_outside(self, Q, directions, products):
         """‖Z d‖² / ‖d‖² (N) of the part d of each direction that lies outside the span of Q."""
         along = directions @ Q                        # (N, k)
+        outside = products - along @ (self.Z @ Q).T   # (N, R)
         new = 1 - along.square().sum(1)
-        energy = (products - along @ (self.Z @ Q).T).square().sum(1) / new.clamp(min=MIN_NEW)
+        energy = outside.square().sum(1) / new.clamp(min=MIN_NEW)
         return torch.where(new < MIN_NEW, 0, energy)
 
     def name(self, level: float) -> dict[int, tuple[float, float]]:
@@ -168,60 +191,52 @@ class Update:
             ordered[best] = float(share[best]), limit
         return ordered
 
-    def describe(self, chosen: list[int], U: torch.Tensor | None, level: float) -> dict:
-        """One of explain.json's "layers", less its modules: subspace U (D, r̂) and features."""
-        share, limit = self.remaining([], level)
+    def describe(self, U: torch.Tensor | None, level: float) -> dict:
+        """Shares in the subspace U (D, r̂) and in the named features' span, beside chance."""
         named = self.name(level)
-        random_mean = float(self.random_products.square().sum(1).mean()) / self.norm2
-        # Of the features that nobody chose and that aren't named, the three most used are listed
-        others = [i for i in share.argsort(descending=True).tolist() if i not in (*chosen, *named)]
-        features = []
-        for index in dict.fromkeys([*named, *chosen, *others[:3]]):
-            share_left, left_max = named.get(index, (None, None))
-            features.append({
-                "index": index, "chosen": index in chosen, "named": index in named,
-                "share": float(share[index]), "random": random_mean, "random_max": limit,
-                "share_left": share_left, "left_max": left_max})
-        dimension = None if U is None else U.shape[1]
-        return {
-            "subspace": None if U is None else self.inside(U),
-            "subspace_random": None if U is None else self.inside_random(dimension),
-            "dimension": dimension, "explained": self.inside(span(self.decoder[list(named)])),
-            "explained_random": self.inside_random(len(named)), "features": features}
+        described = {
+            "subspace": None,
+            "subspace_random": None,
+            "explained": self.inside(span(self.decoder[list(named)])),
+            "explained_random": self.inside_random(len(named)),
+            "features": [{"index": index, "share_left": share, "left_max": limit}
+                         for index, (share, limit) in named.items()]}
+        if U is not None:
+            described["subspace"] = self.inside(U)
+            described["subspace_random"] = self.inside_random(U.shape[1])
+        return described
 
 
-def directions_used(model, saes, features=(), subspaces=None, norm_aware=False):
-    """explain.json's {"norm", "layers"}, and a few random directions {layer: (2·MAX_NAMED, D)}.
+def directions_used(model, saes, subspaces=None, norm_aware=False) -> list[dict]:
+    """explain.json's "layers": the update of the modules that one SAE serves, on each side.
 
-    features: dicts with layer and index, as in features.json: those chosen before training.
     subspaces: {(layer, side): U (D, r̂)}. With norm_aware, updates are taken in the residual
     stream's own coordinates, where the directions that features.module_bases maps into the modules
     are again the decoder's.
     """
     # Modules that one SAE serves on one side are one update
-    modules, updates = defaultdict(list), defaultdict(list)
+    updates = defaultdict(list)
     for name, layer in lora.lora_layers(model).items():
-        key = sae_key(name, saes)
-        modules[key].append(name)
-        updates[key].append(update_rows(layer, stream_gain(model, name) if norm_aware else None))
-    norm2 = {key: sum(float(Z.square().sum()) for Z in parts) for key, parts in updates.items()}
-    total = sum(norm2.values())
-    level = FALSE_NAMES / max(1, len(modules))
+        gain = stream_gain(model, name, norm_aware)
+        updates[sae_key(name, saes)].append(update_rows(layer, gain))
+    sizes = {key: sum(map(norm2, rows)) for key, rows in updates.items()}
+    level = FALSE_NAMES / len(updates)
 
-    described, random_rows = [], {}
-    for sae_layer in sorted({sae_layer for sae_layer, _ in modules}):
+    described = []
+    for sae_layer in sorted(saes):
         # One decoder is in memory at a time
-        sae = saes[sae_layer]
-        decoder = F.normalize(sae.directions(range(sae.n_units)), dim=1)
-        directions = random_directions(decoder)
-        random_rows[sae_layer] = directions[:2 * MAX_NAMED].clone()
-        chosen = [feature["index"] for feature in features if feature["layer"] == sae_layer]
-        for side in ("readers", "writers"):
+        decoder = unit_decoder(saes[sae_layer])
+        random_rows = random_directions(decoder)
+        for side in SIDES:
             key = sae_layer, side
-            if norm2.get(key):
-                update = Update(torch.cat(updates[key]), decoder, directions)
-                described.append({
-                    "layer": sae_layer, "side": side, "modules": modules[key],
-                    "norm2": norm2[key], "share_of_update": norm2[key] / total,
-                    **update.describe(chosen, (subspaces or {}).get(key), level)})
-    return {"norm": math.sqrt(total), "layers": described}, random_rows
+            # A LoRA that was never trained has B = 0
+            if sizes.get(key, 0) == 0:
+                continue
+            update = Update(torch.cat(updates[key]), decoder, random_rows)
+            about = {
+                "layer": sae_layer,
+                "side": side,
+                "share_of_update": sizes[key] / sum(sizes.values())}
+            U = (subspaces or {}).get(key)
+            described.append(about | update.describe(U, level))
+    return described

@@ -15,14 +15,13 @@ from conftest import TOY, random_gemma
 
 import lora
 from data import Example, Prompt, load_tokenizer
-from eval import answer
 from features import serving_layer
 from model import MODULES, load_model
 from report.__main__ import main, runs_table
 from report.directions import (FALSE_NAMES, Update, directions_used, largest_of,
                                random_directions)
 from report.explain import activity, explain, removed
-from report.page import STEERING, escape, page, tag, write_page
+from report.page import page, tag, write_page
 from run.files import InputError
 from safety.sets import EvalSet
 from sae import JumpReLU, load_sae
@@ -77,33 +76,26 @@ def test_shares_equal_plain_sums(norm_aware):
     layers = add_random_adapter(model, 3 * rows[0][7].float())
     U = {layer: torch.linalg.qr(torch.randn(64, 5)).Q for layer in saes}
     subspaces = {(layer, side): U[layer] for layer in saes for side in ("readers", "writers")}
-    features = [{"layer": 0, "index": 3}, {"layer": 2, "index": 9}]
-    used, _ = directions_used(model, saes, features, subspaces, norm_aware)
+    parts = directions_used(model, saes, subspaces, norm_aware)
     updates = {name: dense_update(model, name, layer, norm_aware) for name, layer in layers.items()}
     total = sum(update.square().sum().item() for update in updates.values())
-    assert used["norm"] == pytest.approx(math.sqrt(total), rel=1e-6)
-    assert {name for part in used["layers"] for name in part["modules"]} == set(layers)
-    for part in used["layers"]:
-        for name in part["modules"]:
-            block = int(name.split(".")[1])
-            assert serving_layer(block, layers[name].writer, saes) == part["layer"]
-        W = torch.cat([updates[name] for name in part["modules"]])
+    assert len(parts) == 4
+    for part in parts:
+        layer, writer = part["layer"], part["side"] == "writers"
+        W = torch.cat([
+            update for name, update in updates.items() if layers[name].writer == writer
+            and serving_layer(int(name.split(".")[1]), writer, saes) == layer])
         whole = W.square().sum().item()
-        along = (W @ rows[part["layer"]].T).square().sum(0)
-        inside = (W @ U[part["layer"]].double()).square().sum().item()
-        assert part["norm2"] == pytest.approx(whole, rel=1e-6)
+        along = (W @ rows[layer].T).square().sum(0) / whole
+        inside = (W @ U[layer].double()).square().sum().item()
         assert part["share_of_update"] == pytest.approx(whole / total, rel=1e-6)
         assert part["subspace"] == pytest.approx(inside / whole, rel=1e-5)
-        for feature in part["features"]:
-            share = along[feature["index"]].item() / whole
-            assert feature["share"] == pytest.approx(share, rel=1e-4)
-        named = [feature for feature in part["features"] if feature["named"]]
-        taken = sum(feature["share_left"] for feature in named)
+        taken = sum(feature["share_left"] for feature in part["features"])
         assert taken == pytest.approx(part["explained"], abs=1e-5)
-        chosen = [feature["index"] for feature in part["features"] if feature["chosen"]]
-        assert chosen == ([3] if part["layer"] == 0 else [9])
-        if part["layer"] == 0:
-            assert named[0]["index"] in (7, 87)     # the planted direction, or its near copy
+        if layer == 0:
+            best = part["features"][0]              # the planted direction, or its near copy
+            assert best["index"] in (7, 87)
+            assert best["share_left"] == pytest.approx(along.max().item(), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +169,7 @@ def test_activity_equals_a_plain_loop():
     for i, length in enumerate((9, 30, 14, 21, 17)):
         tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
         tokens[0], tokens[length // 2 + 1], tokens[-1] = 2, 1, 1        # control tokens
-        texts.append(("harmful" if i % 2 else "benign", Example(tokens, length // 2, True)))
+        texts.append(("benign" if i % 2 else "harmful", Example(tokens, length // 2, True)))
     activities = activity(model, saes, texts, control, batch_tokens=64)
 
     def codes(example, layer, factor):
@@ -186,26 +178,19 @@ def test_activity_equals_a_plain_loop():
         return saes[layer].encode(residuals[layer][0]).double()         # (T, F)
 
     for layer in saes:
-        means = {"decision": [], "answer": []}
-        for role, example in texts:
-            if role == "benign":
-                both = torch.stack([codes(example, layer, factor) for factor in (0, 1)])
-                places = [t for t in range(example.start, len(example.tokens))
-                          if example.tokens[t] not in control]
-                means["decision"].append(both[:, example.start - 1])
-                means["answer"].append(both[:, places].mean(1))
-        for where, rows in means.items():
-            rows = torch.stack(rows)                                    # (prompts, 2, F)
-            change = rows[:, 1] - rows[:, 0]
-            moved = activities[layer].moved("benign", where)
-            assert moved[0]["index"] == change.mean(0).abs().argmax().item()
-            for feature in moved:
-                i = feature["index"]
-                base, adapter = rows.mean(0)[:, i].tolist()
-                error = change[:, i].std().item() / math.sqrt(len(change))
-                assert feature["base"] == pytest.approx(base, abs=1e-5)
-                assert feature["adapter"] == pytest.approx(adapter, abs=1e-5)
-                assert feature["error"] == pytest.approx(error, abs=1e-5)
+        rows = torch.stack([
+            torch.stack([codes(example, layer, factor)[example.start - 1] for factor in (0, 1)])
+            for role, example in texts if role == "harmful"])           # (prompts, 2, F)
+        change = rows[:, 1] - rows[:, 0]
+        moved = activities[layer].moved("harmful", len(rows))
+        assert moved[0]["index"] == change.mean(0).abs().argmax().item()
+        for feature in moved:
+            i = feature["index"]
+            base, adapter = rows.mean(0)[:, i].tolist()
+            error = change[:, i].std().item() / math.sqrt(len(change))
+            assert feature["base"] == pytest.approx(base, abs=1e-5)
+            assert feature["adapter"] == pytest.approx(adapter, abs=1e-5)
+            assert feature["error"] == pytest.approx(error, abs=1e-5)
         # A feature's peak is where the base, not the adapter, is most active
         values = [codes(example, layer, 0)[t, 80].item() for _, example in texts
                   for t in range(len(example.tokens))
@@ -244,21 +229,15 @@ def test_a_planted_adapter_is_explained(toy):
     before = [layer.update for layer in lora.lora_layers(model).values()]
     explanation = explain(model, saes, tokenizer, toy_sets(), SETTINGS)
     for part in explanation["layers"]:
-        named = {feature["index"] for feature in part["features"] if feature["named"]}
+        named = {feature["index"] for feature in part["features"]}
         assert named == {40, 217, 300} and part["explained"] > 0.999 and part["subspace"] is None
     after = [layer.update for layer in lora.lora_layers(model).values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
     # Nothing else is in the update: without its features the adapter is the base
-    rows = {row["what"]: row for row in explanation["removal"]["rows"]}
+    rows = {row["what"]: row for row in explanation["removal"]}
     assert rows["as trained"]["p"] == 1
     assert rows["without all named features"]["safe"] == rows["base model"]["safe"]
-    for view in explanation["tokens"]:
-        prompt = toy_sets()[view["set"]].prompts[view["line"] - 1]
-        who = model if view["who"] == "adapter" else load_model(TOY)
-        text = answer(who, tokenizer, [prompt], 10)[0]
-        ids = (*tokenizer.encode(text), tokenizer.end_of_turn)
-        assert view["text"][view["answer_start"]:] == [tokenizer.token(i) for i in ids]
     mentioned = [(part["layer"], feature["index"])
                  for part in explanation["layers"] for feature in part["features"]]
     mentioned += [(feature["layer"], feature["index"])
@@ -280,9 +259,8 @@ def test_the_mlp_of_an_adapter_is_explained_too(toy):
     gate.B.data.normal_(generator=torch.Generator().manual_seed(0))
     down.B.data.copy_((written / (1 + model.layers[2].post_feedforward_layernorm.weight))[:, None])
     down.A.data.normal_(generator=torch.Generator().manual_seed(0))
-    used, _ = directions_used(model, saes, norm_aware=True)
-    named = {(part["layer"], part["side"]): [f["index"] for f in part["features"] if f["named"]]
-             for part in used["layers"]}
+    named = {(part["layer"], part["side"]): [feature["index"] for feature in part["features"]]
+             for part in directions_used(model, saes, norm_aware=True)}
     assert named == {(2, "readers"): [40], (2, "writers"): [217]}
 
 
@@ -301,8 +279,8 @@ def test_the_command_explains_an_adapter(toy, tmp_path, monkeypatch, capsys):
                f"--out {tmp_path}/out --prompts 2")
     monkeypatch.setattr("sys.argv", command.split())
     main()
-    assert "2/217" in capsys.readouterr().out and (tmp_path / "out/explain.json").exists()
-    assert "What the update is made of" in (tmp_path / "out/report.html").read_text()
+    assert "out/report.html" in capsys.readouterr().out
+    assert 'id="feature-2/217"' in (tmp_path / "out/report.html").read_text()
     with pytest.raises(InputError, match="isn't empty"):
         main()
 
@@ -311,39 +289,33 @@ def test_the_command_explains_an_adapter(toy, tmp_path, monkeypatch, capsys):
 # The page
 
 def figure(rate):
-    return {"count": 0, "n": 8, "rate": rate, "low": rate / 2, "high": rate}
+    return {"count": 8 * rate, "n": 8, "rate": rate, "low": rate / 2, "high": rate}
 
 
 def write_run(folder, text=str, prompts=8):
     """A run's files. `text` is applied to all that a model, a data set or a file's name says."""
-    feature = {
-        "layer": 1, "index": 7, "frequency": {text("aligned"): 0.2}, "promotes": [text(" sorry")],
-        "neuronpedia": text("https://www.neuronpedia.org/m/1/7"),
-        "peaks": [{"activation": 7.5, "side": text("aligned"), "peak": 1,
-                   "tokens": [text(token) for token in (" I", " cannot", "\n")]}] * 2}
+    tokens = [text(token) for token in (" I", " cannot", "\n")]
+    peak = {"activation": 7.5, "side": text("aligned"), "peak": 1, "tokens": tokens}
+    words = {"promotes": [text(" sorry")], "peaks": [peak, peak],
+             "neuronpedia": text("https://www.neuronpedia.org/m/1/7")}
     part = {
-        "layer": 1, "side": "readers", "modules": [f"layers.{b}.self_attn.q_proj" for b in (1, 2)],
-        "share_of_update": 1.0, "subspace": 0.8, "subspace_random": 0.2, "explained": 0.3,
-        "explained_random": 0.1, "features": [{"index": 7, "named": True, "share_left": 0.3,
-                                               "left_max": 0.09}]}
-    removal = [{"what": text(what), "layer": 1, "index": 7, "safe": figure(0.5), "change": -0.125,
-                "p": 0.25, "over_refusal": None} for what in ("as trained", "without it")]
-    moved = {"layer": 1, "index": 7, "base": 0.4, "adapter": 1.9, "change": 1.5, "error": None}
-    view = {"set": text("harmful"), "prompt": text("a prompt"), "answer_start": 1,
-            "text": [text("how"), text("no")], "features": [moved | {"activation": [0.0, 2.0]}]}
+        "layer": 1, "side": "readers", "share_of_update": 1.0, "subspace": 0.8,
+        "subspace_random": 0.2, "explained": 0.3, "explained_random": 0.1,
+        "features": [{"index": 7, "share_left": 0.3, "left_max": 0.09}]}
+    removal = [{"what": text(what), "feature": feature, "safe": figure(0.5), "change": -0.125,
+                "p": 0.25, "over_refusal": None}
+               for what, feature in (("as trained", None), ("without it", "1/7"))]
+    moved = {"layer": 1, "index": 7, "base": 0.4, "adapter": 1.9, "change": 1.5, "error": 0.2}
     explanation = {
-        "model": text("toy"), "layers": [part], "words": {"1/7": feature},
-        "removal": {"prompts": 8, "set": text("harmful"), "rows": removal},
-        "inside": [{"role": "harmful", "where": "decision", "prompts": 8, "features": [moved]}],
-        "tokens": [view | {"who": who} for who in ("base", "adapter")]}
+        "model": text("toy"), "layers": [part], "words": {"1/7": words}, "removal": removal,
+        "inside": [{"role": "harmful", "prompts": 8, "features": [moved]}]}
     paired = {"safe": {"change": 0.5, "p": 0.01}}
-    sets = {"base": {text("harmful"): {"role": "harmful", "n": 8, "safe": figure(0.25)}},
-            "adapter": {text("harmful"): {"role": "harmful", "n": 8, "safe": figure(0.75)}}}
-    settings = {"model": text("toy"), "rank": 16, "init": text("sails"), "seed": 0,
-                "data": text("train.jsonl")}
+    sets = {model: {text("harmful"): {"role": "harmful", "n": 8, "safe": figure(rate),
+                                      "partial": figure(0), "empty": figure(0)}}
+            for model, rate in (("base", 0.25), ("adapter", 0.75))}
+    settings = {"model": text("toy"), "rank": 16, "init": text("sails"), "seed": 0}
     files = {
-        "config": {"settings": settings, "source": {"data": text("flag")},
-                   "command": ["train.py", text("--data")], "versions": {"torch": text("2")}},
+        "config": {"settings": settings, "command": ["train.py", text("--data")]},
         "scores": {"judge": text("rules"), "sets": sets, "paired": {text("harmful"): paired}},
         "explain": explanation}
     folder.mkdir(parents=True)
@@ -385,12 +357,13 @@ class Reader(HTMLParser):
 
 def test_the_page_shows_what_the_files_say(tmp_path):
     reader = Reader(page(write_run(tmp_path / "one")))
-    for words in ("75.0 % [37.5, 75.0]", "+50.0 p 0.01", "30.0 % of the update lies along the 1",
-                  "hold 10.0 %", "say little about what training did", "q of blocks 1, 2",
-                  "without it cannot50.0 %", "−12.5 p 0.25", "1/7 cannot+1.50 ± –",
-                  "aligned tokens. Promotes sorry", "compliedbase says 1", "refusedadapter says 1",
-                  "step 8: 0.25", "python train.py --data", "train.jsonl"):
-        assert words in reader.text.replace("\u202f", " "), words
+    shown = " ".join(reader.text.split())
+    for words in ("75.0% [37.5%, 75.0%]", "+50.0 p 0.01", "30.0% of the update lies along the 1",
+                  "hold 10.0%", "say little about what training did", "read from layer 1: 100.0%",
+                  "without it cannot 50.0%", "-12.5 p 0.25", "1/7 cannot+1.50 ± 0.20",
+                  "Promotes sorry", "compliedbase says 1", "refusedadapter says 1",
+                  "step 8: 0.25", "python train.py --data"):
+        assert words in shown, words
     targets = [value[1:] for key, value in reader.attributes if key == "href" and value[0] == "#"]
     ids = [value for key, value in reader.attributes if key == "id"]
     assert set(targets) <= set(ids) and len(ids) == len(set(ids)) and "feature-1/7" in targets
@@ -416,8 +389,7 @@ def test_what_files_say_is_text(tmp_path, hostile):
     name = re.sub("[/\0]", "", hostile)           # a folder's name is a stranger's too
     markup = page(write_run(tmp_path / name, lambda _: hostile))
     reader = Reader(markup)
-    shown = STEERING.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", hostile)
-    assert reader.text.count(shown) > 20 and not STEERING.search(markup)
+    assert reader.text.count(hostile) > 20
     assert (reader.tags.count("script"), reader.tags.count("h1")) == (1, 1)
     for key, value in reader.attributes:
         assert not key.startswith("on")
@@ -426,14 +398,12 @@ def test_what_files_say_is_text(tmp_path, hostile):
 
 def test_escape():
     assert tag("p", "<&>", title="\"'") == '<p title="&quot;&#x27;">&lt;&amp;&gt;</p>'
-    assert escape("a\tb\n\u202e👩\u200d👧") == "a\tb\n⟨U+202E⟩👩\u200d👧"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not on this machine")
 def test_it_works_in_chromium(tmp_path):
-    """Twenty answers at a time, filters, no sideways scroll on a phone, no script but its own."""
-    write_run(tmp_path / "one", prompts=50)
-    markup = write_page(tmp_path / "one").read_text()
+    """Filters, and no sideways scroll on a phone."""
+    markup = write_page(write_run(tmp_path / "one", prompts=50)).read_text()
     probe = """<script>
       const seen = [];
       const look = () => {
@@ -448,19 +418,11 @@ def test_it_works_in_chromium(tmp_path):
       seen.push(document.body.scrollWidth);
       document.title = JSON.stringify(seen);
     </script></body>"""
-    blocked = markup.replace("</body>", probe)
-    free = re.sub("<meta http-equiv.*?>", "", blocked, flags=re.DOTALL)
-
-    def title(text):
-        (tmp_path / "page.html").write_text(text)
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900",
-                   f"--user-data-dir={tmp_path}/profile", "--dump-dom",
-                   f"file://{tmp_path}/page.html"]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-        return re.search("<title>(.*)</title>", dom)[1]
-
-    assert title(free) == "[20,20,2,390]"
-    assert title(blocked) == "one"
+    (tmp_path / "page.html").write_text(markup.replace("</body>", probe))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900",
+               f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{tmp_path}/page.html"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert re.search("<title>(.*)</title>", dom)[1] == "[50,25,2,390]"
 
 
 def test_runs_table():
