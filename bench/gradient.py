@@ -108,7 +108,8 @@ def measure(name, rounds):
     for side in sides:
         command = [sys.executable, "-m", "bench.gradient", "--alone", name, side]
         row[f"{side}, s"] = statistics.median(times[side])
-        row[f"{side}, MB"] = float(subprocess.check_output(command, text=True, cwd=ROOT))
+        printed = subprocess.check_output(command, text=True, cwd=ROOT)
+        row[f"{side}, MB"] = float(printed.split()[-1])
     return row | {"steps": row["selection, s"] / row["step, s"]}
 
 
