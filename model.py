@@ -68,8 +68,7 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict, where="config.json") -> "Config":
         """Read the object in a config.json of transformers 4 or 5. InputError if not Gemma-2's."""
-        # transformers 5 keeps rope_theta within rope_parameters
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # transformers 5
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"{where}: {rope}: Gemma-2 has the default rotary embedding")
         values = {"rope_theta": rope.get("rope_theta", 10000.0), "model_type": None} | values
@@ -77,9 +76,11 @@ class Config:
             if values.get(key, expected) != expected:
                 raise InputError(f"{where}: {key} is {values[key]!r}; Gemma-2's is {expected!r}")
         values = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        for key in ("layer_types", "eos_token_id"):
-            if isinstance(values.get(key), list):
-                values[key] = tuple(values[key])
+        for key, value in values.items():
+            if isinstance(value, str | dict):
+                raise InputError(f"{where}: {key} is {value!r}, not a number")
+            if isinstance(value, list):
+                values[key] = tuple(value)
         config = cls(**values)
         if config.num_attention_heads % config.num_key_value_heads:
             raise InputError(f"{where}: num_key_value_heads must divide num_attention_heads")
@@ -138,9 +139,9 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # what an adapter trains by 
 # Forward pass
 
 class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
+    def __init__(self, config):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(size)), eps
+        self.weight, self.eps = nn.Parameter(torch.zeros(config.hidden_size)), config.rms_norm_eps
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
@@ -184,12 +185,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, kind):
         super().__init__()
-        D, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn, self.mlp = Attention(config, kind), MLP(config)
-        self.input_layernorm = RMSNorm(D, eps)
-        self.post_attention_layernorm = RMSNorm(D, eps)
-        self.pre_feedforward_layernorm = RMSNorm(D, eps)
-        self.post_feedforward_layernorm = RMSNorm(D, eps)
+        self.input_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.pre_feedforward_layernorm = RMSNorm(config)
+        self.post_feedforward_layernorm = RMSNorm(config)
 
     def forward(self, x, rope, visible, cache=None):
         attended = self.self_attn(self.input_layernorm(x), rope, visible, cache)
@@ -205,7 +205,7 @@ class Gemma2(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_types)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config)
         self.recompute = False  # blocks keep only their input, and the backward runs them again
 
     @torch.no_grad()

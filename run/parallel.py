@@ -227,7 +227,10 @@ def shard(model, device: torch.device) -> None:
     card holds its share, the embedding, and about two blocks. The model may lie on the meta device:
     load_model then reads only this process's rows. Adapters come in afterwards, so FSDP doesn't
     know them: they are whole everywhere. Every forward is now one of all processes (is_sharded).
+    One process alone keeps the model whole.
     """
+    if world_size() == 1:
+        return
     # half a second to import, which every command would pay
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
