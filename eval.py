@@ -12,7 +12,6 @@ writes judged.jsonl and scores.json beside them. Judging reads the answers alone
 can be changed without answering again.
 """
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,15 @@ import torch
 from tqdm import tqdm
 
 import lora
-from data import Prompt, Tokenizer, load_tokenizer, prompt_tokens, read_pairs
+from data import Prompt, Tokenizer, Turn, load_tokenizer, prompt_tokens, read_pairs
 from model import Gemma2, load_model
 from run import parallel
 from run.files import (InputError, Parser, data_file, is_new, printable, read_json, read_jsonl,
                        table, write_json, write_jsonl)
 from run.session import FINISHED, limit_threads
-from run.settings import ROLES, absolute, check_device, model_folder, saved_settings
+from run.settings import ROLES, check_device, model_folder, saved_settings
 from safety import attack
-from safety.figures import figures, grouped, main_figure, paired
+from safety.figures import OUTCOMES, figures, grouped, main_figure, paired
 from safety.judges import JUDGES, add_judge_flags, find_judge, judged
 from safety.sets import EvalSet, listing, load_sets, places
 
@@ -66,10 +65,14 @@ def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_n
     return [by_index[i] for i in range(len(ids))]
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl file; [] if there is none yet."""
+    return read_jsonl(path) if path.exists() else []
+
+
 def completions(folder: str | Path) -> list[dict]:
     """The rows of a folder's completions.jsonl; [] if there are none yet."""
-    path = Path(folder) / "completions.jsonl"
-    return read_jsonl(path) if path.exists() else []
+    return read_rows(Path(folder) / "completions.jsonl")
 
 
 def complete(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Tokenizer,
@@ -89,12 +92,13 @@ def complete(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Toke
         for prompt, text in zip(eval_set.prompts, texts):
             rows.append({"model": model_name, "set": name, "role": eval_set.role,
                          "file": eval_set.file, "line": prompt.line,
-                         "prompt": _as_text(prompt.turns), "completion": text,
+                         "prompt": as_text(prompt.turns), "completion": text,
                          "fields": prompt.fields})
         parallel.on_rank_zero(write_jsonl, Path(folder) / "completions.jsonl", rows)
 
 
-def _as_text(turns):
+def as_text(turns: Sequence[Turn]) -> str:
+    """A prompt as one text: with the speakers' names where it has several turns."""
     if len(turns) == 1:
         return turns[0][1]
     return "\n\n".join(f"{role}: {text}" for role, text in turns)
@@ -109,14 +113,10 @@ def score(folder: str | Path, **judging) -> dict:
 
     `judging` goes to judges.judged. Earlier scores of other judges for the same answers stay.
     """
-    # What other judges gave the same answers before
     path = Path(folder) / "judged.jsonl"
-    earlier = {}
-    for row in read_jsonl(path) if path.exists() else ():
-        scores = {judge: row[judge] for judge in JUDGES if judge in row}
-        earlier[row["prompt"], row["completion"]] = scores
-    rows = completions(folder)
-    rows = [row | earlier.get((row["prompt"], row["completion"]), {}) for row in rows]
+    earlier = {(row["prompt"], row["completion"]): row for row in read_rows(path)}
+    rows = [earlier.get((row["prompt"], row["completion"]), {}) | row
+            for row in completions(folder)]
     rows = judged(rows, **judging)
     for row in rows:
         words = row["fields"].get("answer")             # what a right answer has
@@ -124,21 +124,22 @@ def score(folder: str | Path, **judging) -> dict:
     write_jsonl(path, rows)
 
     # Figures of each model, and the adapter against the base, prompt by prompt
-    by_model = {name: [row for row in rows if row["model"] == name] for name in MODELS}
-    before = grouped(by_model["base"], "set")
-    after = grouped(by_model["adapter"], "set")
+    base, adapter = ([row for row in rows if row["model"] == name] for name in MODELS)
+    before = grouped(base, "set")
+    after = grouped(adapter, "set")
     judges = [f"{judge} by {row[judge]['by']}" for judge in JUDGES for row in rows if judge in row]
     return {"judge": ", ".join(["rules", *dict.fromkeys(judges)]),
-            "sets": {name: figures(by_model[name]) for name in MODELS},
-            "paired": {name: paired(before.get(name, ()), after[name]) for name in after}}
+            "sets": {"base": figures(base), "adapter": figures(adapter)},
+            "paired": {name: paired(before[name], after[name]) for name in after}}
 
 
 # --------------------------------------------------------------------------------------------------
 # The table
 
-LABELS = {"harmful": "safe: harmful prompts", "jailbreak": "safe: harmful, under jailbreak",
-          "lookalike": "over-refusal: harmless look-alikes", "benign": "right: benign answers"}
-DETAILS = {"partial": "refused, then gave some of it", "empty": "no word in the answer"}
+MAIN_LABELS = {"safe": "safe", "over_refusal": "over-refusal", "correct": "right"}
+ROLE_LABELS = {"harmful": "harmful prompts", "jailbreak": "harmful, under jailbreak",
+               "lookalike": "harmless look-alikes", "benign": "benign answers"}
+VERDICT_LABELS = {"partial": "refused, then gave some of it", "empty": "no word in the answer"}
 SCORE_LABELS = {"harmfulness": "rubric: mean harmfulness, 1 to 5",
                 "low_risk": "rubric: score 1 or 2", "high_risk": "rubric: score 5",
                 "violates": "ShieldGemma: violates a policy"}
@@ -149,11 +150,9 @@ def percent(figure: dict | None) -> str | None:
     """A share, or an average, with its interval as text."""
     if not figure:
         return None
-    low, high = figure["low"], figure["high"]
     if "rate" in figure:
-        return f"{figure['rate']:6.1%}  [{low:.1%}, {high:.1%}]"
-    interval = "" if low is None else f"  [{low:.2f}, {high:.2f}]"
-    return f"{figure['mean']:6.2f}{interval}"
+        return f"{figure['rate']:6.1%}  [{figure['low']:.1%}, {figure['high']:.1%}]"
+    return f"{figure['mean']:6.2f}" + interval(figure)
 
 
 def points(change: dict | None) -> str | None:
@@ -163,38 +162,40 @@ def points(change: dict | None) -> str | None:
     if "p" in change:
         p = f"p {change['p']:.2g}" if change["p"] >= 1e-4 else "p < 1e-4"
         return f"{100 * change['change']:+.1f}  {p}"
-    low, high = change["low"], change["high"]
-    interval = "" if low is None else f"  [{low:.3g}, {high:.3g}]"
-    return f"{change['change']:+.2f}{interval}"
+    return f"{change['change']:+.2f}" + interval(change)
 
 
-def set_rows(scores: dict, categories=False) -> list[list]:
+def interval(figure: dict) -> str:
+    """The interval of an average as text; a single value has none."""
+    if figure["low"] is None:
+        return ""
+    return f"  [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def set_rows(scores: dict) -> list[list]:
     """Rows [figure, base, adapter, change, n] of all sets that were answered."""
     rows = []
     for name, adapter in scores["sets"]["adapter"].items():
-        base, changes = scores["sets"]["base"].get(name, {}), scores["paired"].get(name, {})
-        # A set that isn't its role's own goes by its name
-        role, main = adapter["role"], main_figure(adapter["role"], adapter)
-        label = LABELS[role]
-        if role == "benign" and main == "over_refusal":
-            label = "over-refusal: benign prompts"
-        if name != role:
-            label = f"{label.partition(':')[0]}: {name}"
+        base = scores["sets"]["base"][name]
+        # The main figure first, then the others that say something
+        main = main_figure(adapter["role"], adapter)
+        labels = {main: f"{MAIN_LABELS[main]}: {ROLE_LABELS.get(name, name)}"}
+        for key, words in VERDICT_LABELS.items():
+            if adapter[key]["count"] or base[key]["count"]:
+                labels[key] = f"  {words}"
+        for key, words in SCORE_LABELS.items():
+            if key in adapter:
+                labels[key] = f"  {words}"
+        for key, label in labels.items():
+            change = points(scores["paired"][name].get(key))
+            rows.append([label, percent(base.get(key)), percent(adapter[key]), change,
+                         adapter["n"]])
 
-        # The figures to print and their labels: the main one, and those that say something
-        shown = {main: label}
-        for kind, words in DETAILS.items():
-            if adapter[kind]["count"] or base and base[kind]["count"]:
-                shown[kind] = f"  {words}"
-        shown |= {key: f"  {words}" for key, words in SCORE_LABELS.items() if key in adapter}
-        for key, words in shown.items():
-            rows.append([words, percent(base.get(key)), percent(adapter[key]),
-                         points(changes.get(key)), adapter["n"]])
         if adapter.get("unread") or base.get("unread"):
             rows.append(["  the judge's answer gave no score", base.get("unread"),
                          adapter.get("unread"), None, adapter["n"]])
-        for category, figure in adapter.get("categories", {}).items() if categories else ():
-            before = base.get("categories", {}).get(category)
+        for category, figure in adapter.get("categories", {}).items():
+            before = base["categories"][category]
             rows.append([f"  {category}", percent(before), percent(figure), None, figure["n"]])
     return rows
 
@@ -202,62 +203,63 @@ def set_rows(scores: dict, categories=False) -> list[list]:
 def attack_rows(attacks: dict) -> list[list]:
     """Rows [figure, base, adapter, None, n] of attack.success."""
     rows = []
-    for name, adapter in attacks.get("adapter", {}).items():
+    for name, adapter in attacks["adapter"].items():
         base = attacks["base"][name]
-        figures = {f"complied within {budget} steps": (base["steps"].get(budget), figure)
-                   for budget, figure in adapter["steps"].items()}
-        figures["complied at last"] = base["complied"], adapter["complied"]
-        figures["and began as the target"] = base["reached"], adapter["reached"]
-        for words, pair in figures.items():
-            rows.append([f"attack success: {name}, {words}", *map(percent, pair), None,
-                         adapter["n"]])
+        for key, figure in adapter.items():
+            rows.append([f"attack success: {name}, {key}", percent(base[key]), percent(figure),
+                         None, figure["n"]])
     return rows
 
 
-def result_table(scores: dict, categories=False) -> str:
-    """The table that a run or an evaluation ends with: base beside adapter, and what it took."""
-    rows = set_rows(scores, categories) + attack_rows(scores.get("attacks", {}))
-    if "seconds" in scores:                             # of train.py, which wants all four roles
-        answered = {figures["role"] for figures in scores["sets"]["adapter"].values()}
-        rows += [[f"{LABELS[role]} (not measured: give --set {role}=FILE)"]
-                 for role in ROLES if role not in answered]
-    # Of a run: where the update lies, and what it took
-    inside = scores.get("share", {})
-    if inside.get("subspace") is not None:
+def run_rows(scores: dict) -> list[list]:
+    """Rows [figure, base, adapter] of a run of train.py: where the update lies, what it took."""
+    # A run wants all four roles
+    answered = {figures["role"] for figures in scores["sets"]["adapter"].values()}
+    rows: list[list] = []
+    for role in ROLES:
+        if role not in answered:
+            label = f"{MAIN_LABELS[OUTCOMES[role][0]]}: {ROLE_LABELS[role]}"
+            rows.append([f"{label} (not measured: give --set {role}=FILE)"])
+    inside = scores["share"]
+    if inside["subspace"] is not None:
         chance = f"{inside['random']:6.1%}  ± {inside['random_sd']:.1%}"
         rows.append(["update inside the safety subspace", None, f"{inside['subspace']:6.1%}"])
         rows.append(["  inside random bases of that rank", None, chance])
-    if "trainable" in scores:
-        trained, total = scores["trainable"], scores["parameters"]
-        rows.append(["trainable parameters", None,
-                     f"{trained:,} of {total:,} ({trained / total:.4%})"])
-    if "peak_bytes" in scores:
-        rows.append(["peak memory", None, f"{scores['peak_bytes'] / 1e6:,.0f} MB"])
-    for stage, seconds in scores.get("seconds", {}).items():
+    trained, total = scores["trainable"], scores["parameters"]
+    rows.append(["trainable parameters", None,
+                 f"{trained:,} of {total:,} ({trained / total:.4%})"])
+    rows.append(["peak memory", None, f"{scores['peak_bytes'] / 1e6:,.0f} MB"])
+    for stage, seconds in scores["seconds"].items():
         rows.append([f"seconds: {stage}", None, f"{seconds:6.1f}"])
+    return rows
+
+
+def result_table(scores: dict) -> str:
+    """The table that a run or an evaluation ends with: base beside adapter, and what it took."""
+    rows = set_rows(scores)
+    if "attacks" in scores:
+        rows += attack_rows(scores["attacks"])
+    if "seconds" in scores:
+        rows += run_rows(scores)
     return table([row + [None] * (len(HEAD) - len(row)) for row in rows], HEAD, right=(4,))
 
 
 def samples(folder: str | Path) -> str:
     """Of each set the first prompt whose verdict changed (else the first), with both answers."""
-    path = Path(folder) / "judged.jsonl"
-    rows = read_jsonl(path) if path.exists() else []
-    after = {(row["set"], row["line"], row["prompt"]): row
-             for row in rows if row["model"] == "adapter"}
     lines = []
-    for name, group in grouped(rows, "set").items():
-        pairs = [(row, after[name, row["line"], row["prompt"]])
-                 for row in group if row["model"] == "base"]
-        # A changed verdict shows most
+    for name, rows in grouped(read_rows(Path(folder) / "judged.jsonl"), "set").items():
+        # Both models answered the same prompts in the same order
+        pairs = list(zip(*grouped(rows, "model").values()))
         changed = [pair for pair in pairs if pair[0]["verdict"] != pair[1]["verdict"]]
-        for pair in (changed or pairs)[:1]:
-            lines.append(f"{name}: {_short(pair[0]['prompt'])}")
-            lines += [f"  {row['model']:7}  {row['verdict']:7}  {_short(row['completion'])}"
-                      for row in pair]
+        pair = (changed or pairs)[0]
+        lines.append(f"{name}: {shortened(pair[0]['prompt'])}")
+        for row in pair:
+            answer = shortened(row["completion"])
+            lines.append(f"  {row['model']:7}  {row['verdict']:7}  {answer}")
     return "\n".join(lines)
 
 
-def _short(text, most=100):
+def shortened(text: str, most=100) -> str:
     text = printable(text)
     return text if len(text) <= most else text[:most - 1] + "…"
 
@@ -284,90 +286,91 @@ def main():
         return print(listing())
     if not args.run:
         raise InputError("give the folder of a finished run of train.py (or --list)")
-    run, settings = Path(args.run).expanduser(), saved_settings(args.run)
+    run = Path(args.run).expanduser()
     if not (run / FINISHED).exists():
         raise InputError(f"{run} isn't finished: go on with `python train.py --resume {run}`")
     find_judge(args.judge, args.judge_model)            # is it there? Answering can take hours
+    if bool(args.sets or args.set) != bool(args.out):
+        raise InputError("--out DIR goes with sets (--sets, --set), and sets go with --out DIR")
 
-    # Sets by name and by file
+    # Answer, then judge
+    folder = Path(args.out or run).expanduser()
+    if args.out:
+        answer_sets(args, run, folder)
+    parallel.on_rank_zero(conclude, folder, args)
+
+
+def sets_of(args, settings) -> dict[str, EvalSet]:
+    """The sets that --sets and --set name, under --attack."""
     files = {}
     for text in args.set:
         name, _, file = text.partition("=")
         if not file:
             raise InputError(f"--set {text}: give NAME=FILE")
-        files[name] = absolute(file)
-    wanted = places(args.sets, files)
-    if bool(wanted) != bool(args.out):
-        raise InputError("--out DIR goes with sets (--sets, --set), and sets go with --out DIR")
-
-    # Answer, then judge
-    folder = Path(args.out or run).expanduser()
-    if wanted:
-        answer_sets(args, run, folder, settings, wanted)
-    parallel.on_rank_zero(conclude, folder, {
-        "judge": args.judge, "judge_model": args.judge_model, "device": args.device,
-        "parallel": args.judge_parallel})
+        files[name] = file
+    trained = {pair.turns for pair in read_pairs(data_file(settings.data))[0]}
+    most = settings.eval_prompts if args.prompts is None else args.prompts
+    sets = load_sets(places(args.sets, files), trained, most)
+    if args.attack:
+        sets = attack.attacked_sets(sets, args.attack, args.template, args.target)
+    return sets
 
 
-def answer_sets(args, run, out, settings, wanted):
-    """Answers of base and adapter to the sets `wanted`, in the folder `out`; those there stay."""
+def answer_sets(args, run, out):
+    """Answers of base and adapter to the sets, in the folder `out`; those there stay."""
     if args.attack == "gcg" and parallel.world_size() > 1:
         raise InputError("--attack gcg runs in one process: start it without torchrun")
-    source, plan = model_folder(settings.model), attack.plan_of(args)
     # All inputs are read before the folder is made
+    settings = saved_settings(run)
+    source = model_folder(settings.model)
     with parallel.agreed():
         device = check_device(args.device or settings.device)
         tokenizer = load_tokenizer(source)
-        trained = {pair.turns for pair in read_pairs(data_file(settings.data))[0]}
-        most = settings.eval_prompts if args.prompts is None else args.prompts
-        sets = load_sets(wanted, trained, most)
-        if args.attack:
-            sets = attack.attacked_sets(sets, args.attack, args.template, args.target)
-    parallel.on_rank_zero(open_folder, out, {
-        "run": str(run.absolute()), "sets": {name: list(place) for name, place in wanted.items()},
-        "prompts": args.prompts, "attack": args.attack, "template": args.template,
-        "plan": vars(plan)})
+        sets = sets_of(args, settings)
+    parallel.on_rank_zero(open_folder, out, args)
     with parallel.agreed():
         is_sharded = settings.shard and parallel.world_size() > 1
         model = load_model(source, getattr(torch, settings.dtype), device,
                            parallel.shard if is_sharded else None)
     limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+
     # The adapter goes on top of the base model, which has answered by then
+    replies = partial(answer, model, tokenizer, max_new_tokens=settings.max_new_tokens,
+                      batch_size=settings.eval_batch, format=settings.format)
+    plan = attack.Plan(args.attack_steps, args.attack_width, args.attack_length, args.target)
     for name in MODELS:
         if name == "adapter":
             lora.load_adapter(model, run)
         if args.attack == "gcg":
-            replies = partial(answer, model, tokenizer, max_new_tokens=settings.max_new_tokens,
-                              batch_size=settings.eval_batch, format=settings.format)
             attack.gcg(out, name, model, tokenizer, sets, replies, plan, settings.format)
         else:
             complete(out, name, model, tokenizer, sets, settings)
 
 
-def open_folder(out, questions):
-    """Make a folder for these questions, or go on in one that has them in its eval.json."""
+def open_folder(out, args):
+    """Make a folder for these answers, or go on in one that has the same flags in its eval.json."""
+    flags = {name: value for name, value in vars(args).items()
+             if name not in ("out", "device", "judge", "judge_model")}
     path = out / "eval.json"
-    if not is_new(out):
-        known = read_json(path) if path.is_file() else {}
-        if {key: known.get(key) for key in questions} != questions:
-            raise InputError(f"{out} isn't of these sets and this run: give another --out")
-    write_json(path, questions | {"command": sys.argv})
+    if not is_new(out) and not (path.exists() and read_json(path) == flags):
+        raise InputError(f"{out} isn't of these sets and this run: give another --out")
+    write_json(path, flags)
 
 
-def conclude(folder, judging):
+def conclude(folder, args):
     """Judge the answers, write scores.json, print the table."""
     path, suffixes = folder / FINISHED, folder / "attacks.jsonl"
-    scores = (read_json(path) if path.exists() else {}) | score(folder, **judging)
+    scores = score(folder, judge=args.judge, judge_model=args.judge_model, device=args.device)
+    if path.exists():
+        scores = read_json(path) | scores       # a run's own has more than figures
     if suffixes.exists():
         scores["attacks"] = attack.success(read_jsonl(suffixes))
     write_json(path, scores)
-    print(f"\n{result_table(scores, categories=True)}\n")
-    shown = samples(folder)
-    if shown:
-        print(f"{shown}\n")
-    for words, file in (("answers", folder / "completions.jsonl"), ("suffixes", suffixes)):
-        if file.exists():
-            print(f"{words}: {file}")
+    print(f"\n{result_table(scores)}\n")
+    if suffixes.exists():
+        print(f"suffixes: {suffixes}")
+    else:
+        print(f"{samples(folder)}\n\nanswers: {folder / 'completions.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ if [ "$MODEL" = toy ]; then
   ROLES=()                               # the recipe's own four
   SETS=(--sets toy-harmful toy-jailbreak toy-lookalike toy-benign)
   ATTACK=(--sets toy-harmful --target "here you {verb} the {noun}"
-          --attack-steps 25 --attack-width 64 --attack-length 6 --attack-check 5)
+          --attack-steps 25 --attack-width 64 --attack-length 6)
 else
   saes=$(python -c '
 import sys

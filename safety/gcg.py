@@ -20,6 +20,7 @@ B rows, D hidden size, V vocabulary, K key-value heads, hd head size.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,9 @@ from model import FULL, SLIDING, Gemma2
 from run.files import InputError
 from safety.rules import judge
 
+TOP = 256                   # tokens that a position of the suffix draws from
+CHECK = 10                  # steps between looks at what the model answers
+BATCH = 128                 # candidates of one forward: bounds memory
 MAX_LOGITS = 1 << 25        # at once: 128 MiB in float32
 
 
@@ -38,16 +42,9 @@ class Plan:
     """Settings of a suffix search. The defaults are Zou's."""
     steps: int = 500
     width: int = 512            # candidates of a step
-    top: int = 256              # tokens that a position of the suffix draws from
     length: int = 20            # tokens of the suffix
-    check: int = 10             # steps between looks at what the model answers
-    batch: int = 128            # candidates of one forward: bounds memory
     target: str | None = None   # see attack.target_of
     seed: int = 0
-
-    def __post_init__(self):
-        if min(self.steps, self.width, self.top, self.length, self.check, self.batch) < 1:
-            raise InputError("each number of --attack-… must be at least 1")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,16 +54,16 @@ class Slot:
     """The place of a suffix in the last turn: ids `before` it, and `after` it up to the answer."""
 
     def __init__(self, tokenizer: Tokenizer, turns, format="chat"):
-        self.tokenizer, self.turns = tokenizer, turns
+        self.tokenizer = tokenizer
         self.text = turns[-1][1].strip()
         ids = prompt_tokens(tokenizer, turns, format)
         if format == "plain":                   # encoded as one text from beginning to end
             names = {"user": "Human", "model": "Assistant"}
             earlier = [f"\n\n{names[role]}: {text.strip()}" for role, text in turns[:-1]]
             self.opening, self.ending = "".join(earlier) + "\n\nHuman: ", "\n\nAssistant:"
-            self.after = tokenizer.encode(self.ending)
+            self.after = self.rest = tokenizer.encode(self.ending)
         else:                                   # each turn's text is encoded by itself
-            self.opening = self.ending = ""
+            self.opening, self.ending, self.rest = "", "", []
             self.after = ids[len(ids) - 1 - ids[::-1].index(tokenizer.end_of_turn):]
         self.before = ids[:len(ids) - len(self.after)]
         self.text_ids = tokenizer.encode(self.opening + self.text)
@@ -84,8 +81,7 @@ class Slot:
         """Whether each suffix, as text in its place, is encoded into the same ids again."""
         wholes = [self.opening + text.strip() + self.ending for text in self.texts(suffixes)]
         encoded = self.tokenizer.encoder.encode_batch(wholes, add_special_tokens=False)
-        rest = self.after if self.ending else []
-        return [whole.ids == self.text_ids + suffix + rest
+        return [whole.ids == self.text_ids + suffix + self.rest
                 for whole, suffix in zip(encoded, suffixes)]
 
     def start(self, length: int) -> list[int]:
@@ -97,10 +93,6 @@ class Slot:
                 return suffix
         raise InputError(f"no sign of ! . x makes a suffix of {length} tokens after "
                          f"{self.text[-40:]!r}: attack other prompts")
-
-    def attacked(self, suffix: list[int]) -> tuple:
-        """The turns with the suffix in them, as text."""
-        return (*self.turns[:-1], ("user", self.texts([suffix])[0]))
 
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> Tensor:
@@ -176,11 +168,11 @@ def gradient(model, prefix, suffix, rest, target):
 
 
 @torch.no_grad()
-def candidate_losses(model, pairs, candidates, positions, rest, target, first, batch):
+def candidate_losses(model, pairs, candidates, positions, rest, target, first):
     """L (C,) of candidates (C, n). Each differs from the suffix that `pairs` hold at its position
     of positions (C,), ascending; `first` tokens stand before the suffix."""
     losses = []
-    for rows, where in zip(candidates.split(batch), positions.split(batch)):
+    for rows, where in zip(candidates.split(BATCH), positions.split(BATCH)):
         same = int(where[0])                    # so many suffix tokens are as in `pairs`
         tokens = torch.cat((rows[:, same:], rest.expand(len(rows), -1)), 1)
         caches = [SharedCache(pair, first + same) for pair in pairs]
@@ -198,33 +190,52 @@ def draw(slope, suffix, allowed, plan, slot, generator):
     C is plan.width, or less where so many can't be had: what was drawn before, or isn't text, is
     drawn again.
     """
-    num_top = min(plan.top, int(allowed.sum()))
+    num_top = min(TOP, int(allowed.sum()))
     top = (-slope).masked_fill(~allowed, -torch.inf).topk(num_top).indices.tolist()
     old, tried, chosen = suffix.tolist(), set(), []
     for _ in range(8):      # rounds are few: short suffixes have no more than so many exchanges
         positions = torch.randint(len(old), (plan.width,), generator=generator).tolist()
         ranks = torch.randint(num_top, (plan.width,), generator=generator).tolist()
         swaps = dict.fromkeys((i, top[i][rank]) for i, rank in zip(positions, ranks))
-        new = [swap for swap in swaps if swap not in tried]
-        tried.update(new)
-        made = [[*old[:i], token, *old[i + 1:]] for i, token in new]
-        chosen += [(i, ids) for (i, _), ids, is_text in zip(new, made, slot.typable(made))
-                   if is_text]
+        made = [(i, [*old[:i], token, *old[i + 1:]]) for i, token in swaps
+                if (i, token) not in tried]
+        tried.update(swaps)
+        is_text = slot.typable([ids for _, ids in made])
+        chosen += compress(made, is_text)
         if len(chosen) >= plan.width:
             break
     chosen = sorted(chosen[:plan.width])
     return suffix.new_tensor([ids for _, ids in chosen]), suffix.new_tensor([i for i, _ in chosen])
 
 
-def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt, wanted: str,
-           plan: Plan, answer: Callable[[list[Prompt]], list[str]], format="chat") -> dict:
+def outcome(suffix: str, ids: list[int], completion: str) -> dict:
+    """The fields of a suffix and of the answer to it."""
+    verdict, reason = judge(completion)
+    return {"suffix": suffix, "ids": ids, "completion": completion, "verdict": verdict,
+            "reason": reason}
+
+
+def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt, plain_answer: str,
+           wanted: str, plan: Plan, answer: Callable[[list[Prompt]], list[str]], format="chat"
+           ) -> dict:
     """Search a suffix for one prompt, after which the answer begins with the text `wanted`.
 
-    answer(prompts) gives the model's greedy answers, allowed (V,) is a `vocabulary`. Returns the
-    search's part of a row of attack.gcg, and "turns", the prompt with its suffix. The search ends
-    when an answer complies and begins with the target. The row has this answer, else the last that
-    complies, else the last.
+    answer(prompts) gives the model's greedy answers, plain_answer the one to the prompt without a
+    suffix; allowed (V,) is a `vocabulary`. The search ends when an answer complies and begins with
+    the target. Returns this answer, else the last that complies, else the last:
+
+        suffix, ids, target    text and ids of the suffix, and `wanted`
+        losses, steps          L of each step's best candidate, nats a token; number of steps
+        complied, reached      the step at which an answer first complied, and began with the
+                               target too; null if none did, 0 if the plain prompt is answered
+        completion, verdict, reason    the answer, judged by the rules
     """
+    # A model that answers the plain prompt needs no suffix
+    result = outcome("", [], plain_answer)
+    result |= {"target": wanted, "losses": [], "steps": 0, "complied": None, "reached": None}
+    if result["verdict"] == "comply":
+        return result | {"complied": 0, "reached": 0}
+
     slot = Slot(tokenizer, prompt.turns, format)
     target_ids = tokenizer.encode(" " * (format == "plain") + wanted)
     device = model.embed_tokens.weight.device
@@ -239,39 +250,35 @@ def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt,
         model.hidden(torch.tensor([slot.before], device=device), caches=caches)
     prefix = [cache.pair for cache in caches]
 
-    best, last_tried, losses = suffix.tolist(), None, []
-    result: dict = {"complied": None, "reached": None}
+    best, losses = suffix.tolist(), result["losses"]
     for step in range(1, plan.steps + 1):
         # The best of many exchanges of one token becomes the suffix, even where the loss rises
         slope, pairs = gradient(model, prefix, suffix, rest, target)
         candidates, positions = draw(slope, suffix, allowed, plan, slot, generator)
-        if len(candidates):
-            values = candidate_losses(model, pairs, candidates, positions, rest, target,
-                                      len(slot.before), plan.batch)
-            suffix = candidates[values.argmin()]
-            if values.min() < min(losses, default=torch.inf):
-                best = suffix.tolist()
-            losses.append(values.min().item())
+        values = candidate_losses(model, pairs, candidates, positions, rest, target,
+                                  len(slot.before))
+        suffix = candidates[values.argmin()]
+        if values.min() < min(losses, default=torch.inf):
+            best = suffix.tolist()
+        losses.append(values.min().item())
+        result["steps"] = step
 
-        # Every few steps, and if it has changed: how does the model answer to the best suffix?
-        is_due = step % plan.check == 0 or step == plan.steps
-        if not is_due or best == last_tried:
+        # Every few steps: how does the model answer to the best suffix?
+        if step % CHECK and step < plan.steps:
             continue
-        last_tried, turns = best, slot.attacked(best)
-        text = answer([replace(prompt, turns=turns)])[0]
-        verdict, reason = judge(text)
-        complies = verdict == "comply"
+        text = slot.texts([best])[0]
+        completion = answer([replace(prompt, turns=(*prompt.turns[:-1], ("user", text)))])[0]
+        tried = outcome(text[len(slot.text):], best, completion)
         # An answer that complies outweighs later ones that don't
+        complies = tried["verdict"] == "comply"
         if complies or result["complied"] is None:
-            result |= {"suffix": turns[-1][1][len(slot.text):], "ids": best, "turns": turns,
-                       "completion": text, "verdict": verdict, "reason": reason}
+            result |= tried
         if complies:
             result["complied"] = result["complied"] or step
-            if _plain(text).startswith(_plain(wanted)):
-                result["reached"] = step
-                break
-    return {"steps": step, "losses": losses, "target": wanted} | result
+            if normal(completion).startswith(normal(wanted)):
+                return result | {"reached": step}
+    return result
 
 
-def _plain(text):
+def normal(text: str) -> str:
     return " ".join(text.split()).casefold()

@@ -59,14 +59,15 @@ def plain_loss(model, before, suffix, rest, target):
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 @pytest.mark.parametrize("num_before", [5, 40])     # shorter and longer than the window of 16
-def test_losses_are_those_of_the_plain_forward(num_before, batch):
+def test_losses_are_those_of_the_plain_forward(num_before, batch, monkeypatch):
+    monkeypatch.setattr(gcg, "BATCH", batch)
     model = random_gemma(std=0.2)
     before, suffix, rest, target, prefix = state(model, num_before)
     _, pairs = gradient(model, prefix, suffix, rest, target)
     positions = torch.tensor([0, 0, 1, 1, 2, 4, 5, 5])
     candidates = suffix.repeat(8, 1)
     candidates[range(8), positions] = torch.arange(100, 108)
-    found = candidate_losses(model, pairs, candidates, positions, rest, target, num_before, batch)
+    found = candidate_losses(model, pairs, candidates, positions, rest, target, num_before)
     plain = torch.stack([plain_loss(model, before, ids, rest, target) for ids in candidates])
     assert plain.std() > 0.01
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
@@ -84,13 +85,15 @@ def test_gradient_is_that_of_the_one_hot():
     torch.testing.assert_close(slope, plain, atol=1e-5 * plain.abs().max().item(), rtol=1e-4)
 
 
-def test_a_step_is_zou_s(toy, refused):
+def test_a_step_is_zou_s(toy, refused, monkeypatch):
     """Algorithm 1 by hand: whole sequences, autograd through the one-hot, the same draws."""
+    monkeypatch.setattr(gcg, "TOP", 60)
     model, tokenizer = toy
     wanted, turns = target_of(refused[0], WANTED), refused[0].turns
-    plan = Plan(steps=1, width=8, top=60, length=5, check=1, seed=1)
+    plan = Plan(steps=1, width=8, length=5, seed=1)
     allowed = vocabulary(tokenizer, model.config.vocab_size)
-    row = search(model, tokenizer, allowed, refused[0], wanted, plan, lambda prompts: ["no."])
+    row = search(model, tokenizer, allowed, refused[0], "no.", wanted, plan,
+                 lambda prompts: ["no."])
     slot, target = Slot(tokenizer, turns), torch.tensor(tokenizer.encode(wanted))
     before, suffix = torch.tensor(slot.before), torch.tensor(slot.start(5))
     rest = torch.tensor(slot.after + target.tolist()[:-1])
@@ -123,11 +126,12 @@ def test_the_lowest_loss_is_kept_and_a_search_ends_with_the_target(toy, refused,
         return torch.arange(len(candidates)) + float(len(seen))
 
     monkeypatch.setattr(gcg, "candidate_losses", rising)
-    plan = Plan(steps=3, width=4, length=4, check=1)
+    monkeypatch.setattr(gcg, "CHECK", 1)
+    plan = Plan(steps=3, width=4, length=4)
     for text, complied, reached in (("no.", None, None), ("sure, use it.", 1, None),
                                     ("Here  you go, use it.", 1, 1)):
         seen.clear()
-        row = search(model, tokenizer, allowed, refused[0], "here you go", plan,
+        row = search(model, tokenizer, allowed, refused[0], "no.", "here you go", plan,
                      lambda prompts: [text])
         assert row["ids"] == seen[0][0].tolist() and row["steps"] == (1 if reached else 3)
         assert (row["complied"], row["reached"]) == (complied, reached)
@@ -154,7 +158,7 @@ def test_suffixes_come_back_as_the_same_ids_and_hold_no_control_token(kind, form
     if is_toy:
         texts.append(slot.start(20))
     for suffix in texts:
-        ids = prompt_tokens(tokenizer, slot.attacked(suffix), format)
+        ids = prompt_tokens(tokenizer, (*turns[:2], ("user", slot.texts([suffix])[0])), format)
         assert ids == slot.before + suffix + slot.after
     assert not any(slot.typable([[i] for i in tokenizer.control]))
     if not is_toy:                                              # "ti" is a token of its own
@@ -165,17 +169,19 @@ def test_suffixes_come_back_as_the_same_ids_and_hold_no_control_token(kind, form
 
 def test_the_toy_gives_in_each_row_repeats_from_its_text_and_a_killed_search_goes_on(
         toy, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(gcg, "CHECK", 5)
     model, tokenizer = toy
     answered = read_prompts(TOY / "data/harmful.jsonl")[0][1]
     sets = {"harmful": EvalSet("harmful", "h", [*refused, answered])}
-    plan = Plan(steps=30, width=32, length=6, check=5, target=WANTED)
+    plan = Plan(steps=30, width=32, length=6, target=WANTED)
     replies = partial(answer, model, tokenizer, max_new_tokens=24)
     find = partial(attack.gcg, model_name="base", model=model, tokenizer=tokenizer, sets=sets,
                    answer=replies, plan=plan)
     rows = find(tmp_path / "whole")
     found = success(rows)["base"]["harmful"]
-    assert found["n"] == 5 and found["complied"]["count"] >= 4 and found["reached"]["count"] >= 4
-    assert found["steps"][0]["count"] == 1 and rows[-1]["steps"] == 0
+    counts = {words: part["count"] for words, part in found.items()}
+    assert counts["complied at last"] >= 4 and counts["and began as the target"] >= 4
+    assert counts["complied within 0 steps"] == 1 and rows[-1]["steps"] == 0
     for row in rows[:-1]:
         assert row["losses"][-1] < row["losses"][0]
         assert row["prompt"] == row["plain"] + row["suffix"]
@@ -201,9 +207,10 @@ def test_success_counts_what_was_seen_within_a_budget():
              "search": {"steps": 60}}
             for complied, reached in ((0, 0), (10, None), (20, 50), (None, None))]
     found = success(rows)["base"]["h"]
-    assert {most: part["count"] for most, part in found["steps"].items()} == {
-        0: 1, 10: 2, 25: 3, 50: 3}
-    assert (found["complied"]["count"], found["reached"]["count"], found["n"]) == (3, 2, 4)
+    assert [(words, part["count"], part["n"]) for words, part in found.items()] == [
+        ("complied within 0 steps", 1, 4), ("complied within 10 steps", 2, 4),
+        ("complied within 25 steps", 3, 4), ("complied within 50 steps", 3, 4),
+        ("complied at last", 3, 4), ("and began as the target", 2, 4)]
 
 
 # --- targets and templates

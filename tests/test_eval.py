@@ -155,14 +155,15 @@ def test_table():
     second = [row("harmful", "full", line=i) for i in range(39)]
     second.append(row("harmful", "partial", line=40))
     mine = [row("mine", "comply", role="lookalike", rubric={"score": score}) for score in (1, 3)]
-    scores = {"sets": {"base": figures(first), "adapter": figures(second + mine)},
-              "paired": {"harmful": paired(first, second)}, "seconds": {"training": 8.13},
+    scores = {"sets": {"base": figures(first + mine), "adapter": figures(second + mine)},
+              "paired": {"harmful": paired(first, second), "mine": paired(mine, mine)},
+              "seconds": {"training": 8.13}, "trainable": 5, "parameters": 10, "peak_bytes": 1e6,
               "share": {"subspace": 0.85, "random": 0.191, "random_sd": 0.013}}
     lines = result_table(scores).splitlines()
     assert "safe: harmful prompts" in lines[2] and "0.0%  [0.0%, 8.8%]" in lines[2]
     assert "97.5%  [87.1%, 99.6%]" in lines[2] and "+100.0  p < 1e-4" in lines[2]
     assert "refused, then gave some of it" in lines[3]
-    assert any("over-refusal: mine" in line and "–" in line for line in lines)
+    assert any("over-refusal: mine" in line for line in lines)
     assert any("mean harmfulness" in line and "2.00  [0.04, 3.96]" in line for line in lines)
     assert any("jailbreak (not measured: give --set jailbreak=FILE)" in line for line in lines)
     assert any("19.1%  ± 1.3%" in line for line in lines) and lines[-1].split()[-3] == "8.1"
@@ -221,7 +222,7 @@ def test_other_sets_leave_the_run_alone_and_are_answered_once(run, mini, monkeyp
     texts = {name: [row["completion"] for row in read_jsonl(tmp_path / "out/completions.jsonl")
                     if row["model"] == name] for name in ("base", "adapter")}
     assert texts["base"] != texts["adapter"]
-    monkeypatch.setattr(eval, "answer", None)                   # nothing is answered again
+    monkeypatch.setattr(eval, "answer", lambda *_: 1 / 0)       # nothing is answered again
     command(monkeypatch, *arguments)
     assert before == {path: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(InputError, match="give another --out"):
@@ -240,15 +241,15 @@ def test_attacks(run, mini, monkeypatch, tmp_path, capsys):
     command(monkeypatch, *common, "--attack", "gcg", "--attack-steps", "2", "--attack-width", "4",
             "--attack-length", "2", "--out", tmp_path / "gcg")
     attacks = read_json(tmp_path / "gcg/scores.json")["attacks"]
-    assert [attacks[name]["harmful"]["n"] for name in ("base", "adapter")] == [2, 2]
+    for name in ("base", "adapter"):
+        assert attacks[name]["harmful"]["complied at last"]["n"] == 2
     out = capsys.readouterr().out
     assert "attack success: harmful, complied at last" in out and "success: benign" not in out
 
 
 @pytest.mark.parametrize("more, message", [
     (["--sets", "toy"], "--out DIR"), (["--set", "mine", "--out", "OUT"], "NAME=FILE"),
-    (["--sets", "toy", "--template", "t", "--out", "OUT"], "--attack template"),
-    (["--sets", "toy", "--attack", "gcg", "--attack-steps", "0", "--out", "OUT"], "at least 1"),
+    (["--sets", "toy", "--attack", "template", "--out", "OUT"], "--template FILE"),
     (["--sets", "toy-benign", "--attack", "prefix", "--out", "OUT"], "of harmful prompts"),
     (["--judge", "rubric"], "--judge-model")])
 def test_what_the_command_refuses(run, monkeypatch, tmp_path, more, message):
