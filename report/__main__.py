@@ -34,14 +34,16 @@ FLAGS = ("model", "sae", "layers", "width", "sets", "device")
 def explain_to(path, adapter, settings, num_prompts, trained=(), features=(), subspaces=None):
     """Explain the adapter in a folder, and write explain.json.
 
-    trained: turns of the prompts that it was trained on, which are not asked.
+    trained: turns of prompts that are not asked.
     """
+    # What is small is read first, so that a wrong name ends soon
     folder = model_folder(settings.model)
     config = load_config(folder)
     saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0, settings.device,
                      config)
     tokenizer = load_tokenizer(folder)
-    places = {role: (role, file) for role, file in (settings.sets or {}).items()}
+    files = settings.sets or {}
+    places = {role: (role, file) for role, file in files.items()}
     sets = load_sets(places, trained, settings.eval_prompts)
     model = load_model(folder, getattr(torch, settings.dtype), settings.device)
     limit_threads(sum(parameter.numel() for parameter in model.parameters()))
@@ -59,13 +61,15 @@ def explain_run(run, num_prompts, device=None):
         raise InputError(f"{run} knows no SAEs: `python -m report --adapter {run} --sae DIR`")
     if not (run / "scores.json").exists():
         raise InputError(f"{run} isn't finished: go on with `python train.py --resume {run}`")
+    # Prompts that it was trained on are not asked
     pairs, _ = read_pairs(data_file(settings.data))
+    trained = {pair.turns for pair in pairs}
+    # `--init random` without an SAE selects nothing
     features, subspaces = (), None
     if (run / "subspace.safetensors").exists():
         features = read_json(run / "features.json", list)
         subspaces = load_subspaces(run / "subspace.safetensors")
-    explain_to(run / "explain.json", run, settings, num_prompts, {pair.turns for pair in pairs},
-               features, subspaces)
+    explain_to(run / "explain.json", run, settings, num_prompts, trained, features, subspaces)
 
 
 # ------------------------------------------------------------------------------
@@ -136,6 +140,7 @@ def main():
         runs = [(saved_settings(run), read_json(run / "scores.json")) for run in args.runs]
         return print(runs_table(runs))
     folder = args.out or args.runs[0]
+    # Anybody's adapter goes into a new folder; a run that is explained is only drawn again
     if args.adapter:
         if not is_new(folder):
             raise InputError(f"{folder} is there and isn't empty: give another --out")

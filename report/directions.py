@@ -80,7 +80,7 @@ def random_directions(decoder: torch.Tensor) -> torch.Tensor:
     """Random unit directions (NUM_RANDOM, D) with the uncentred covariance of unit rows (F, D)."""
     C = (decoder.T @ decoder).double() / len(decoder)
     # A small ridge, so that directions which the decoder doesn't span do no harm
-    identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    identity = torch.eye(len(C)).to(C)
     C += 1e-9 * C.diagonal().mean() * identity
     factor = torch.linalg.cholesky(C).T.to(decoder)
     generator = torch.Generator().manual_seed(0)
@@ -97,13 +97,17 @@ def largest_of(shares: torch.Tensor, count: int, level: float) -> float:
     """
     x = -torch.log1p(-shares.double().clamp(max=1 - 1e-12))
     top = x.topk(max(2, len(x) // 100)).values
+    # The tail's scale is the mean excess over its threshold
+    threshold = top[-1]
+    scale = (top[:-1] - threshold).mean()
     beyond = math.log(len(top) / len(x) * count / level)
-    return -math.expm1(-float(top[-1] + (top[:-1] - top[-1]).mean() * beyond))
+    return -math.expm1(-float(threshold + scale * beyond))
 
 
 def span(rows: torch.Tensor) -> torch.Tensor:
     """Orthonormal columns (D, k) that span k rows (k, D)."""
-    return torch.linalg.qr(rows.T.double()).Q.to(rows)
+    Q = torch.linalg.qr(rows.T.double()).Q
+    return Q.to(rows)
 
 
 class Update:
@@ -138,6 +142,7 @@ class Update:
         random directions passes with probability `level`.
         """
         Q = span(self.decoder[named])
+        # What rounding leaves of an update that is wholly explained is nothing
         rest = self.norm2 * (1 - self.inside(Q))
         if rest < 1e-9 * self.norm2:
             return torch.zeros_like(self.decoder[:, 0]), MIN_SHARE
@@ -148,8 +153,10 @@ class Update:
 
     def _energy_outside(self, Q, directions, products):
         """‖Z d‖² / ‖d‖² (N) of the part d of each direction that lies outside the span of Q."""
+        # d − QQᵀd, without making it
         along = directions @ Q                        # (N, k)
         outside = products - along @ (self.Z @ Q).T   # (N, R)
+        # A direction that is nearly in the span would divide noise by noise
         new = 1 - along.square().sum(1)
         energy = outside.square().sum(1) / new.clamp(min=MIN_NEW)
         return torch.where(new < MIN_NEW, 0, energy)
@@ -162,6 +169,7 @@ class Update:
         """
         named = []
         for _ in range(3 * MAX_NAMED):
+            # The feature that takes most of what the others leave
             share, limit = self.remaining(named, level)
             best = int(share.argmax())
             if len(named) == MAX_NAMED or share[best] <= limit:

@@ -46,6 +46,7 @@ def removed(model, directions, sae_layers, norm_aware=False):
     """
     before = []
     try:
+        # A reader's A holds directions of the stream, a writer's B
         for name, layer in lora.lora_layers(model).items():
             rows = directions.get(sae_key(name, sae_layers))
             if rows is None:
@@ -119,6 +120,7 @@ def removal(model, layers, saes, subspaces, norm_aware, refusals) -> list[dict]:
 
     rows, trained = [], None
     for what, feature, context in tqdm(trials, "removing", leave=False, disable=None):
+        # The same prompts are answered again
         with context:
             flags = refusals()
         # Everything is compared with the adapter as trained, the first row
@@ -145,9 +147,8 @@ class Activity:
     """
 
     def __init__(self, num_features, device):
-        shape = 4, num_features
-        self.sums = {role: torch.zeros(shape, dtype=torch.float64, device=device)
-                     for role in MOVED_ROLES}
+        zeros = torch.zeros(4, num_features, dtype=torch.float64, device=device)
+        self.sums = {role: zeros.clone() for role in MOVED_ROLES}
         self.peaks = Peaks(num_features, device)
 
     def add(self, number, role, positions, decision, base, adapter):
@@ -158,7 +159,8 @@ class Activity:
         if role in MOVED_ROLES:
             b = base[decision][0].double()
             a = adapter[decision][0].double()
-            self.sums[role] += torch.stack((b, a, a - b, (a - b).square()))
+            change = a - b
+            self.sums[role] += torch.stack((b, a, change, change.square()))
         self.peaks.update(0 if role in HARMFUL else 1, number, base, positions)
 
     def moved(self, role, n) -> list[dict]:
@@ -167,7 +169,9 @@ class Activity:
         variance = (squares - change * change / n).clamp(min=0) / max(1, n - 1)
         error = (variance / n).sqrt()
         features = []
-        for i in change.abs().topk(min(NUM_MOVED, len(change))).indices.tolist():
+        count = min(NUM_MOVED, len(change))
+        largest = change.abs().topk(count).indices
+        for i in largest.tolist():
             features.append({
                 "index": i,
                 "base": base[i].item() / n,
@@ -190,12 +194,14 @@ def activity(model, saes, texts, control, batch_tokens=4096) -> dict[int, Activi
     activities = {layer: Activity(saes[layer].n_units, device) for layer in layers}
     control = torch.tensor(sorted(control))
     # Texts of like length share a batch, so that little of it is padding on the right
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i][1].tokens))
+    lengths = [len(example.tokens) for _, example in texts]
+    order = sorted(range(len(texts)), key=lambda i: -lengths[i])
     with tqdm(total=len(order), desc="looking inside", leave=False, disable=None) as bar:
         while order:
-            longest = len(texts[order[0]][1].tokens)
+            longest = lengths[order[0]]
             count = max(1, batch_tokens // longest)
-            batch, order = order[:count], order[count:]
+            batch = order[:count]
+            order = order[count:]
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             for row, i in zip(ids, batch):
                 tokens = texts[i][1].tokens
@@ -206,6 +212,8 @@ def activity(model, saes, texts, control, batch_tokens=4096) -> dict[int, Activi
             _, adapter = model.hidden(ids, capture=layers, stop_after=layers[-1])
             with lora.scaled(model, 0):
                 _, base = model.hidden(ids, capture=layers, stop_after=layers[-1])
+
+            # Each text's own tokens, without control tokens
             for row, i in enumerate(batch):
                 role, example = texts[i]
                 keep = ~torch.isin(torch.tensor(example.tokens), control)
@@ -270,10 +278,10 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
     # Activations where both models read the adapter's answers
     activities = activity(model, saes, texts, tokenizer.control)
     num_texts = Counter(role for role, _ in texts)
-    inside = []
     mentioned = defaultdict(set)        # {SAE layer: features on the page}
     for part in layers:
         mentioned[part["layer"]].update(feature["index"] for feature in part["features"])
+    inside = []
     for role in MOVED_ROLES:
         if not num_texts[role]:
             continue
@@ -284,7 +292,7 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
                 mentioned[layer].add(feature["index"])
         inside.append({"role": role, "prompts": num_texts[role], "features": moved})
 
-    # Those that selection chose are described as it did
+    # Features that selection chose are described as it did, and the others here
     words = {}
     for feature in features:
         layer, i = feature["layer"], feature["index"]

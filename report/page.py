@@ -85,7 +85,8 @@ def table(head, rows) -> Html:
 
 def feature_link(run, key) -> Html:
     """The name of feature "layer/index", linked to its card, and the tokens it fires most on."""
-    return join(tag("a", key, href=f"#feature-{key}"), " ", small(fires_on(run.words[key])))
+    link = tag("a", key, href=f"#feature-{key}")
+    return join(link, " ", small(fires_on(run.words[key])))
 
 
 def fires_on(feature) -> str:
@@ -153,8 +154,10 @@ def update(run):
             link = feature_link(run, f"{part['layer']}/{feature['index']}")
             rows.append([link, f"{feature['share_left']:.1%}", f"{feature['left_max']:.1%}"])
 
+    # Parts add up by their size
     def whole(key):
-        return f"{sum(part['share_of_update'] * (part[key] or 0) for part in parts):.1%}"
+        shares = [part["share_of_update"] * (part[key] or 0) for part in parts]
+        return f"{sum(shares):.1%}"
 
     lead = "The update uses no feature clearly more than chance: features do not explain it."
     num_named = sum(len(part["features"]) for part in parts)
@@ -185,9 +188,13 @@ def removal(run):
     for trial in run.explain["removal"]:
         key = trial["feature"]
         tokens = small(" ", fires_on(run.words[key])) if key else None
+        # The first row is what the others are compared with
         change = points(trial) if trial["safe"] and rows else None
-        rows.append([join(trial["what"], tokens), percent(trial["safe"]), change,
-                     percent(trial["over_refusal"])])
+        rows.append([
+            join(trial["what"], tokens),
+            percent(trial["safe"]),
+            change,
+            percent(trial["over_refusal"])])
     head = ["update", "harmful prompts refused", "change, points", "harmless prompts refused"]
     return [table(head, rows),
             note("A direction is projected out of the update, and the same prompts, plain and "
@@ -203,7 +210,8 @@ def inside(run):
         rows = []
         for feature in moved[:MAX_MOVED]:
             change = f"{feature['change']:+.2f}"
-            error = small(f" ± {feature['error']:.2f}")
+            # One prompt has no spread
+            error = small(f" ± {feature['error']:.2f}") if part["prompts"] > 1 else None
             rows.append([
                 feature_link(run, f"{feature['layer']}/{feature['index']}"),
                 join(change, error),
@@ -232,14 +240,16 @@ def answers(run):
     for row in run.judged:
         of_set = exchanges.setdefault(row["set"], {})
         of_set.setdefault((row["line"], row["prompt"]), []).append(row)
+    # A changed verdict shows most
     articles = []
     for of_set in exchanges.values():
         of_set = sorted(of_set.values(), key=is_changed, reverse=True)
         articles += [article(rows) for rows in of_set]
-    options = [tag("option", name) for name in exchanges]
+    options = [tag("option", "all sets", value="")]
+    options += [tag("option", name) for name in exchanges]
     form = tag(
         "form",
-        tag("select", tag("option", "all sets", value=""), options, name="set", aria_label="set"),
+        tag("select", options, name="set", aria_label="set"),
         tag("label", tag("input", type="checkbox", name="changed"), " changed only"),
         tag("output"),
         id="filter")
@@ -272,6 +282,7 @@ def training(run):
     steps = [row["step"] for row in run.metrics if "loss" in row]
     losses = [row["loss"] for row in run.metrics if "loss" in row]
     length = max(1, steps[-1] - steps[0])
+    # Loss 0 is at y = 170, the largest at y = 20
     line = ""
     for step, loss in zip(steps, losses):
         x = 40 + 560 * (step - steps[0]) / length
@@ -315,13 +326,16 @@ def read_run(folder: Path) -> SimpleNamespace:
 def page(folder: str | Path) -> str:
     """The page of a run's folder, or of a folder with an explain.json alone."""
     run = read_run(Path(folder))
+    # What a folder doesn't hold has no section
     sections, links = [], []
     for title, needs, section in SECTIONS:
         if getattr(run, needs):
             key = title.replace(" ", "-").lower()
-            sections.append(tag("section", tag("h2", title), section(run), id=key))
+            heading = tag("h2", title)
+            sections.append(tag("section", heading, section(run), id=key))
             links.append(tag("a", title, href=f"#{key}"))
 
+    # A run says how it was made, an adapter of another origin which model it is for
     about = f"A LoRA adapter on {run.settings.get('model') or run.explain.get('model')}"
     command = None
     if run.config:
