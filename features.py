@@ -210,8 +210,8 @@ def spanning_rows(sae: SAE, statistics: Statistics, units, tau: float) -> torch.
 
 
 def subspace(rows: torch.Tensor, tau: float, rank: int) -> tuple[torch.Tensor, float, str]:
-    """(U, explained, limit) of decoder rows (k, D), by PCA. U (D, r̂): orthonormal columns, float32;
-    explained: their share of the squared singular values; limit: "tau" or "rank", what set r̂."""
+    """(U, explained, limit) of decoder rows (k, D), by PCA. U (D, r̂): orthonormal, float32;
+    explained: its share of the squared singular values; limit: "tau" or "rank", what set r̂."""
     if not 0 < tau <= 1:
         raise InputError(f"--tau {tau}: a share of variance, above 0 and at most 1")
     if len(rows) == 0:

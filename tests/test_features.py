@@ -145,7 +145,7 @@ for count in (20, 120):
 def test_memory_does_not_grow_with_pairs():
     printed = subprocess.check_output([sys.executable, "-c", MEMORY], cwd=ROOT, text=True)
     small, large = map(int, printed.split())
-    assert large < small + 20_000, f"{small} kB for 20 pairs, {large} kB for 120"
+    assert large < small + 8_000, f"{small} kB for 20 pairs, {large} kB for 120"
 
 
 # ---- Choice, subspace, bases ---------------------------------------------------------------------
