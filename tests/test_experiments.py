@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -149,8 +149,8 @@ def test_the_tables_print_the_committed_lines(capsys, monkeypatch):
     ablate.main()
     results = (ROOT / "experiments/RESULTS.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() in results
-    monkeypatch.setattr(sys, "argv", ["ablate", "--print", "--variants", "paper", "lora-own",
-                                      "--worlds", "1", "2"])
+    few = "ablate --print --variants paper lora-own --worlds 1 2".split()
+    monkeypatch.setattr(sys, "argv", few)
     ablate.main()
     printed = capsys.readouterr().out
     assert all(words in printed for words in ("area, less lora-own", "t 95 %", "2/2"))
@@ -160,30 +160,27 @@ def test_the_tables_print_the_committed_lines(capsys, monkeypatch):
 # Neighbours, against the formulas on whole matrices
 
 @pytest.fixture
-def adapted(gemma):
-    generator = torch.Generator().manual_seed(0)
-    layers = lora.add_lora(gemma, 6, 3, "random", generator=generator)
+def layers(gemma):
+    layers = lora.add_lora(gemma, 6, 3, "random", generator=torch.Generator().manual_seed(0))
     for layer in layers.values():
-        layer.B.data.normal_(0, 0.1, generator=generator)
-    return gemma, layers
+        layer.B.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    return layers
 
 
-def test_lox_extrapolates_the_leading_part(adapted):
-    model, layers = adapted
+def test_lox_extrapolates_the_leading_part(gemma, layers):
     before = {name: layer.update.detach().clone() for name, layer in layers.items()}
-    neighbours.lox(model, 2, 1.25)
+    neighbours.lox(gemma, 2, 1.25)
     for name, layer in layers.items():
         U, S, V = torch.linalg.svd(before[name], full_matrices=False)
         wanted = before[name] + 1.25 * U[:, :2] @ (S[:2, None] * V[:2])
         assert (layer.update - wanted).norm() < 1e-5 * wanted.norm()
 
 
-def test_rosi_adds_the_direction_to_writers_alone(adapted):
-    model, layers = adapted
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+def test_rosi_adds_the_direction_to_writers_alone(gemma, layers):
+    before = {name: value.clone() for name, value in gemma.state_dict().items()}
     s = torch.arange(64.0)
-    neighbours.rosi(model, s, 0.7)
-    for name, value in model.state_dict().items():
+    neighbours.rosi(gemma, s, 0.7)
+    for name, value in gemma.state_dict().items():
         W = before[name]
         if name.endswith(("o_proj.base.weight", "down_proj.weight")):
             layer = layers.get(name.removesuffix(".base.weight"))
@@ -209,16 +206,13 @@ def test_harms_direction_and_averages_by_hand(gemma):
 
 def test_the_papers_statement_and_its_edges():
     """The difference of means errs by √(r − 1), not every direct method does, an SAE hardly."""
-    r = 4
-    setting = theory.Setting(r=r, samples=20_000)
-    W, a, u = theory.sample(setting)
-    means = theory.error(theory.mean_difference(a, u, r), W, r)
-    assert means == pytest.approx(math.sqrt(r - 1), abs=0.02)
-    assert theory.error(theory.covariance_difference(a, u, r), W, r) <= 0.15
-    rows = theory.SAE(setting, 300, a, u).chosen_rows(a, u, r)
-    assert theory.error(theory.span(rows), W, r) <= 0.15
-    U = theory.centred(rows, 0.8)
-    assert theory.error(U, W, r) == pytest.approx(math.sqrt(r - U.shape[1]), abs=0.05)
+    setting = theory.Setting(samples=20_000)
+    errors = theory.errors(setting, steps=(300,))
+    assert errors["difference of means"] == pytest.approx(math.sqrt(setting.r - 1), abs=0.02)
+    assert max(errors["difference of covariances"], errors["SAE, 300 steps"]) <= 0.15
+    for name in ("uncentred", "centred"):
+        floor = errors[f"    {name}, √(r − r̂)"]
+        assert floor == 1 and errors[f"  its PCA, {name}, τ = 0.8"] == pytest.approx(1, abs=0.05)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,22 +250,18 @@ def test_the_recipe_goes_all_the_way_on_the_toy(tmp_path):
     assert (out / "gradient-0/report.html").exists()
     assert load_model(out / "merged").config.hidden_size == 64
     # Where all is there, only the look ahead is made again
-    again = recipe(tmp_path, "toy", record=("python",), **short)
-    assert [command[1] for command in again] == ["train.py"]
+    assert [words[1] for words in recipe(tmp_path, "toy", ("python",), **short)] == ["train.py"]
 
 
 def test_the_recipe_on_gemma(tmp_path):
     """Which files it fetches and which commands it runs: nothing is loaded."""
     model = "google/gemma-2-9b-it"
     commands = recipe(tmp_path, model, record=("python", "hf", "curl", "lm_eval"))
-    by_tool = {tool: [arguments for name, *arguments in commands if name == tool]
-               for tool in ("python", "hf", "curl", "lm_eval")}
-    assert by_tool["hf"][0][:2] == ["download", model]
-    assert by_tool["hf"][1][1] == RECIPES[model]["sae"] and len(by_tool["hf"][1]) == 5
-    assert [Path(arguments[-1]).suffix for arguments in by_tool["curl"]] == [".csv"] * 4
-    verbs = [arguments[0] for arguments in by_tool["python"]]
-    counts = {verb: verbs.count(verb) for verb in verbs}
+    downloads = [words[2:] for words in commands if words[:2] == ["hf", "download"]]
+    assert downloads[0][0] == model
+    assert downloads[1][0] == RECIPES[model]["sae"] and len(downloads[1]) == 4
+    counts = Counter(words[1] for words in commands if words[0] == "python")
     assert counts == {"train.py": 10, "select.py": 2, "-m": 10, "eval.py": 12, "lora.py": 1}
-    assert len(by_tool["lm_eval"]) == 2
+    assert Counter(words[0] for words in commands)["lm_eval"] == 2
     with pytest.raises(AssertionError, match="no recipe"):
         recipe(tmp_path, "google/gemma-7b", record=("python",))
