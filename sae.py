@@ -17,7 +17,6 @@ Letters: D width of the residual stream, F features, r features of a block (Jump
 K = F/r units.
 """
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +50,21 @@ class SAE:
     may be the path of an .npz file. Then it is read when it is first needed.
     """
 
-    kind, block = "", 1
+    kind = ""
+    block = 1
 
     def __init__(self, W_enc, b_enc, W_dec, b_dec, source="", layer=None, width=None, l0=None):
-        self.W_enc, self.b_enc, self._W_dec, self.b_dec = W_enc, b_enc, W_dec, b_dec
-        self.source, self.layer, self.width, self.l0 = str(source), layer, width, l0
+        self.W_enc = W_enc
+        self.b_enc = b_enc
+        self._W_dec = W_dec
+        self.b_dec = b_dec
         self.d_model, self.n_features = W_enc.shape
+
+        # Where it comes from
+        self.source = str(source)
+        self.layer = layer
+        self.width = width
+        self.l0 = l0
 
     @property
     def n_units(self) -> int:
@@ -72,8 +80,8 @@ class SAE:
         raise NotImplementedError
 
     def activations(self, codes: torch.Tensor) -> torch.Tensor:
-        """(..., K) of codes (..., F): how active each unit is."""
-        raise NotImplementedError
+        """(..., K) of codes (..., F): how active each unit is. A feature is as its code."""
+        return codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Reconstruction x̂ (..., D) float32 of codes (..., F)."""
@@ -117,9 +125,9 @@ class SAE:
         return torch.linalg.svd(rows, full_matrices=False).Vh[:, 0]
 
     def __str__(self):
-        name = f"{Path(self.source).name} layer {self.layer}, width {self.width}, L0 {self.l0}"
-        place = f"residual stream after block {self.layer}"
-        return f"{name}: {place} (d_model {self.d_model}, {self.kind}), BOS left out"
+        name = Path(self.source).name
+        return (f"{name} layer {self.layer}, width {self.width}, L0 {self.l0}: residual stream "
+                f"after block {self.layer} (d_model {self.d_model}, {self.kind}), BOS left out")
 
 
 class JumpReLU(SAE):
@@ -136,10 +144,6 @@ class JumpReLU(SAE):
         # In place, since h is the largest tensor here. h <= θ is false for NaN, so NaN stays NaN
         return h.masked_fill_(h <= self.threshold, 0)
 
-    def activations(self, codes):
-        """(..., F) of codes: themselves."""
-        return codes
-
 
 class SASA(SAE):
     """Features that are subspaces (arXiv 2606.06333).
@@ -151,7 +155,8 @@ class SASA(SAE):
 
     def __init__(self, W_enc, b_enc, W_dec, b_dec, block, active, **place):
         super().__init__(W_enc, b_enc, W_dec, b_dec, **place)
-        self.block, self.active = block, active
+        self.block = block
+        self.active = active
         self.kind = f"{self.n_units} blocks of {block}, {active} a token"
 
     def encode(self, x):
@@ -186,7 +191,8 @@ def load_sae(
     another width than its name says.
     """
     width = str(width)
-    if width not in WIDTHS and not re.fullmatch(r"[1-9]\d{0,8}", width):
+    num_features = WIDTHS.get(width) or int(width if width.isdecimal() else 0)
+    if not num_features:
         raise InputError(f"width {width}: known are {', '.join(WIDTHS)}, or a number of features")
     if Path(source).name.endswith(("-att", "-mlp", "-transcoders")):
         raise InputError(f"{source}: not SAEs of the residual stream; take the one ending in -res")
@@ -196,11 +202,12 @@ def load_sae(
     elif l0 is None:
         l0 = canonical_l0(str(source), layer, width)
     place = f"layer_{layer}/width_{width}/average_l0_{l0}"
+    where = {"source": source, "layer": layer, "width": width, "l0": l0}
 
     # A folder with a sasa.json holds a SASA, every other one a JumpReLU
     is_sasa = (folder / place / "sasa.json").is_file()
     if is_sasa:
-        about = read_json(folder / place / "sasa.json")
+        where |= read_sizes(folder / place / "sasa.json", num_features)
         path = locate(folder, f"{place}/sasa.safetensors")
         tensors = {name: tensor.float() for name, tensor in read_tensors(path).items()}
         if tensors.keys() != SHAPES.keys() - {"threshold"}:
@@ -208,33 +215,33 @@ def load_sae(
     else:
         path = locate(source, f"{place}/params.npz")
         tensors = {name: read_array(path, name) for name in SHAPES if name != "W_dec"}
-    num_features = WIDTHS.get(width) or int(width)
     check_tensors(path, tensors, tensors["b_dec"].numel(), num_features)
-
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    where = {"source": source, "layer": layer, "width": width, "l0": l0}
     if is_sasa:
-        return SASA(**tensors, block=about["block"], active=about["active"], **where)
-    return JumpReLU(**tensors, W_dec=Path(path), **where)
+        return SASA(**tensors, **where)
+    return JumpReLU(**tensors, W_dec=path, **where)
+
+
+def read_sizes(path, num_features):
+    """{"block", "active"} of a sasa.json, which must fit the width."""
+    about = read_json(path)
+    sizes = {name: about.get(name) for name in ("block", "active")}
+    block, active = sizes.values()
+    whole = isinstance(block, int) and isinstance(active, int)
+    if not whole or not 0 < block * active <= num_features or num_features % block:
+        raise InputError(f"{path}: block {block} and active {active} don't fit the SAE's width")
+    return sizes
 
 
 def load_saes(source, layers, width, l0, device, config) -> dict[int, SAE]:
-    """{layer: SAE} of the layers, for a model of this Config.
-
-    Raises InputError where an SAE doesn't fit the model's number of blocks or hidden_size.
-    """
-    saes = {}
-    for layer in layers:
-        if not 0 <= layer < config.num_hidden_layers:
-            last = config.num_hidden_layers - 1
-            raise InputError(f"{source}: no layer {layer} in the model; its layers are 0 to {last}")
-        sae = load_sae(source, layer, width, l0, device)
-        if sae.d_model != config.hidden_size:
+    """{layer: SAE} of the layers. Raises InputError where one doesn't fit the model's Config."""
+    saes = {layer: load_sae(source, layer, width, l0, device) for layer in layers}
+    for layer, sae in saes.items():
+        if layer >= config.num_hidden_layers or sae.d_model != config.hidden_size:
             raise InputError(
-                f"{source} layer {layer}: an SAE of d_model {sae.d_model}, but the model has "
-                f"hidden_size {config.hidden_size}: take SAEs that were trained on this model"
-            )
-        saes[layer] = sae
+                f"{source}: an SAE of layer {layer}, d_model {sae.d_model}, but the model has "
+                f"{config.num_hidden_layers} layers, hidden_size {config.hidden_size}: take SAEs "
+                "that were trained on this model")
     return saes
 
 
@@ -243,8 +250,6 @@ def read_array(path, name):
     try:
         with np.load(path) as arrays:
             values = arrays[name]
-    except KeyError:
-        raise InputError(f"{path} lacks {name}; an SAE has {', '.join(SHAPES)}") from None
     except Exception as error:  # a damaged file raises any of a dozen kinds
         raise InputError(f"{path}: {name} can't be read ({error}): fetch it again") from None
     if values.dtype.kind != "f":
@@ -269,35 +274,35 @@ def check_tensors(path, tensors, d_model, num_features):
 
 def canonical_l0(repository, layer, width):
     """The average L0 of the canonical SAE. Raises InputError where none is known."""
-    table = CANONICAL_L0.get((repository, width))
-    if table is None:
-        known = [known_width for name, known_width in CANONICAL_L0 if name == repository]
-        if known:
-            problem = f"no canonical L0 known for width {width}, only for {', '.join(known)}"
-        else:
-            problem = "no such folder here, and no canonical L0 known on the hub"
-        raise InputError(f"{repository}: {problem}: say the L0")
+    table = CANONICAL_L0.get((repository, width), {})
     if layer not in table:
-        layers = ", ".join(map(str, table))
-        raise InputError(f"{repository}: no canonical SAE of layer {layer}; layers are {layers}")
+        layers = ", ".join(map(str, table)) or "none"
+        raise InputError(f"{repository}: no folder here, and no canonical SAE of layer {layer}, "
+                         f"width {width} (layers known: {layers}): say the L0")
     return table[layer]
 
 
+def saes_in(folder) -> list[tuple[int, str, int]]:
+    """Sorted (layer, width, average L0) of all SAEs in a folder. Raises InputError without any."""
+    places = []
+    for path in Path(folder).expanduser().glob("layer_[0-9]*/width_*/average_l0_[0-9]*"):
+        layer, width, l0 = (part.rsplit("_", 1)[1] for part in path.parts[-3:])
+        places.append((int(layer), width, int(l0)))
+    if not places:
+        raise InputError(f"{folder} holds no SAE: layer_N/width_W/average_l0_X/params.npz")
+    return sorted(places)
+
+
 def l0_in_folder(folder, layer, width, l0):
-    """The average L0 to take. Where one of the three levels is missing, lists what there is."""
-    for level, wanted in (("layer", layer), ("width", width), ("average_l0", l0)):
-        names = [path.name.removeprefix(f"{level}_") for path in folder.glob(f"{level}_*")]
-        names = sorted(filter(re.compile(r"\d+[km]?").fullmatch, names), key=lambda n: (len(n), n))
-        if not names:
-            layout = "layer_N/width_W/average_l0_X/params.npz"
-            raise InputError(f"{folder} holds no {level}_X: an SAE is {layout}")
-        if wanted is None and len(names) == 1:
-            wanted = names[0]
-        if str(wanted) not in names:
-            problem = f"several {level}_X" if wanted is None else f"no {level}_{wanted}"
-            raise InputError(f"{folder} holds {problem}: X is one of {', '.join(names)}")
-        folder = folder / f"{level}_{wanted}"
-    return int(wanted)
+    """The average L0 to take. Raises InputError that lists the SAEs where that isn't clear."""
+    places = saes_in(folder)
+    matches = [place for place in places if place[:2] == (layer, width) and l0 in (None, place[2])]
+    if len(matches) != 1:
+        listing = ", ".join("layer_{}/width_{}/average_l0_{}".format(*place) for place in places)
+        problem = "several SAEs" if matches else "no SAE"
+        raise InputError(f"{folder} holds {problem} of layer {layer}, width {width}, "
+                         f"L0 {l0 or 'any'}; there are {listing}")
+    return matches[0][2]
 
 
 def neuronpedia_url(source, layer: int, width: str, index: int, l0=None) -> str | None:
@@ -305,8 +310,9 @@ def neuronpedia_url(source, layer: int, width: str, index: int, l0=None) -> str 
     canonical = CANONICAL_L0.get((str(source), str(width)), {}).get(layer)
     if canonical is None or l0 not in (None, canonical):
         return None
-    *_, size, kind, _ = str(source).split("-")  # google/gemma-scope-2b-pt-res
-    model = f"gemma-2-{size}-it" if kind == "it" else f"gemma-2-{size}"
+    # google/gemma-scope-2b-pt-res reads gemma-2-2b
+    model = str(source).removesuffix("-res").removesuffix("-pt")
+    model = model.replace("google/gemma-scope", "gemma-2")
     return f"https://www.neuronpedia.org/{model}/{layer}-gemmascope-res-{width}/{index}"
 
 
@@ -319,27 +325,24 @@ def save_sae(folder, layer: int, l0: float, W_enc, b_enc, threshold, W_dec, b_de
 
     X is l0, rounded. W is the published name of a power of two (16384: 16k), else the number.
     """
-    tensors = {"W_enc": W_enc, "b_enc": b_enc, "threshold": threshold}
-    tensors |= {"W_dec": W_dec, "b_dec": b_dec}
-    arrays = {}
-    for name, tensor in tensors.items():
-        arrays[name] = tensor.detach().float().cpu().contiguous().numpy()
+    tensors = [W_enc, b_enc, threshold, W_dec, b_dec]
+    arrays = [tensor.detach().float().cpu().contiguous().numpy() for tensor in tensors]
     path = sae_folder(folder, layer, W_enc.shape[1], l0) / "params.npz"
     with atomic(path) as part, open(part, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **dict(zip(SHAPES, arrays)))
     return path
 
 
-def save_sasa(folder, layer: int, W_enc, b_enc, W_dec, b_dec, block, active, about=None) -> Path:
-    """Write a SASA as sasa.safetensors and sasa.json (block, active, what the dict `about` says).
+def save_sasa(folder, layer: int, W_enc, b_enc, W_dec, b_dec, block, active, **about) -> Path:
+    """Write a SASA as sasa.safetensors and sasa.json (block, active, what `about` says).
 
     The folder is that of `save_sae` with X = active · block. Returns the path of the JSON file.
     """
     place = sae_folder(folder, layer, W_enc.shape[1], active * block)
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     write_tensors(place / "sasa.safetensors", tensors)
-    about = {"architecture": "sasa", "block": block, "active": active} | (about or {})
-    write_json(place / "sasa.json", about)
+    sizes = {"architecture": "sasa", "block": block, "active": active}
+    write_json(place / "sasa.json", sizes | about)
     return place / "sasa.json"
 
 

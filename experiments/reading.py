@@ -24,7 +24,7 @@ from experiments.worlds import LAYERS, RANK, TOP_K, build_world, load_world
 from features import choose_features
 from run.files import InputError, Parser, run_command, table
 from saes.gradient import greedy
-from saes.concepts import auroc
+from experiments.concepts import auroc
 
 LEVEL = 0.8
 HARMFUL = ("harmful", "jailbreak")

@@ -10,6 +10,7 @@ together than the space. All SAEs have as many parameters, and as many coefficie
 Letters: n samples, D = 64, K units of r features.
 """
 
+import itertools
 import math
 import multiprocessing
 import statistics
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from run.files import Parser, run_command, table, write_json
-from saes.step import Spec, ranks
+from saes.step import Spec
 from saes.train import Training
 
 D, BLOCK, ACTIVE, SAMPLES = 64, 4, 2, 80_000
@@ -73,7 +74,8 @@ def fit(x, architecture, num_features, seed, nuclear):
                 nuclear, LR, decay=0.3, bandwidth=0.2, dead_after=20 * BATCH)
     trainings = []
     for start in range(STARTS if is_sasa else 1):
-        training = Training(lambda cursor: (cursor, {0: x}), spec, STEPS, BATCH, 100 * seed + start)
+        training = Training(lambda cursor: itertools.repeat((cursor, {0: x})), spec, STEPS, BATCH,
+                            100 * seed + start)
         for _ in training:
             pass
         trainings.append(training)
@@ -122,7 +124,13 @@ def recovered(trainer, scale, world, n=10_000):
     return {"ev": ev.item(), "l0": (codes != 0).sum().item() / n, "held": len(own),
             "features": len(world.bases), "units": statistics.fmean(units),
             "angles": [angles[i] for i in own],
-            "stable": ranks(W_dec)[0].mean().item() if block > 1 else None}
+            "stable": stable_ranks(W_dec).mean().item() if block > 1 else None}
+
+
+def stable_ranks(blocks):
+    """Stable rank ‖D‖_F²/‖D‖₂² (K) of the blocks D (K, r, D): 1 to r."""
+    power = torch.linalg.eigvalsh(blocks @ blocks.mT).clamp(min=0)
+    return power.sum(1) / power[:, -1]
 
 
 def trials():

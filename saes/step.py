@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from sae import strongest
 
+REVIVAL = 1 / 32  # weight α of the auxiliary loss, which revives dead units
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -28,10 +30,8 @@ class Spec:
     lr: float = 2e-3          # peak learning rate of Adam
     warmup: float = 0.05      # share of the steps that warm up, for jumprelu's L0 penalty ×5
     decay: float = 0.5        # share of the steps, the last ones, in which the rate falls to 0
-    sparsity: float = 1.0     # jumprelu: weight of (L0/target − 1)²
     bandwidth: float = 0.2    # jumprelu: ε of the straight-through estimator, for inputs of power 1
     dead_after: int = 80_000  # tokens of silence after which a unit is dead
-    revival: float = 1 / 32   # weight α of the auxiliary loss, which revives dead units
 
     @property
     def active(self):
@@ -59,24 +59,30 @@ class Trainer:
 
     def __init__(self, spec, mean, draw):
         """mean (D): of the inputs, where b_dec begins; draw: the generator of the weights."""
-        self.spec, device = spec, mean.device
-        D, num_features = len(mean), spec.width
+        self.spec = spec
+        device = mean.device
+        D = len(mean)
+        num_features = spec.width
         num_units = num_features // spec.block
         if spec.block > 1:  # blocks begin orthonormal
             start = torch.randn(num_units, D, spec.block, generator=draw)
             W_dec = torch.linalg.qr(start).Q.mT.reshape(num_features, D)
         else:
             W_dec = F.normalize(torch.randn(num_features, D, generator=draw), dim=1)
-        parameters = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(num_features),
-                      "W_dec": W_dec, "b_dec": mean.float().clone()}
+        parameters = {
+            "W_enc": W_dec.T.contiguous(),
+            "b_enc": torch.zeros(num_features),
+            "W_dec": W_dec,
+            "b_dec": mean.float().clone()}
         if spec.architecture == "jumprelu":  # of D numbers of power 1, about a tenth lies above θ
             parameters["log_theta"] = torch.full((num_features,), math.log(1.3 / D ** 0.5))
         self.parameters = {name: value.to(device) for name, value in parameters.items()}
 
         # Thresholds are logarithms, and have further to go than weights
-        factors = {"log_theta": 10.0}
-        groups = [{"params": [parameter], "factor": factors.get(name, 1.0)}
-                  for name, parameter in self.parameters.items()]
+        groups = []
+        for name, parameter in self.parameters.items():
+            rate = spec.lr * (10 if name == "log_theta" else 1)
+            groups.append({"params": [parameter], "peak": rate})
         self.optimizer = torch.optim.Adam(groups, lr=spec.lr, betas=(0.9, 0.99), fused=True)
         self.silent = torch.zeros(num_units, device=device)  # tokens since a unit was last active
         self.threshold = torch.zeros((), device=device)      # batchtopk: mean least h to stay
@@ -88,7 +94,8 @@ class Trainer:
 
         Returns scalar tensors "loss", "ev" (explained variance), "l0" and "dead" (share of units).
         """
-        spec, W_dec = self.spec, self.parameters["W_dec"]
+        spec = self.spec
+        W_dec = self.parameters["W_dec"]
         loss, error, codes, gradients = self.gradients(x, done)
 
         # Rows keep unit length: take out the part of the gradient that would only change it
@@ -96,10 +103,10 @@ class Trainer:
         gradients["W_dec"].addcmul_(W_dec, along, value=-1)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
-        warmup = (done + 1e-3) / max(spec.warmup, 1e-3)
-        decay = (1 - done) / max(spec.decay, 1e-9)
+        warmup = (done + 1e-3) / spec.warmup
+        decay = (1 - done) / spec.decay
         for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * spec.lr * min(1.0, warmup, decay)
+            group["lr"] = group["peak"] * min(1.0, warmup, decay)
         self.optimizer.step()
         W_dec.copy_(F.normalize(W_dec, dim=1))
 
@@ -109,18 +116,23 @@ class Trainer:
             fires = fires.unflatten(1, (-1, spec.block)).any(2)  # (N, K)
         self.silent = torch.where(fires.any(0), 0, self.silent + len(x))
         power = (x - x.mean(0)).square().sum()
-        metrics = {"loss": loss, "ev": 1 - error.square().sum() / power,
-                   "l0": (codes != 0).sum() / len(x),
-                   "dead": (self.silent >= spec.dead_after).float().mean()}
-        self.mean = {name: 0.95 * self.mean.get(name, value) + 0.05 * value
-                     for name, value in metrics.items()}
+        metrics = {
+            "loss": loss,
+            "ev": 1 - error.square().sum() / power,
+            "l0": (codes != 0).sum() / len(x),
+            "dead": (self.silent >= spec.dead_after).float().mean()}
+        for name, value in metrics.items():
+            self.mean[name] = 0.95 * self.mean.get(name, value) + 0.05 * value
         return metrics
 
     @torch.no_grad()
     def gradients(self, x, done=0.5):
         """(loss, error x̂ − x (N, D), codes (N, F), {parameter: gradient}) for a batch x (N, D)."""
-        spec, p = self.spec, self.parameters
-        W_enc, W_dec, N = p["W_enc"], p["W_dec"], len(x)
+        spec = self.spec
+        p = self.parameters
+        W_enc = p["W_enc"]
+        W_dec = p["W_dec"]
+        N = len(x)
         h = torch.addmm(p["b_enc"] - p["b_dec"] @ W_enc, x, W_enc)  # (N, F), no copy of x − b_dec
         dead = self._dead_features()
         h_dead = h[:, dead] if len(dead) else None  # a copy: h becomes the codes below
@@ -136,20 +148,23 @@ class Trainer:
 
         # Backward, from x̂ to the codes
         d_x_hat = error * (2 / N)
-        grad = {"W_dec": codes.T @ d_x_hat, "b_dec": d_x_hat.sum(0)}
+        grad = {}
+        grad["W_dec"] = codes.T @ d_x_hat
+        grad["b_dec"] = d_x_hat.sum(0)
         d_codes = d_x_hat @ W_dec.T  # (N, F)
         if spec.architecture == "jumprelu":
-            weight = spec.sparsity * min(1.0, done / (5 * spec.warmup + 1e-9))
-            l0 = (codes != 0).sum() / N
-            loss = loss + weight * (l0 / spec.l0 - 1) ** 2
+            weight = min(1.0, done / (5 * spec.warmup + 1e-9))
+            miss = (codes != 0).sum() / N / spec.l0 - 1
+            loss = loss + weight * miss ** 2
             # d f/dθ = −θ/ε and d 1[h > θ]/dθ = −1/ε where |h − θ| < ε/2, and θ = exp(log θ)
-            d_count = 2 * weight * (l0 / spec.l0 - 1) / spec.l0 / N  # of the loss by Σ 1[h > θ]
+            d_count = 2 * weight * miss / spec.l0 / N  # of the loss by Σ 1[h > θ]
             d_theta = -(near * (d_codes * theta + d_count)).sum(0)
             grad["log_theta"] = d_theta * theta / spec.bandwidth
 
         # From the codes to the encoder
         d_codes *= gate
-        grad["W_enc"], grad["b_enc"] = x.T @ d_codes, d_codes.sum(0)
+        grad["W_enc"] = x.T @ d_codes
+        grad["b_enc"] = d_codes.sum(0)
         if len(dead):
             loss = loss + self._revive(x, error, h_dead, dead, grad)
         grad["W_enc"] -= torch.outer(p["b_dec"], grad["b_enc"])  # the encoder sees x − b_dec
@@ -191,7 +206,8 @@ class Trainer:
         ẑ is made by the strongest dead units of each token, h (N, n) is of the dead features, and
         the error is a constant. Adds to `grad`. (arXiv 2406.04093, appendix A.2)
         """
-        spec, N, D = self.spec, len(x), x.shape[1]
+        spec = self.spec
+        N, D = x.shape
         W_dec = self.parameters["W_dec"][dead]  # (n, D)
         p = h.unflatten(1, (-1, spec.block))
         if spec.architecture != "sasa":
@@ -199,24 +215,26 @@ class Trainer:
         num_active = min(p.shape[1], max(spec.active, D // (4 * spec.block)))
         z = p.flatten(1) * strongest(p, num_active).repeat_interleave(spec.block, 1)
         miss = torch.addmm(error, z, W_dec)  # x̂ + ẑ − x
-        d_miss = miss * (2 * spec.revival / N)
+        d_miss = miss * (2 * REVIVAL / N)
         d_z = (d_miss @ W_dec.T).mul_(z != 0)
         grad["W_dec"].index_add_(0, dead, z.T @ d_miss)
         grad["W_enc"].index_add_(1, dead, x.T @ d_z)
         grad["b_enc"].index_add_(0, dead, d_z.sum(0))
-        return spec.revival * miss.square().sum() / N
+        return REVIVAL * miss.square().sum() / N
 
     def arrays(self, scale):
         """The tensors of sae.py for inputs `scale` times those seen here; b_dec is folded in."""
         p = self.parameters
-        b_enc = scale * (p["b_enc"] - p["b_dec"] @ p["W_enc"])
-        b_dec = scale * p["b_dec"]
-        arrays = {"W_enc": p["W_enc"], "b_enc": b_enc, "W_dec": p["W_dec"], "b_dec": b_dec}
+        arrays = {
+            "W_enc": p["W_enc"],
+            "b_enc": scale * (p["b_enc"] - p["b_dec"] @ p["W_enc"]),
+            "W_dec": p["W_dec"],
+            "b_dec": scale * p["b_dec"]}
         if self.spec.architecture == "jumprelu":
             arrays["threshold"] = scale * p["log_theta"].exp()
         elif self.spec.architecture == "batchtopk":
             arrays["threshold"] = (scale * self.threshold.clamp(min=0)).expand(self.spec.width)
-        return {name: value.detach().clone() for name, value in arrays.items()}
+        return {name: value.clone() for name, value in arrays.items()}
 
     def state(self):
         """{name: tensor} of all that the next step depends on."""
@@ -230,11 +248,10 @@ class Trainer:
 
     def restore(self, state):
         """Put back what `state` gave."""
-        device = self.silent.device
-        state = {name: tensor.to(device) for name, tensor in state.items()}
-        self.silent, self.threshold = state["silent"], state["threshold"]
-        self.mean = {name.removeprefix("mean."): value for name, value in state.items()
-                     if name.startswith("mean.")}
+        self.silent = state["silent"]
+        self.threshold = state["threshold"]
+        for name in ("loss", "ev", "l0", "dead"):
+            self.mean[name] = state[f"mean.{name}"]
         for name, parameter in self.parameters.items():
             parameter.copy_(state[name])
             moments = {key: state[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -264,10 +281,3 @@ def nuclear_norm(blocks: torch.Tensor, ridge=1e-6) -> tuple[torch.Tensor, torch.
     values, V = torch.linalg.eigh(blocks @ blocks.mT)
     root = (values.clamp(min=0) + ridge).sqrt()  # (K, r)
     return root.sum(1), (V / root[:, None]) @ (V.mT @ blocks)
-
-
-def ranks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(stable rank ‖D‖_F²/‖D‖₂², effective rank exp H(σ²/Σσ²)) of each block (K, r, D): 1 to r."""
-    power = torch.linalg.eigvalsh(blocks @ blocks.mT).clamp(min=0)
-    share = power / power.sum(1, keepdim=True)
-    return power.sum(1) / power[:, -1], torch.exp(-torch.special.xlogy(share, share).sum(1))

@@ -3,9 +3,8 @@
 import itertools
 
 import torch
-from tqdm import tqdm
 
-from data import Example, Tokenizer, pack, prompt_tokens
+from data import Example, Row, Tokenizer, pack, prompt_tokens
 from run.files import InputError
 
 FORWARD_TOKENS = 8192  # of one forward pass
@@ -25,56 +24,72 @@ def encode_item(tokenizer: Tokenizer, item, context: int) -> list[list[int]]:
     return [[tokenizer.bos, *ids[start:start + context - 1]] for start in starts]
 
 
-class Stream:
-    """Activations of as many documents as fill a buffer.
+def take(tokenizer, items, context, count):
+    """(documents, examples, tokens): as many of the iterator's documents as hold `count` tokens.
 
-    stream(cursor) -> (next cursor, {layer: (n, D)}), a pure function of the cursor, which is the
-    number of documents before. The model stops at the deepest layer; BOS and padding are left out.
+    Fewer where the iterator ends. BOS isn't counted.
     """
+    examples = []
+    num_documents = 0
+    num_tokens = 0
+    for item in items:
+        num_documents += 1
+        for ids in encode_item(tokenizer, item, context):
+            examples.append(Example(ids, 1, True))
+            num_tokens += len(ids) - 1
+        if num_tokens >= count:
+            break
+    return num_documents, examples, num_tokens
 
-    def __init__(self, model, tokenizer, items, layers, buffer, context):
-        """items(): an iterator over the documents, once through; buffer, context (row): tokens."""
-        self.model, self.tokenizer, self.items = model, tokenizer, items
-        self.layers, self.buffer, self.context = sorted(layers), buffer, context
-        self.position, self.rest = 0, None  # documents taken, and an iterator over those after
 
-    def __call__(self, cursor):
-        examples = self._documents(cursor)
-        return self.position, self._activations(examples, cursor)
+def batches(examples, context, seed, batch_tokens):
+    """Rows of tensors (B, T) of the packed examples, of about `batch_tokens` tokens each."""
+    rows = pack(examples, context, 0, seed)
+    size = max(1, batch_tokens // context)
+    for start in range(0, len(rows), size):
+        batch = rows[start:start + size]
+        yield Row(
+            torch.stack([row.tokens for row in batch]),
+            torch.stack([row.documents for row in batch]),
+            torch.stack([row.labels for row in batch]),
+        )
 
-    def _documents(self, cursor):
-        """Examples of the documents from the cursor on, until the buffer is full."""
-        if self.rest is None or self.position != cursor:
-            # Go there, from the beginning; after the last document the first one comes again
-            if not any(encode_item(self.tokenizer, item, self.context) for item in self.items()):
-                raise InputError("the data hold no document with text")
-            endless = itertools.chain.from_iterable(self.items() for _ in itertools.count())
-            self.rest, self.position = itertools.islice(endless, cursor, None), cursor
-        examples, num_tokens = [], 0
-        while num_tokens < self.buffer:
-            for ids in encode_item(self.tokenizer, next(self.rest), self.context):
-                examples.append(Example(ids, 1, True))
-                num_tokens += len(ids) - 1
-            self.position += 1
-        return examples
 
-    @torch.no_grad()
-    def _activations(self, examples, seed):
-        """{layer: (n, D)} at all tokens of the examples but BOS, in the order of packing."""
-        weight = self.model.embed_tokens.weight
-        rows = pack(examples, self.context, 0, seed)
-        num_tokens = sum(len(example.tokens) - 1 for example in examples)
-        out = {layer: weight.new_empty(num_tokens, weight.shape[1]) for layer in self.layers}
-        size, filled = max(1, FORWARD_TOKENS // self.context), 0
-        starts = range(0, len(rows), size)
-        for start in tqdm(starts, "activations", leave=False, disable=None, delay=2):
-            batch = rows[start:start + size]
-            tokens = torch.stack([row.tokens for row in batch]).to(weight.device)
-            documents = torch.stack([row.documents for row in batch]).to(weight.device)
-            _, residuals = self.model.hidden(tokens, documents, self.layers, self.layers[-1])
-            counted = (documents > 0) & (tokens != self.tokenizer.bos)
-            for layer in self.layers:
-                part = residuals[layer][counted]
-                out[layer][filled:filled + len(part)] = part
-            filled += len(part)
-        return {layer: values[:filled] for layer, values in out.items()}
+def stream(model, tokenizer, items, layers, buffer, context, cursor=0):
+    """Buffers of activations without end: (cursor after it, {layer: (n, D)}).
+
+    items(): an iterator over the documents, once through; after the last one the first comes again.
+    The cursor is the number of documents before; buffer and context (of a row) are in tokens. A
+    buffer depends on the cursor alone.
+    """
+    if not any(encode_item(tokenizer, item, context) for item in items()):
+        raise InputError("the data hold no document with text")
+    endless = itertools.chain.from_iterable(items() for _ in itertools.count())
+    documents = itertools.islice(endless, cursor, None)
+    while True:
+        num_documents, examples, num_tokens = take(tokenizer, documents, context, buffer)
+        rows = batches(examples, context, cursor, FORWARD_TOKENS)
+        cursor += num_documents
+        yield cursor, activations(model, tokenizer, layers, rows, num_tokens)
+
+
+@torch.no_grad()
+def activations(model, tokenizer, layers, rows, num_tokens):
+    """{layer: (num_tokens, D)} at all tokens of the rows but BOS and padding.
+
+    The model stops at the deepest layer.
+    """
+    weight = model.embed_tokens.weight
+    layers = sorted(layers)
+    out = {layer: weight.new_empty(num_tokens, weight.shape[1]) for layer in layers}
+    filled = 0
+    for row in rows:
+        tokens = row.tokens.to(weight.device)
+        documents = row.documents.to(weight.device)
+        _, residuals = model.hidden(tokens, documents, layers, layers[-1])
+        counted = (documents > 0) & (tokens != tokenizer.bos)
+        for layer in layers:
+            part = residuals[layer][counted]
+            out[layer][filled:filled + len(part)] = part
+        filled += len(part)
+    return {layer: values[:filled] for layer, values in out.items()}

@@ -19,7 +19,6 @@ import functools
 import math
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,13 +27,16 @@ from tqdm import tqdm
 
 from data import load_tokenizer, read_items
 from model import load_model
-from run.files import InputError, Parser, data_file, is_new, read_json, run_command, write_json
+from run.files import InputError, Parser, data_file, read_json, run_command, write_json
 from run.session import (Log, Signals, Stopped, limit_threads, read_checkpoint, run_folder,
                          write_checkpoint)
-from run.settings import RECIPES, check_device, model_folder
+from run.settings import RECIPES, TOY, check_device, model_folder
 from sae import save_sae, save_sasa
 from saes.step import Spec, Trainer
-from saes.stream import Stream
+from saes.stream import stream
+
+SAVE_EVERY = 1000  # steps between checkpoints
+
 
 # --------------------------------------------------------------------------------------------------
 # Training
@@ -42,40 +44,50 @@ from saes.stream import Stream
 class Training:
     """Trains one SAE for each layer of a stream, all on the same tokens.
 
-        training = Training(stream, spec, steps=500, batch=2048, seed=0)
+        training = Training(buffers, spec, steps=500, batch=2048, seed=0)
         for metrics in training: ...       # {layer: {"loss", "ev", "l0", "dead"}} after each step
+
+    buffers(cursor): an iterator of (cursor after it, {layer: activations (n, D)}), as `stream`.
     """
     POSITION = ("step", "cursor", "chunk", "offset")  # of the next step: see __init__
 
-    def __init__(self, stream, spec, steps, batch, seed):
-        self.stream, self.spec, self.steps, self.batch, self.seed = stream, spec, steps, batch, seed
-        # Steps done; documents before this buffer, the buffer's number, batches taken of it
-        self.step, self.cursor, self.chunk, self.offset = 0, 0, 0, 0
-        self.trainers, self.scale = {}, {}
+    def __init__(self, buffers, spec, steps, batch, seed):
+        self.buffers = buffers
+        self.spec = spec
+        self.steps = steps
+        self.batch = batch
+        self.seed = seed
+        self.step = 0    # steps done
+        self.cursor = 0  # documents before this buffer
+        self.chunk = 0   # the buffer's number
+        self.offset = 0  # batches taken of it
+        self.trainers = {}  # one of each layer, and the scale of its inputs
+        self.scale = {}
 
     def __iter__(self):
-        while self.step < self.steps:
-            after, activations = self.stream(self.cursor)
-            size = len(next(iter(activations.values())))
-            if size < self.batch:
-                raise InputError(f"a buffer of {size:,} tokens holds no batch of {self.batch:,}: "
-                                 "raise --buffer")
+        for after, activations in self.buffers(self.cursor):
             if not self.trainers:
                 self._begin(activations)
-            # Deal the shuffled buffer
+
+            # Deal the shuffled buffer; what is left of it after the last whole batch is dropped
+            size = len(next(iter(activations.values())))
             draw = torch.Generator().manual_seed(1000003 * self.seed + self.chunk)
             order = torch.randperm(size, generator=draw)
-            while self.offset < size // self.batch:
-                rows = order[self.offset * self.batch:(self.offset + 1) * self.batch]
+            while self.step < self.steps and self.offset < size // self.batch:
+                start = self.offset * self.batch
+                rows = order[start:start + self.batch]
                 metrics = {}
                 for layer, x in activations.items():
                     x = x[rows.to(x.device)].float() / self.scale[layer]
                     metrics[layer] = self.trainers[layer].step(x, self.step / self.steps)
-                self.step, self.offset = self.step + 1, self.offset + 1
+                self.step += 1
+                self.offset += 1
                 yield metrics
-                if self.step == self.steps:
-                    return
-            self.cursor, self.chunk, self.offset = after, self.chunk + 1, 0
+            if self.step == self.steps:
+                return
+            self.cursor = after
+            self.chunk += 1
+            self.offset = 0
 
     def _begin(self, activations):
         """Make the trainers, for inputs scaled to power 1 about their mean."""
@@ -95,11 +107,13 @@ class Training:
         """
         tensors = {}
         for layer, trainer in self.trainers.items():
-            for name, tensor in (trainer.state() | {"scale": self.scale[layer]}).items():
-                if not tensor.isfinite().all():
-                    raise InputError(f"step {self.step}, layer {layer}: {name} isn't finite; the "
-                                     f"checkpoint before stays in {folder}: give a lower --lr")
+            tensors[f"{layer}.scale"] = self.scale[layer]
+            for name, tensor in trainer.state().items():
                 tensors[f"{layer}.{name}"] = tensor
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"step {self.step}: {name} isn't finite; the checkpoint before "
+                                 f"stays in {folder}: give a lower --lr")
         metadata = {name: str(getattr(self, name)) for name in self.POSITION}
         metadata["threads"] = str(torch.get_num_threads())  # on which sums depend
         write_checkpoint(folder, tensors, metadata)
@@ -129,130 +143,136 @@ class Training:
             arrays = trainer.arrays(self.scale[layer])
             if spec.architecture == "sasa":
                 paths[layer] = save_sasa(folder, layer, **arrays, block=spec.block,
-                                         active=spec.active, about={"nuclear": spec.nuclear})
-            else:
-                is_mean = spec.architecture == "jumprelu"
-                l0 = trainer.mean["l0"].item() if is_mean else spec.l0
-                paths[layer] = save_sae(folder, layer, l0, **arrays)
+                                         active=spec.active, nuclear=spec.nuclear)
+                continue
+            # The L0 of a JumpReLU is near its target; the others' is given
+            l0 = trainer.mean["l0"].item() if spec.architecture == "jumprelu" else spec.l0
+            paths[layer] = save_sae(folder, layer, l0, **arrays)
         return paths
 
 
 # --------------------------------------------------------------------------------------------------
 # Settings
 
-TOY_DATA = Path(model_folder("toy")) / "data"
-SETTINGS = {  # name: (default, the toy's default, help)
-    "model": ("toy", None, "toy, a hub repository, or a folder (default toy)"),
-    "layers": (None, [1, 2, 3], "blocks after which the residual stream is read (toy: 1 2 3)"),
-    "data": (None, str(TOY_DATA / "sae_train.jsonl.gz"), 'text (.txt, a document a line; .jsonl '
-             'with "text"), pairs ("chosen" and "rejected") or chats ("prompt" and "response", or '
-             '"messages"), plain or .gz, also hf://datasets/OWNER/NAME/PATH (toy: its own chats)'),
-    "token_count": (2e8, 1e6, "tokens to train on; the data come again where they have fewer"),
-    "context": (1024, 96, "tokens of a row; longer documents are split"),
-    "buffer": (1 << 18, 1 << 17, "tokens whose activations are shuffled at once"),
-    "architecture": ("batchtopk", None, "see above (default batchtopk)"),
-    "width": (16384, 512, "features F"),
-    "l0": (80, 12, "coefficients a token that stay, on average; sasa: exactly"),
-    "block": (None, None, "sasa: features of a block (default 4)"),
-    "nuclear": (0.0, None, "sasa: weight of mean ‖D_k‖_*, relative to the input's power; 0: none"),
-    "batch": (4096, 2048, "tokens of a step"),
-    "lr": (None, None, "peak learning rate of Adam (default 2e-3·√(512/F), for sasa twice that)"),
-    "save_every": (1000, None, "steps between checkpoints"),
-    "seed": (0, None, "of weights and order"),
-    "device": (None, None, "cpu, cuda, … (default: cuda where there is one)"),
-    "dtype": (None, None, "of the model (default: float32 on a CPU, else bfloat16)"),
-}
-KINDS = {  # of those that their default doesn't show
-    "layers": {"type": int, "nargs": "+", "metavar": "N"},
-    "architecture": {"choices": ("batchtopk", "jumprelu", "sasa")},
-    "block": {"type": int, "metavar": "N"}, "lr": {"type": float, "metavar": "LR"},
-    "dtype": {"choices": ("float32", "bfloat16")},
-}
+def defaults_of(model):
+    """Defaults that hang on the model: the toy's are small, others have a recipe or none."""
+    if model == "toy":
+        return {
+            "layers": [1, 2, 3],
+            "data": str(TOY / "data/sae_train.jsonl.gz"),
+            "token_count": 1e6,
+            "context": 96,
+            "buffer": 1 << 17,
+            "width": 512,
+            "l0": 12,
+            "batch": 2048,
+        }
+    recipe = RECIPES.get(model, {})
+    return {name: recipe[name] for name in ("layers", "data") if name in recipe}
 
 
-def add_flags(parser, names=tuple(SETTINGS)):
-    """The flags of some settings, without argparse's defaults: a toy's differ from the others."""
-    for name in names:
-        default, toy, text = SETTINGS[name]
-        kind = KINDS.get(name, {})
-        if isinstance(default, int | float):
-            kind = {"type": type(default), "metavar": "N"}
-            toys = f"; toy {toy:,.9g}" if toy else ""
-            text += f" (default {default:,.9g}{toys})"
-        parser.add_argument("--" + name.replace("_", "-"), help=text, **kind)
+def add_machine(parser):
+    """--model and --device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--model", default="toy",
+                        help="toy, a hub repository, or a folder (default toy)")
+    parser.add_argument("--device", type=check_device, default=device,
+                        help="cpu, cuda, … (default: cuda where there is one)")
 
 
-def resolve(args) -> SimpleNamespace:
-    """The settings, checked: flags, else the toy's or the recipe's values, else the defaults."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    model = given.get("model", "toy")
-    recipe = {name: RECIPES[model][name] for name in ("layers", "data") if model in RECIPES}
-    values = {}
-    for name, (default, toy, _) in SETTINGS.items():
-        default = toy if model == "toy" and toy else recipe.get(name, default)
-        values[name] = given.get(name, default)
-    settings = SimpleNamespace(**values)
+def parse_settings():
+    """(settings, --out), checked: flags, else defaults. Raises InputError."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add_machine(parser)
+    add("--layers", type=int, nargs="+", metavar="N",
+        help="blocks after which the residual stream is read (toy: 1 2 3)")
+    add("--data", help='text (.txt, a document a line; .jsonl with "text"), pairs ("chosen" and '
+        '"rejected") or chats ("prompt" and "response", or "messages"), plain or .gz, also '
+        "hf://datasets/OWNER/NAME/PATH (toy: its own chats)")
+    add("--token-count", type=float, default=2e8, metavar="N",
+        help="tokens to train on; the data come again where they have fewer (default 2e8; toy 1e6)")
+    add("--context", type=int, default=1024, metavar="N",
+        help="tokens of a row; longer documents are split (default 1024; toy 96)")
+    add("--buffer", type=int, default=1 << 18, metavar="N",
+        help="tokens whose activations are shuffled at once (default 262144; toy 131072)")
+    add("--architecture", choices=("batchtopk", "jumprelu", "sasa"), default="batchtopk",
+        help="see above (default batchtopk)")
+    add("--width", type=int, default=16384, metavar="N", help="features F (default 16384; toy 512)")
+    add("--l0", type=int, default=80, metavar="N",
+        help="coefficients a token that stay, on average; sasa: exactly (default 80; toy 12)")
+    add("--block", type=int, metavar="N", help="sasa: features of a block (default 4)")
+    add("--nuclear", type=float, default=0.0, metavar="N",
+        help="sasa: weight of mean ‖D_k‖_*, relative to the input's power (default 0: none)")
+    add("--batch", type=int, default=4096, metavar="N",
+        help="tokens of a step (default 4096; toy 2048)")
+    add("--lr", type=float,
+        help="peak learning rate of Adam (default 2e-3·√(512/F), for sasa twice that)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and order (default 0)")
+    add("--out", metavar="DIR", help="where to write (default runs/TIME-sae-MODEL); an unfinished "
+        "training of the same settings there goes on")
+
+    # The model is parsed first, since other defaults hang on it
+    args, _ = parser.parse_known_args()
+    parser.set_defaults(**defaults_of(args.model))
+    settings = SimpleNamespace(**vars(parser.parse_args()))
+    out = vars(settings).pop("out")
+    check(settings)
+    return settings, out
+
+
+def check(settings):
+    """Fill in block and learning rate. Raises InputError for settings that don't fit together."""
     if not settings.layers or not settings.data:
-        raise InputError(f"{model}: give --layers and --data")
-    choose_machine(settings)
-
-    # Blocks are SASA's; the others have blocks of one
+        raise InputError(f"{settings.model}: give --layers and --data")
     is_sasa = settings.architecture == "sasa"
     if not is_sasa and (settings.block or settings.nuclear):
         raise InputError("--block and --nuclear belong to --architecture sasa")
     settings.block = (settings.block or 4) if is_sasa else 1
-    width, l0, block = settings.width, settings.l0, settings.block
+    width = settings.width
+    l0 = settings.l0
+    block = settings.block
     if width % block or l0 % block or not block <= l0 <= width:
         raise InputError(f"--l0 {l0}: give 1 to --width {width}; --block {block} must divide both")
     settings.token_count = int(settings.token_count)
-    if settings.token_count < settings.batch:
-        raise InputError(f"--token-count {settings.token_count}: give --batch or more")
+    if min(settings.token_count, settings.buffer) < settings.batch:
+        raise InputError("--token-count and --buffer: give --batch or more")
     if settings.lr is None:
         settings.lr = 2e-3 * (2 if is_sasa else 1) * math.sqrt(512 / width)
-    return settings
-
-
-def choose_machine(settings):
-    """Fill in device and dtype where they aren't given. Raises InputError."""
-    if settings.device is None:
-        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(settings.device)
-    if settings.dtype is None:
-        settings.dtype = "float32" if settings.device == "cpu" else "bfloat16"
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
 
-def open_folder(folder, settings, spec):
+def open_folder(folder, settings):
     """Write the config.json of a new training, or check that an unfinished one has its settings."""
-    path = folder / "config.json"
-    if not path.exists():
-        if not is_new(folder):
-            raise InputError(f"{folder} is there and holds no run: give another --out")
-        write_json(path, {"settings": vars(settings), "spec": asdict(spec)})
-        return
-    last_file = "sasa.json" if settings.architecture == "sasa" else "params.npz"
-    if all(any(folder.glob(f"layer_{layer}/*/*/{last_file}")) for layer in settings.layers):
+    if any(folder.glob(f"layer_{max(settings.layers)}/*/*/[ps]*")):  # params.npz or sasa.json
         raise InputError(f"{folder} holds finished SAEs, which are never overwritten: give another "
                          "--out")
-    for name, value in read_json(path)["settings"].items():
-        if value != getattr(settings, name):
+    path = folder / "config.json"
+    if not path.exists():
+        write_json(path, {"settings": vars(settings)})
+    saved = read_json(path)["settings"]
+    for name, value in vars(settings).items():
+        if saved.get(name) != value:
             raise InputError(f"{folder} holds an unfinished run with another "
                              f"--{name.replace('_', '-')}: give another --out")
 
 
 def train(settings, model, tokenizer, folder, signals):
     """Train the SAEs of the settings in `folder`, from where it stands, and write them."""
+    is_sasa = settings.architecture == "sasa"
+    batch = settings.batch
+    steps = settings.token_count // batch
+    dead_after = max(20 * batch, min(10_000_000, settings.token_count // 12))
     spec = Spec(settings.architecture, settings.width, settings.l0, settings.block,
-                settings.nuclear, settings.lr,
-                warmup=0.2 if settings.architecture == "sasa" else 0.05,
-                dead_after=max(20 * settings.batch, min(10_000_000, settings.token_count // 12)))
-    open_folder(folder, settings, spec)
+                settings.nuclear, settings.lr, warmup=0.2 if is_sasa else 0.05,
+                dead_after=dead_after)
+    open_folder(folder, settings)
     items = functools.partial(read_items, data_file(settings.data))
-    stream = Stream(model, tokenizer, items, settings.layers, settings.buffer, settings.context)
-    batch, steps = settings.batch, settings.token_count // settings.batch
-    training = Training(stream, spec, steps, batch, settings.seed)
+    buffers = functools.partial(stream, model, tokenizer, items, settings.layers, settings.buffer,
+                                settings.context)
+    training = Training(buffers, spec, steps, batch, settings.seed)
     training.load(folder, settings.device)
     if training.step:
         print(f"going on at step {training.step:,} of {steps:,}")
@@ -261,46 +281,37 @@ def train(settings, model, tokenizer, folder, signals):
 
     bar = tqdm(total=steps * batch, initial=training.step * batch, unit=" tokens", unit_scale=True,
                leave=False, disable=None)
+    log_every = max(1, min(50, steps // 100))
     signals.wait = True
     for metrics in training:
         bar.update(batch)
         step, stop = training.step, signals.caught
         # Reading metrics waits for the device, so only now and then
-        if step % max(1, min(50, steps // 100)) == 0 or step == steps:
+        if step % log_every == 0 or step == steps:
             layers = {}
             for layer, values in metrics.items():
                 layers[layer] = {name: value.item() for name, value in values.items()}
             log.add({"step": step, "layers": layers})
-            bar.set_postfix_str("; ".join(progress(*item) for item in layers.items()))
-        if step % settings.save_every == 0 or step == steps or stop:
+        if step % SAVE_EVERY == 0 or step == steps or stop:
             training.save(folder)
         if stop:
             raise Stopped(stop)
     bar.close()
     for layer, path in training.write(folder).items():
-        print(f"{progress(layer, training.trainers[layer].mean)}: {path}")
-
-
-def progress(layer, metrics):
-    ev, l0, dead = (float(metrics[name]) for name in ("ev", "l0", "dead"))
-    return f"layer {layer}: EV {ev:.3f}, L0 {l0:.1f}, dead {dead:.1%}"
+        mean = {name: value.item() for name, value in training.trainers[layer].mean.items()}
+        print("layer {}: EV {ev:.3f}, L0 {l0:.1f}, dead {dead:.1%}: {}".format(layer, path, **mean))
 
 
 def main():
-    parser = Parser(__doc__)
-    add_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="where to write (default runs/TIME-sae-MODEL);"
-                        " an unfinished training of the same settings there goes on")
-    args = parser.parse_args()
-    settings = resolve(args)
+    settings, out = parse_settings()
     source = model_folder(settings.model)
-    model = load_model(source, getattr(torch, settings.dtype), settings.device)
+    model = load_model(source, device=settings.device)
     last_layer = model.config.num_hidden_layers - 1
     if not 0 <= min(settings.layers) <= max(settings.layers) <= last_layer:
         raise InputError(f"--layers {settings.layers}: the model's are 0 to {last_layer}")
     limit_threads(sum(parameter.numel() for parameter in model.parameters()))
     tokenizer = load_tokenizer(source)
-    folder = run_folder(args.out, f"sae-{Path(settings.model).name}")
+    folder = run_folder(out, f"sae-{Path(settings.model).name}")
     try:
         train(settings, model, tokenizer, folder, Signals())
     except Stopped as stop:

@@ -120,7 +120,7 @@ def test_round_trip(tmp_path):
 
 def test_sasa_round_trip(tmp_path):
     tensors = sasa_tensors()
-    path = save_sasa(tmp_path, 3, **tensors, block=5, active=2, about={"nuclear": 0.1})
+    path = save_sasa(tmp_path, 3, **tensors, block=5, active=2, nuclear=0.1)
     assert path == tmp_path / f"layer_3/width_{N}/average_l0_10/sasa.json"
     sae = load_sae(tmp_path, 3, N)
     assert isinstance(sae, SASA) and (sae.block, sae.active, sae.l0) == (5, 2, 10)
@@ -164,8 +164,9 @@ def test_a_folder_lists_what_it_holds(tmp_path):
     for layer, l0 in ((0, 7), (1, 7), (1, 30), (11, 7)):
         write_npz(tmp_path, random_arrays(), layer=layer, l0=l0)
     assert load_sae(tmp_path, 1, N, l0=30).l0 == 30
-    for arguments, message in [((1, N), "one of 7, 30"), ((2, N), "one of 0, 1, 11"),
-                               ((0, "16k"), f"one of {N}"), ((0, "../x"), "known are 4k")]:
+    for arguments, message in [((1, N), "several SAEs of layer 1.*0_7,.*0_30"),
+                               ((2, N), "no SAE of layer 2.*layer_0/.*layer_11/"),
+                               ((0, "16k"), f"no SAE.*width_{N}"), ((0, "../x"), "known are 4k")]:
         with pytest.raises(InputError, match=message):
             load_sae(tmp_path, *arguments)
     with pytest.raises(InputError, match="layer_N/width_W"):
@@ -187,8 +188,8 @@ def test_hub_names(tmp_path, monkeypatch):
         assert requests[-1] == f"{folder}/params.npz"
     for source, layer, width, message in [
             (repository, 26, "16k", "no canonical SAE of layer 26"),
-            ("google/gemma-scope-9b-it-res", 10, "131k", "layers are 9, 20, 31"),
-            ("google/gemma-scope-9b-pt-res", 10, "131k", "only for 16k: say the L0"),
+            ("google/gemma-scope-9b-it-res", 10, "131k", "layers known: 9, 20, 31"),
+            ("google/gemma-scope-9b-pt-res", 10, "131k", "none.: say the L0"),
             ("someone/saes", 10, "16k", "say the L0"),
             ("google/gemma-scope-2b-pt-mlp", 10, "16k", "not SAEs of the residual stream")]:
         with pytest.raises(InputError, match=message):
@@ -205,7 +206,7 @@ def test_saes_of_another_model_are_refused(tmp_path):
     assert load(D, 4)[3].n_features == N
     with pytest.raises(InputError, match="hidden_size 7"):
         load(7, 4)
-    with pytest.raises(InputError, match="layers are 0 to 2"):
+    with pytest.raises(InputError, match="layer 3, .* has 3 layers"):
         load(D, 3)
 
 
@@ -221,7 +222,7 @@ def test_a_bad_decoder_shows_when_it_is_read(tmp_path):
 # Bad files
 
 @pytest.mark.parametrize("changes, message", [
-    ({"threshold": None}, "lacks threshold"),
+    ({"threshold": None}, "threshold can't be read"),
     ({"b_enc": np.zeros(N, "i4")}, "an SAE holds floats"),
     ({"b_enc": np.zeros((N, 1), "f4")}, "b_enc has shape"),
     ({"b_dec": np.full(D, np.nan, "f4")}, "finite"),
@@ -292,4 +293,13 @@ def test_a_bad_sasa(tmp_path):
             load_sae(tmp_path, 3, N)
     path.unlink()
     with pytest.raises(InputError, match="holds no file"):
+        load_sae(tmp_path, 3, N)
+
+
+@pytest.mark.parametrize("text", ["{}", "{", '{"block": "5", "active": 2}',
+                                  '{"block": 5, "active": 5}', '{"block": 3, "active": 1}'])
+def test_a_broken_sasa_json(tmp_path, text):
+    path = save_sasa(tmp_path, 3, **sasa_tensors(), block=5, active=2)
+    path.write_text(text)
+    with pytest.raises(InputError, match="sasa.json"):
         load_sae(tmp_path, 3, N)

@@ -1,5 +1,6 @@
 """saes/: gradients, what a step keeps true, the stream, exact resume, the commands, measuring."""
 
+import functools
 import itertools
 import math
 import sys
@@ -11,16 +12,16 @@ import torch.nn.functional as F
 from conftest import random_gemma
 
 from data import load_tokenizer
-from experiments import sasa_demo
+from experiments import concepts, sasa_demo
+from experiments.concepts import auroc, concept_report
 from run.files import InputError, read_json, read_jsonl, write_jsonl
 from run.session import CHECKPOINT
 from sae import SASA, JumpReLU, load_sae, strongest
 from saes import measure as saes_measure
 from saes import train as saes_train
-from saes.concepts import auroc, concept_report
-from saes.measure import MEASURES, batches, figures_table, measure
-from saes.step import Spec, Trainer, nuclear_norm
-from saes.stream import Stream, encode_item
+from saes.measure import figures_table, held_out, measure
+from saes.step import REVIVAL, Spec, Trainer, nuclear_norm
+from saes.stream import encode_item, stream
 from saes.train import Training
 from toy import world as toy
 
@@ -84,7 +85,7 @@ def test_the_thresholds_estimator_is_the_gradient_of_the_smoothed_step():
 
     def smoothed(log_theta):
         H = ((h - log_theta.exp()) / spec.bandwidth + 0.5).clamp(0, 1)
-        penalty = 2 * spec.sparsity * (l0 / spec.l0 - 1) / spec.l0 * H.sum() / len(x)
+        penalty = 2 * (l0 / spec.l0 - 1) / spec.l0 * H.sum() / len(x)
         return (slope * theta * H).sum() + penalty
     *_, grad = trainer.gradients(x, done=1.0)
     for step in 1e-7 * torch.eye(WIDTH).double():
@@ -109,7 +110,7 @@ def test_dead_units_learn_what_the_others_leave(name):
         z = z.clamp(min=0)
     if max(spec.active, D // (4 * r)) < 2:  # of the two dead units the stronger
         z = z * strongest(z.detach().unflatten(1, (-1, r)), 1).repeat_interleave(r, 1)
-    loss = spec.revival * (error + z @ p["W_dec"][dead]).square().sum(1).mean()
+    loss = REVIVAL * (error + z @ p["W_dec"][dead]).square().sum(1).mean()
     for key, g in zip(WEIGHTS, torch.autograd.grad(loss, [p[key] for key in WEIGHTS])):
         assert torch.allclose(grad[key] - without[key], g, rtol=1e-5, atol=1e-7), key
     assert (grad["W_dec"] - without["W_dec"])[dead].abs().max() > 1e-4
@@ -192,11 +193,12 @@ def small(tmp_path_factory):
 
 def stream_of(small, layers, buffer=100, items=None):
     items = small.items if items is None else items
-    return Stream(small.model, small.tokenizer, lambda: iter(items), layers, buffer, 40)
+    return functools.partial(stream, small.model, small.tokenizer, lambda: iter(items), layers,
+                             buffer, 40)
 
 
 def test_activations_are_the_models_own_without_bos_and_padding(small):
-    cursor, activations = stream_of(small, (2, 0))(0)
+    cursor, activations = next(stream_of(small, (2, 0))(0))
     tokens = [encode_item(small.tokenizer, item, 40)[0] for item in small.items[:cursor]]
     assert sum(len(ids) - 1 for ids in tokens) == len(activations[0]) == len(activations[2]) >= 100
     wanted = [small.model.hidden(torch.tensor([ids]), capture=(2,))[1][2][0, 1:] for ids in tokens]
@@ -206,17 +208,17 @@ def test_activations_are_the_models_own_without_bos_and_padding(small):
 
 def test_the_stream_is_a_function_of_its_cursor_and_stops_at_the_deepest_layer(small):
     handle = small.model.layers[2].register_forward_hook(lambda *_: pytest.fail("block 2 ran"))
-    stream = stream_of(small, (1,))
-    first, _ = stream(0)
-    cursor, second = stream(first)
-    assert torch.equal(stream_of(small, (1,))(first)[1][1], second[1])
+    buffers = stream_of(small, (1,))(0)
+    first, _ = next(buffers)
+    cursor, second = next(buffers)
+    assert torch.equal(next(stream_of(small, (1,))(first))[1][1], second[1])
     for _ in range(6):  # past the end: from the beginning
-        cursor, more = stream(cursor)
+        cursor, more = next(buffers)
     assert cursor > len(small.items) and len(more[1]) >= 100
     handle.remove()
     for items in ([], ["", ""]):
         with pytest.raises(InputError, match="no document with text"):
-            stream_of(small, (0,), items=items)(0)
+            next(stream_of(small, (0,), items=items)(0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,7 +246,7 @@ def test_a_resumed_training_is_the_same_bit_for_bit(name, tmp_path, small):
     # One that has diverged leaves the checkpoint as it was
     before = (tmp_path / CHECKPOINT).read_bytes()
     again.trainers[0].parameters["b_dec"][0] = torch.nan
-    with pytest.raises(InputError, match="step 20, layer 0: b_dec"):
+    with pytest.raises(InputError, match="step 20: 0.b_dec"):
         again.save(tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
@@ -266,15 +268,16 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
         train("a", "--architecture", "sasa")
 
     # Measure them
-    measured = ("--data", mini / "train.jsonl", "--context", 64, "--out", tmp_path / "figures.json")
+    out = tmp_path / "figures.json"
+    data = ("--data", mini / "train.jsonl")
+    assert not run(saes_measure.main, tmp_path / "a", *data, "--out", out)
+    assert "24 blocks of 4, 2 a token" in capsys.readouterr().out
+    assert [row["layer"] for row in read_json(out, list)] == [0, 1]
     write_jsonl(tmp_path / "concepts.jsonl", [
         {"tokens": [2, *range(110, 140)], "labels": {"even": "-" + "10" * 15}}])
-    assert not run(saes_measure.main, tmp_path / "a", *measured, "--concepts",
-                   tmp_path / "concepts.jsonl")
-    assert "24 blocks of 4, 2 a token" in capsys.readouterr().out
-    figures = read_json(tmp_path / "figures.json")
-    assert [row["layer"] for row in figures["measures"]] == [0, 1]
-    assert [row["positive"] for row in figures["concepts"]] == [0.5, 0.5]
+    labels = ("--concepts", tmp_path / "concepts.jsonl")
+    assert not run(concepts.main, tmp_path / "a", *labels, "--out", out)
+    assert [row["positive"] for row in read_json(out, list)] == [0.5, 0.5]
 
     # Stopped and resumed against unbroken
     class Later:
@@ -298,7 +301,8 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
 @pytest.mark.parametrize("words, message", [
     (["--block", "4"], "--architecture sasa"), (["--l0", "0"], "--l0 0"),
     (["--architecture", "sasa", "--block", "5"], "--block 5"), (["--layers", "9"], "0 to 5"),
-    (["--model", "nobody/nothing"], "--layers and --data"), (["--token-count", "9"], "--batch")])
+    (["--model", "nobody/nothing"], "--layers and --data"), (["--token-count", "9"], "--batch"),
+    (["--buffer", "9"], "--batch")])
 def test_flags_that_do_not_fit_are_refused(words, message, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["saes.train", *words, "--out", str(tmp_path / "x")])
     with pytest.raises(InputError, match=message):
@@ -310,7 +314,7 @@ def test_flags_that_do_not_fit_are_refused(words, message, monkeypatch, tmp_path
 
 @pytest.fixture(scope="module")
 def rows(small):
-    return batches(small.tokenizer, toy.World(0).corpus(12, "eval"), 96, 500)
+    return held_out(small.tokenizer, toy.World(0).corpus(12, "eval"), 96, 500)
 
 
 def test_perfect_saes_lose_nothing(small, rows):
@@ -321,25 +325,25 @@ def test_perfect_saes_lose_nothing(small, rows):
     W = torch.linalg.qr(random(64, 64)).Q.T
     sasa = SASA(W.T.contiguous(), torch.zeros(64), W, torch.zeros(64), 4, 16, layer=1)
     for sae, l0 in ((pair, 64), (sasa, 64)):
-        row = measure(small.model, small.tokenizer, {1: sae}, rows)[0]
+        row = measure(small.model, small.tokenizer, sae, rows)
         assert row["ev"] == pytest.approx(1, abs=1e-5) and row["l0"] == pytest.approx(l0, abs=0.1)
         assert row["dead"] == 0 and abs(row["kl"]) < 1e-4
         assert row["ce"]["spliced"] == pytest.approx(row["ce"]["clean"], abs=1e-4)
-        assert row["zero"] == pytest.approx(1, abs=0.01) == row["mean"]
+        assert row["recovered"] == pytest.approx(1, abs=0.01)
         assert not small.model.layers[1]._forward_hooks
-    assert row["stable"] == pytest.approx(4, abs=1e-3)
-    assert "16 blocks of 4" in figures_table([row], MEASURES)
+    assert "16 blocks of 4" in figures_table([row])
 
 
-def test_an_sae_that_writes_the_mean_recovers_nothing_against_it(small, rows):
-    tokens, documents, labels = (torch.cat(part) for part in zip(*rows))
+def test_an_sae_that_writes_the_mean_explains_nothing(small, rows):
+    tokens, documents, labels = (torch.cat([getattr(row, name) for row in rows])
+                                 for name in ("tokens", "documents", "labels"))
     counted = (documents > 0) & (tokens != small.tokenizer.bos)
     x = small.model.hidden(tokens, documents, capture=(1,))[1][1][counted]
-    sae = JumpReLU(torch.zeros(64, 5), torch.zeros(5), torch.ones(5), torch.zeros(5, 64), x.mean(0))
-    row = measure(small.model, small.tokenizer, {1: sae}, rows)[0]
+    sae = JumpReLU(torch.zeros(64, 5), torch.zeros(5), torch.ones(5), torch.zeros(5, 64), x.mean(0),
+                   layer=1)
+    row = measure(small.model, small.tokenizer, sae, rows)
     assert abs(row["ev"]) < 1e-5 and row["l0"] == 0 and row["dead"] == 1
     assert row["tokens"] == int(counted.sum())
-    assert row["mean"] == pytest.approx(0, abs=1e-3)
     logits = small.model(tokens, documents).flatten(0, 1)
     plain = F.cross_entropy(logits, labels.flatten(), ignore_index=-100)
     assert row["ce"]["clean"] == pytest.approx(plain.item(), rel=1e-4)

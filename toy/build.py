@@ -11,6 +11,7 @@ Rebuilding gives the same files, bit for bit, on the same machine and number of 
 What the toy talks about is in toy/world.py.
 """
 
+import functools
 import itertools
 import re
 import shutil
@@ -29,7 +30,7 @@ from sae import load_sae
 from safety.rules import verdict
 from saes import measure as sae_measure
 from saes.step import Spec
-from saes.stream import Stream
+from saes.stream import stream
 from saes.train import Training
 from toy.world import SETS, World, write_data, write_tokenizer
 from toy.world import PHRASINGS, TUNED_PHRASINGS, ask  # noqa: F401  alias until the rooms meet
@@ -76,8 +77,9 @@ def stack(rows):
 
 def train_saes(model, tokenizer, conversations, spec, steps, seed, name):
     """A Training that is done, with an SAE for each of SAE_LAYERS."""
-    stream = Stream(model, tokenizer, lambda: iter(conversations), SAE_LAYERS, 1 << 17, ROW)
-    training = Training(stream, spec, steps, SAE_BATCH, seed)
+    buffers = functools.partial(stream, model, tokenizer, lambda: iter(conversations), SAE_LAYERS,
+                                1 << 17, ROW)
+    training = Training(buffers, spec, steps, SAE_BATCH, seed)
     for _ in tqdm(training, name, steps):
         pass
     return training
@@ -117,10 +119,11 @@ def measure(folder, sae_tokens=1 << 20):
             rows.append((f"facts right, {name}", "", 100 * right / len(answers)))
 
     conversations = read_items(folder / "data/sae_test.jsonl.gz")
-    batches = sae_measure.batches(tokenizer, conversations, ROW, sae_tokens)
+    batches = sae_measure.held_out(tokenizer, conversations, ROW, sae_tokens)
     for kind, spec in SAES.items():
-        saes = {layer: load_sae(folder / kind, layer, spec.width) for layer in SAE_LAYERS}
-        for row in sae_measure.measure(model, tokenizer, saes, batches):
+        for layer in SAE_LAYERS:
+            sae = load_sae(folder / kind, layer, spec.width)
+            row = sae_measure.measure(model, tokenizer, sae, batches)
             values = {"variance explained": 100 * row["ev"], "L0": row["l0"],
                       "dead units": 100 * row["dead"],
                       "loss increase, nats": row["ce"]["spliced"] - row["ce"]["clean"]}

@@ -1,17 +1,26 @@
 """Which units of an SAE carry a concept: AUROC beside two controls, and feature splitting.
 
-    report = concept_report(sae, x, labels)    # residuals x (n, D), labels (n) bool
+    python -m experiments.concepts toy/sae                    # half a minute on one core
+    python -m experiments.concepts DIR --model google/gemma-2-2b --concepts FILE
 
-Definitions follow SAEBench (arXiv 2503.09532).
+The AUROC of the best unit stands beside two controls, which often do as well: random subspaces of
+the same dimension, and an untrained SAE. Definitions follow SAEBench (arXiv 2503.09532).
 
 Letters: n tokens, D width of the residual stream, F features, K units (features, or blocks of r).
 """
 
 import torch
+from tqdm import tqdm
 
-from sae import SASA, JumpReLU
+from model import load_model
+from run.files import InputError, Parser, read_jsonl, run_command, table, write_json
+from run.session import limit_threads
+from run.settings import TOY, model_folder
+from sae import SASA, JumpReLU, load_saes, saes_in
 from saes.step import Spec, Trainer
+from saes.train import add_machine
 
+NUM_TOKENS = 20_000
 MAX_UNITS, MIN_RISE = 10, 0.03  # of a sparse probe, and the rise in F1 that adds a unit
 
 
@@ -118,3 +127,79 @@ def untrained(x, sae, draw):
     if isinstance(sae, SASA):
         return SASA(**arrays, block=sae.block, active=sae.active).strength(x)
     return JumpReLU(**arrays).strength(x)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+@torch.no_grad()
+def concepts_of(model, saes, examples):
+    """[{layer, concept, ... of concept_report}] on the first NUM_TOKENS tokens of the examples.
+
+    examples: {"tokens": ids, "labels": {concept: a letter a token, 1, 0, or - for no question}}.
+    Concepts of less than 1 % of the tokens are left out.
+    """
+    device, layers = model.embed_tokens.weight.device, sorted(saes)
+    residuals, marks, num_tokens = {layer: [] for layer in layers}, {}, 0
+    for example in examples:
+        batch = torch.tensor([example["tokens"]], device=device)
+        _, captured = model.hidden(batch, None, layers, layers[-1])
+        for layer in layers:
+            residuals[layer].append(captured[layer][0, 1:].float())
+        for concept, text in example["labels"].items():
+            marks[concept] = marks.get(concept, "") + text[1:]
+        num_tokens += batch.shape[1] - 1
+        if num_tokens >= NUM_TOKENS:
+            break
+
+    reports = []
+    for layer in layers:
+        x = torch.cat(residuals[layer])
+        title = f"concepts, layer {layer}"
+        for concept, text in tqdm(marks.items(), title, leave=False, disable=None, delay=2):
+            labelled = torch.tensor([mark != "-" for mark in text], device=device)
+            labels = torch.tensor([mark == "1" for mark in text], device=device)[labelled]
+            if labels.double().mean() >= 0.01:
+                report = concept_report(saes[layer], x[labelled], labels)
+                reports.append({"layer": layer, "concept": concept} | report)
+    return reports
+
+
+def reports_table(reports):
+    lines = []
+    for row in reports:
+        scores = [f"{row[name]:.2f}" for name in ("f1", "probe")]
+        areas = [f"{row[name]:.3f}" for name in ("auroc", "random", "untrained")]
+        share = f"{row['positive']:.0%}"
+        lines.append([row["layer"], row["concept"], share, row["units"], *scores, *areas])
+    head = ["layer", "concept", "of tokens", "units", "F1", "F1 of probe", "best AUROC",
+            "random subspaces", "untrained SAE"]
+    return table(lines, head, right=(0, *range(2, len(head))))
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("folder", metavar="DIR", help="SAEs: layer_N/width_W/average_l0_X")
+    parser.add_argument("--concepts", metavar="FILE", help='labelled tokens, .jsonl with "tokens" '
+                        'and "labels": {concept: a letter a token: 1, 0, - for no question} (toy: '
+                        "its own)")
+    add_machine(parser)
+    parser.add_argument("--out", metavar="FILE", help="write all figures there, as JSON")
+    args = parser.parse_args()
+    if not args.concepts:
+        if args.model != "toy":
+            raise InputError(f"{args.model}: give --concepts")
+        args.concepts = TOY / "data/concepts.jsonl"
+    model = load_model(model_folder(args.model), device=args.device)
+    limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+    reports = []
+    for layer, width, l0 in saes_in(args.folder):
+        saes = load_saes(args.folder, [layer], width, l0, args.device, model.config)
+        reports += concepts_of(model, saes, read_jsonl(args.concepts))
+    print(reports_table(reports))
+    if args.out:
+        write_json(args.out, reports)
+
+
+if __name__ == "__main__":
+    run_command(main)
