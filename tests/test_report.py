@@ -163,7 +163,7 @@ def test_activity_equals_a_plain_loop():
     texts = []
     for i, length in enumerate((9, 30, 14, 21, 17)):
         tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
-        tokens[0], tokens[length // 2 + 1], tokens[-1] = 2, 1, 1        # control tokens
+        tokens[0], tokens[length // 2 - 1], tokens[-1] = 2, 1, 1        # control tokens
         texts.append(("benign" if i % 2 else "harmful", Example(tokens, length // 2, True)))
     activities = activity(model, saes, texts, control, batch_tokens=64)
 
