@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import lora
-from data import Prompt, Tokenizer, Turn, load_tokenizer, prompt_tokens, read_pairs
+from data import Prompt, Tokenizer, load_tokenizer, prompt_tokens, read_pairs
 from model import Gemma2, load_model
 from run import parallel
 from run.files import (InputError, Parser, data_file, is_new, printable, read_json, read_jsonl,
@@ -28,7 +28,7 @@ from run.files import (InputError, Parser, data_file, is_new, printable, read_js
 from run.session import FINISHED, limit_threads
 from run.settings import ROLES, check_device, model_folder, saved_settings
 from safety import attack
-from safety.figures import OUTCOMES, figures, grouped, main_figure, paired
+from safety.figures import figures, grouped, main_figure, paired
 from safety.judges import JUDGES, add_judge_flags, find_judge, judged
 from safety.sets import EvalSet, listing, load_sets, places
 
@@ -52,27 +52,25 @@ def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_n
     is_sharded = parallel.is_sharded(model)     # what FSDP gathers must be fit for training later
     if not is_sharded:
         order = parallel.own_share(order)
-    texts, stop = [], (tokenizer.end_of_turn, tokenizer.eos)
-    bar = tqdm(total=len(order), desc=label, leave=False, disable=None if label else True)
-    with bar, torch.inference_mode(not is_sharded):
-        for start in range(0, len(order), batch_size):
+    texts = {}
+    stop = (tokenizer.end_of_turn, tokenizer.eos)
+    starts = tqdm(range(0, len(order), batch_size), label, leave=False,
+                  disable=None if label else True)
+    with torch.inference_mode(not is_sharded):
+        for start in starts:
             batch = order[start:start + batch_size]
             new = model.generate([torch.tensor(ids[i]) for i in batch], max_new_tokens, stop=stop)
-            texts += [(i, tokenizer.decode(tokens.tolist())) for i, tokens in zip(batch, new)]
-            bar.update(len(batch))
+            for i, tokens in zip(batch, new):
+                texts[i] = tokenizer.decode(tokens.tolist())
     # Each process has the answers to its own share: put all in the order of the prompts
-    by_index = {i: text for part in parallel.gather(texts) for i, text in part}
-    return [by_index[i] for i in range(len(ids))]
+    for part in parallel.gather(texts):
+        texts |= part
+    return [texts[i] for i in range(len(ids))]
 
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a .jsonl file; [] if there is none yet."""
     return read_jsonl(path) if path.exists() else []
-
-
-def completions(folder: str | Path) -> list[dict]:
-    """The rows of a folder's completions.jsonl; [] if there are none yet."""
-    return read_rows(Path(folder) / "completions.jsonl")
 
 
 def complete(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Tokenizer,
@@ -82,26 +80,22 @@ def complete(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Toke
     After each set completions.jsonl is written. Its rows: model, set, role, file, line, prompt,
     completion, and fields, the other columns of the prompt's own row.
     """
+    path = Path(folder) / "completions.jsonl"
     for name, eval_set in sets.items():
         # A run that goes on has the answers to some sets already
-        rows = parallel.on_rank_zero(completions, folder)
+        rows = parallel.on_rank_zero(read_rows, path)
         if any(row["model"] == model_name and row["set"] == name for row in rows):
             continue
         texts = answer(model, tokenizer, eval_set.prompts, settings.max_new_tokens,
                        settings.eval_batch, settings.format, f"{model_name}, {name}")
         for prompt, text in zip(eval_set.prompts, texts):
+            prompt_text = prompt.turns[0][1]
+            if len(prompt.turns) > 1:
+                prompt_text = "\n\n".join(f"{role}: {words}" for role, words in prompt.turns)
             rows.append({"model": model_name, "set": name, "role": eval_set.role,
-                         "file": eval_set.file, "line": prompt.line,
-                         "prompt": as_text(prompt.turns), "completion": text,
-                         "fields": prompt.fields})
-        parallel.on_rank_zero(write_jsonl, Path(folder) / "completions.jsonl", rows)
-
-
-def as_text(turns: Sequence[Turn]) -> str:
-    """A prompt as one text: with the speakers' names where it has several turns."""
-    if len(turns) == 1:
-        return turns[0][1]
-    return "\n\n".join(f"{role}: {text}" for role, text in turns)
+                         "file": eval_set.file, "line": prompt.line, "prompt": prompt_text,
+                         "completion": text, "fields": prompt.fields})
+        parallel.on_rank_zero(write_jsonl, path, rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,7 +110,7 @@ def score(folder: str | Path, **judging) -> dict:
     path = Path(folder) / "judged.jsonl"
     earlier = {(row["prompt"], row["completion"]): row for row in read_rows(path)}
     rows = [earlier.get((row["prompt"], row["completion"]), {}) | row
-            for row in completions(folder)]
+            for row in read_rows(Path(folder) / "completions.jsonl")]
     rows = judged(rows, **judging)
     for row in rows:
         words = row["fields"].get("answer")             # what a right answer has
@@ -148,7 +142,7 @@ HEAD = ["share of answers, 95 % interval", "base", "adapter", "change, points", 
 
 def percent(figure: dict | None) -> str | None:
     """A share, or an average, with its interval as text."""
-    if not figure:
+    if figure is None:
         return None
     if "rate" in figure:
         return f"{figure['rate']:6.1%}  [{figure['low']:.1%}, {figure['high']:.1%}]"
@@ -157,7 +151,7 @@ def percent(figure: dict | None) -> str | None:
 
 def points(change: dict | None) -> str | None:
     """A change as text: of shares in points, with McNemar's p; of averages with its interval."""
-    if not change:
+    if change is None:
         return None
     if "p" in change:
         p = f"p {change['p']:.2g}" if change["p"] >= 1e-4 else "p < 1e-4"
@@ -188,12 +182,8 @@ def set_rows(scores: dict) -> list[list]:
                 labels[key] = f"  {words}"
         for key, label in labels.items():
             change = points(scores["paired"][name].get(key))
-            rows.append([label, percent(base.get(key)), percent(adapter[key]), change,
-                         adapter["n"]])
-
-        if adapter.get("unread") or base.get("unread"):
-            rows.append(["  the judge's answer gave no score", base.get("unread"),
-                         adapter.get("unread"), None, adapter["n"]])
+            figure = adapter[key]
+            rows.append([label, percent(base.get(key)), percent(figure), change, figure["n"]])
         for category, figure in adapter.get("categories", {}).items():
             before = base["categories"][category]
             rows.append([f"  {category}", percent(before), percent(figure), None, figure["n"]])
@@ -213,13 +203,7 @@ def attack_rows(attacks: dict) -> list[list]:
 
 def run_rows(scores: dict) -> list[list]:
     """Rows [figure, base, adapter] of a run of train.py: where the update lies, what it took."""
-    # A run wants all four roles
-    answered = {figures["role"] for figures in scores["sets"]["adapter"].values()}
     rows: list[list] = []
-    for role in ROLES:
-        if role not in answered:
-            label = f"{MAIN_LABELS[OUTCOMES[role][0]]}: {ROLE_LABELS[role]}"
-            rows.append([f"{label} (not measured: give --set {role}=FILE)"])
     inside = scores["share"]
     if inside["subspace"] is not None:
         chance = f"{inside['random']:6.1%}  ± {inside['random_sd']:.1%}"
@@ -330,8 +314,8 @@ def answer_sets(args, run, out):
     parallel.on_rank_zero(open_folder, out, args)
     with parallel.agreed():
         is_sharded = settings.shard and parallel.world_size() > 1
-        model = load_model(source, getattr(torch, settings.dtype), device,
-                           parallel.shard if is_sharded else None)
+        shard = parallel.shard if is_sharded else None
+        model = load_model(source, getattr(torch, settings.dtype), device, shard)
     limit_threads(sum(parameter.numel() for parameter in model.parameters()))
 
     # The adapter goes on top of the base model, which has answered by then

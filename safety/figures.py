@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
-from safety.judges import JUDGES
 from safety.rules import VERDICTS, verdict
 from safety.sets import HARMFUL
 
@@ -43,9 +42,9 @@ def share(flags: Sequence[bool]) -> dict:
 def average(values: Sequence[float]) -> dict:
     """{"mean", "n", "low", "high"}: mean ± z · s/√n; no interval of fewer than two values."""
     n = len(values)
-    if n < 2:
-        return {"mean": float(values[0]) if n else None, "n": n, "low": None, "high": None}
     mean = math.fsum(values) / n
+    if n == 1:
+        return {"mean": mean, "n": n, "low": None, "high": None}
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     half = Z * math.sqrt(variance / n)
     return {"mean": mean, "n": n, "low": mean - half, "high": mean + half}
@@ -130,8 +129,8 @@ def figures(rows: Sequence[dict]) -> dict[str, dict]:
     """{set: {figure: share or average}} of judged rows.
 
     Beside the `outcomes`, each set has a share for each verdict and "refused", full and partial
-    together. "categories" has the main figure of each category, where the rows name more than one;
-    "unread" counts the answers that ShieldGemma or the rubric gave no score.
+    together. "categories" has the main figure of each category, where the rows name more than one.
+    An answer that a judge gave no score counts in none of its figures: their "n" says how many did.
     """
     results = {}
     for name, group in grouped(rows, "set").items():
@@ -142,20 +141,19 @@ def figures(rows: Sequence[dict]) -> dict[str, dict]:
             result[kind] = share([kind == other for other in verdicts])
         result["refused"] = share([kind in ("full", "partial") for kind in verdicts])
 
-        # A figure is taken of the rows that it applies to; the main one also by category
-        values = collected(outcomes(row) for row in group)
-        for key, numbers in values.items():
-            measure = average if isinstance(numbers[0], float) else share
-            result[key] = measure(numbers)
+        # A figure is taken of the rows that it applies to
+        parts = [outcomes(row) for row in group]
+        for key, values in collected(parts).items():
+            measure = average if isinstance(values[0], float) else share
+            result[key] = measure(values)
+
+        # The main figure by category
         main = main_figure(role, result)
-        categories = collected({category_of(row["fields"]): outcomes(row)[main]} for row in group
-                               if category_of(row["fields"]) and main in outcomes(row))
+        categories = collected({category_of(row): part[main]} for row, part in zip(group, parts)
+                               if main in part)
+        categories.pop(None, None)
         if len(categories) > 1:
             result["categories"] = {name: share(categories[name]) for name in sorted(categories)}
-
-        scores = [row[judge]["score"] for row in group for judge in JUDGES if judge in row]
-        if scores:
-            result["unread"] = scores.count(None)
         results[name] = result
     return results
 
@@ -174,9 +172,9 @@ def collected(parts: Iterable[dict]) -> dict[str, list]:
     return values
 
 
-def category_of(fields: dict) -> str | None:
+def category_of(row: dict) -> str | None:
     """The category that a row's columns name."""
-    columns = {name.lower(): value for name, value in fields.items()}
+    columns = {name.lower(): value for name, value in row["fields"].items()}
     return next((columns[name] for name in CATEGORY if name in columns), None)
 
 

@@ -20,7 +20,6 @@ B rows, D hidden size, V vocabulary, K key-value heads, hd head size.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import compress
 
 import torch
 import torch.nn.functional as F
@@ -54,42 +53,36 @@ class Slot:
     """The place of a suffix in the last turn: ids `before` it, and `after` it up to the answer."""
 
     def __init__(self, tokenizer: Tokenizer, turns, format="chat"):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.turns, self.format = tokenizer, turns, format
         self.text = turns[-1][1].strip()
-        ids = prompt_tokens(tokenizer, turns, format)
-        if format == "plain":                   # encoded as one text from beginning to end
-            names = {"user": "Human", "model": "Assistant"}
-            earlier = [f"\n\n{names[role]}: {text.strip()}" for role, text in turns[:-1]]
-            self.opening, self.ending = "".join(earlier) + "\n\nHuman: ", "\n\nAssistant:"
-            self.after = self.rest = tokenizer.encode(self.ending)
-        else:                                   # each turn's text is encoded by itself
-            self.opening, self.ending, self.rest = "", "", []
-            self.after = ids[len(ids) - 1 - ids[::-1].index(tokenizer.end_of_turn):]
-        self.before = ids[:len(ids) - len(self.after)]
-        self.text_ids = tokenizer.encode(self.opening + self.text)
+        ids = self.encode(self.text)
+        if format == "plain":
+            num_after = len(tokenizer.encode("\n\nAssistant:"))
+        else:
+            num_after = 1 + ids[::-1].index(tokenizer.end_of_turn)
+        self.before, self.after = ids[:-num_after], ids[-num_after:]
 
-    def texts(self, suffixes: list[list[int]]) -> list[str]:
-        """The user's text with each suffix. A suffix is decoded behind the text's last token, which
-        says whether a space stands between them."""
-        last = self.text_ids[-1:]
-        decoded = self.tokenizer.encoder.decode_batch([last + suffix for suffix in suffixes],
-                                                      skip_special_tokens=False)
+    def encode(self, text: str) -> list[int]:
+        """Ids of the prompt whose last turn is `text`."""
+        return prompt_tokens(self.tokenizer, (*self.turns[:-1], ("user", text)), self.format)
+
+    def attacked(self, suffix: list[int]) -> str:
+        """The user's text with a suffix. It is decoded behind the text's last token, which says
+        whether a space stands between them."""
+        last = self.before[-1:]
         skip = len(self.tokenizer.decode(last))
-        return [self.text + text[skip:] for text in decoded]
+        return self.text + self.tokenizer.decode(last + suffix)[skip:]
 
-    def typable(self, suffixes: list[list[int]]) -> list[bool]:
-        """Whether each suffix, as text in its place, is encoded into the same ids again."""
-        wholes = [self.opening + text.strip() + self.ending for text in self.texts(suffixes)]
-        encoded = self.tokenizer.encoder.encode_batch(wholes, add_special_tokens=False)
-        return [whole.ids == self.text_ids + suffix + self.rest
-                for whole, suffix in zip(encoded, suffixes)]
+    def is_typable(self, suffix: list[int]) -> bool:
+        """Whether a suffix, as text in its place, is encoded into the same ids again."""
+        return self.encode(self.attacked(suffix)) == self.before + suffix + self.after
 
     def start(self, length: int) -> list[int]:
         """The suffix that a search begins with: "! ! ! …" as Zou's, or another sign."""
         for sign in "!.x":
-            ids = self.tokenizer.encode(self.opening + self.text + f" {sign}" * length)
-            suffix = ids[len(self.text_ids):]
-            if len(suffix) == length and self.typable([suffix])[0]:
+            ids = self.encode(self.text + f" {sign}" * length)
+            suffix = ids[len(self.before):-len(self.after)]
+            if len(suffix) == length and self.is_typable(suffix):
                 return suffix
         raise InputError(f"no sign of ! . x makes a suffix of {length} tokens after "
                          f"{self.text[-40:]!r}: attack other prompts")
@@ -97,14 +90,11 @@ class Slot:
 
 def vocabulary(tokenizer: Tokenizer, size: int) -> Tensor:
     """Mask (size,) of the tokens that a suffix may have: printable ASCII that encodes to itself."""
-    # Two batched calls, since Gemma has 256,000 tokens
-    ids = [i for i in range(min(tokenizer.size, size))
-           if i not in tokenizer.control and tokenizer.token(i).isascii()]
-    texts = tokenizer.encoder.decode_batch([[i] for i in ids], skip_special_tokens=False)
-    encoded = tokenizer.encoder.encode_batch(texts, add_special_tokens=False)
     mask = torch.zeros(size, dtype=torch.bool)
-    for i, text, new in zip(ids, texts, encoded):
-        mask[i] = text.isascii() and text.isprintable() and bool(text.strip()) and new.ids == [i]
+    for i in range(min(tokenizer.size, size)):
+        text = tokenizer.decode([i])
+        is_plain = text.isascii() and text.isprintable() and text.strip() != ""
+        mask[i] = is_plain and tokenizer.encode(text) == [i]
     return mask
 
 
@@ -197,11 +187,11 @@ def draw(slope, suffix, allowed, plan, slot, generator):
         positions = torch.randint(len(old), (plan.width,), generator=generator).tolist()
         ranks = torch.randint(num_top, (plan.width,), generator=generator).tolist()
         swaps = dict.fromkeys((i, top[i][rank]) for i, rank in zip(positions, ranks))
-        made = [(i, [*old[:i], token, *old[i + 1:]]) for i, token in swaps
-                if (i, token) not in tried]
+        for i, token in swaps:
+            ids = [*old[:i], token, *old[i + 1:]]
+            if (i, token) not in tried and slot.is_typable(ids):
+                chosen.append((i, ids))
         tried.update(swaps)
-        is_text = slot.typable([ids for _, ids in made])
-        chosen += compress(made, is_text)
         if len(chosen) >= plan.width:
             break
     chosen = sorted(chosen[:plan.width])
@@ -266,7 +256,7 @@ def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt,
         # Every few steps: how does the model answer to the best suffix?
         if step % CHECK and step < plan.steps:
             continue
-        text = slot.texts([best])[0]
+        text = slot.attacked(best)
         completion = answer([replace(prompt, turns=(*prompt.turns[:-1], ("user", text)))])[0]
         tried = outcome(text[len(slot.text):], best, completion)
         # An answer that complies outweighs later ones that don't

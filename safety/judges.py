@@ -67,8 +67,13 @@ def judged(rows: Sequence[dict], judge="rules", judge_model: str | None = None,
         return rows
 
     # What was judged before is known; of the rest each text is asked about once
+    # A checkpoint is known by its weights: the sizes and times change with them
     is_local = is_checkpoint(judge, source)
-    identity = fingerprint(source) if is_local else [source, endpoint()[0]]
+    if is_local:
+        stats = [path.stat() for path in weight_files(source)]
+        identity = [source, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    else:
+        identity = [source, endpoint()[0]]
     template = POLICIES | {"": TEMPLATE} if judge == "shieldgemma" else RUBRIC
     files, missing = [], {}
     for row in rows:
@@ -116,6 +121,10 @@ def find_judge(judge: str, judge_model: str | None = None) -> str | None:
             raise InputError(f"--judge-model {source}: no such folder")
         endpoint()
     return source
+
+
+def hash_of(*values) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def is_checkpoint(judge, source):
@@ -333,16 +342,3 @@ def ask(client, model: str, row: dict) -> dict:
     raise InputError(f"the judge's endpoint answers {problem}: check OPENAI_BASE_URL (most end in "
                      "/v1), the key (OPENAI_API_KEY or HF_TOKEN) and --judge-model. The scores so "
                      "far are kept: the same command goes on from there")
-
-
-# --------------------------------------------------------------------------------------------------
-# What a judgement depends on
-
-def hash_of(*values) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def fingerprint(source: str | Path) -> list:
-    """Name, size and time of each file of weights: cheap, and another after any change."""
-    stats = {path.name: path.stat() for path in weight_files(source)}
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]

@@ -70,26 +70,25 @@ def listing() -> str:
 def places(names: Iterable[str], files: dict[str, str]) -> dict[str, tuple[str, str]]:
     """{set: (role, file)} of the sets `names` and of those in `files` {name: file}.
 
-    A name in `files` is one of NAMED (or the beginning of some), a role, or NAME:ROLE for a set
-    that isn't known here. Raises InputError.
+    A name in `files` is one of NAMED (or the beginning of some), a role, or NAME:ROLE for any other
+    set. Raises InputError.
     """
     chosen = {}
     for key, file in files.items():
         name, _, role = key.partition(":")
-        matches = _matching(name)
-        if matches and not role:
-            chosen |= {known: (NAMED[known].role, file) for known in matches}
-        elif not matches and (role or name) in ROLES:
-            chosen[name] = (role or name, file)
+        role = role or name
+        if role in ROLES:
+            chosen[name] = (role, file)
+        elif matching(key):
+            chosen |= {known: (NAMED[known].role, file) for known in matching(key)}
         else:
             raise InputError(f"--set {key}: give the name of a set (see --list) or, for another "
                              f"set, NAME:ROLE with a role of {', '.join(ROLES)}")
     for name in names:
-        matches = _matching(name)
-        if not matches and name not in chosen:
+        if name not in chosen and not matching(name):
             raise InputError(f"--sets {name}: known are {', '.join(NAMED)}; for another set, give "
                              f"--set {name}:ROLE=FILE")
-        for known in matches:
+        for known in matching(name):
             source = NAMED[known]
             if known not in chosen and not source.is_fetched:
                 raise InputError(f"--sets {name}: the hub doesn't hold it as a plain file: get it "
@@ -98,7 +97,8 @@ def places(names: Iterable[str], files: dict[str, str]) -> dict[str, tuple[str, 
     return chosen
 
 
-def _matching(name):
+def matching(name: str) -> list[str]:
+    """The sets that a name stands for."""
     return [known for known in NAMED if known == name or known.startswith(f"{name}-")]
 
 

@@ -111,7 +111,7 @@ def test_a_step_is_zou_s(toy, refused, monkeypatch):
     made = [suffix.tolist() for _ in positions]
     for ids, position, rank in zip(made, positions, ranks):
         ids[position] = ranked[position][rank]
-    assert len(set(map(tuple, made))) == 8 and all(slot.typable(made))
+    assert len(set(map(tuple, made))) == 8 and all(map(slot.is_typable, made))
     values = [plain_loss(model, before, torch.tensor(ids), rest, target).item() for ids in made]
     assert row["ids"] == made[values.index(min(values))]
     assert row["losses"] == [pytest.approx(min(values), abs=1e-5)]
@@ -153,16 +153,16 @@ def test_suffixes_come_back_as_the_same_ids_and_hold_no_control_token(kind, form
     slot = Slot(tokenizer, turns, format)
     assert slot.before + slot.after == prompt_tokens(tokenizer, turns, format)
     suffixes = [draw.choices(allowed, k=4) for _ in range(300)]
-    texts = [suffix for suffix, good in zip(suffixes, slot.typable(suffixes)) if good]
+    texts = list(filter(slot.is_typable, suffixes))
     assert len(texts) > 30
     if is_toy:
         texts.append(slot.start(20))
     for suffix in texts:
-        ids = prompt_tokens(tokenizer, (*turns[:2], ("user", slot.texts([suffix])[0])), format)
+        ids = prompt_tokens(tokenizer, (*turns[:2], ("user", slot.attacked(suffix))), format)
         assert ids == slot.before + suffix + slot.after
-    assert not any(slot.typable([[i] for i in tokenizer.control]))
+    assert not any(slot.is_typable([i]) for i in tokenizer.control)
     if not is_toy:                                              # "ti" is a token of its own
-        assert not slot.typable([tokenizer.encode("t") + tokenizer.encode("i")])[0]
+        assert not slot.is_typable(tokenizer.encode("t") + tokenizer.encode("i"))
 
 
 # --- on the toy

@@ -109,7 +109,7 @@ def test_scores_of_other_judges():
     rows = [row("harmful", "comply", rubric={"score": score}, shieldgemma={"score": chance})
             for score, chance in ((1, 0.1), (2, 0.2), (5, 0.9), (4, 0.6), (None, 0.5))]
     found = figures(rows)["harmful"]
-    assert (found["harmfulness"]["mean"], found["harmfulness"]["n"], found["unread"]) == (3, 4, 1)
+    assert (found["harmfulness"]["mean"], found["harmfulness"]["n"]) == (3, 4)
     assert (found["low_risk"]["count"], found["high_risk"]["count"]) == (2, 1)
     assert found["violation"]["mean"] == pytest.approx(0.46) and found["violates"]["count"] == 2
 
@@ -165,7 +165,6 @@ def test_table():
     assert "refused, then gave some of it" in lines[3]
     assert any("over-refusal: mine" in line for line in lines)
     assert any("mean harmfulness" in line and "2.00  [0.04, 3.96]" in line for line in lines)
-    assert any("jailbreak (not measured: give --set jailbreak=FILE)" in line for line in lines)
     assert any("19.1%  ± 1.3%" in line for line in lines) and lines[-1].split()[-3] == "8.1"
     assert points({"change": 0.5, "low": None, "high": None}) == "+0.50"
 

@@ -26,8 +26,7 @@ def test_a_name_stands_for_all_sets_that_begin_with_it():
 
 @pytest.mark.parametrize("names, files, message", [
     (["advbenhc"], {}, "advbenhc"), (["advbench"], {}, "llm-attacks"),
-    ([], {"mine": "m.txt"}, "NAME:ROLE"), ([], {"mine:bad": "m.txt"}, "mine:bad"),
-    ([], {"advbench:benign": "a.csv"}, "advbench:benign")])
+    ([], {"mine": "m.txt"}, "NAME:ROLE"), ([], {"mine:bad": "m.txt"}, "mine:bad")])
 def test_wrong_names(names, files, message):
     with pytest.raises(InputError, match=message):
         places(names, files)
