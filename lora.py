@@ -14,7 +14,6 @@ Letters: d width of the residual stream, r rank, r̂ directions in a basis, in a
 
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from fused import lora_linear
 from model import MODULES, TARGETS, load_model, save_model
-from run.files import (InputError, Parser, atomic, locate, read_json, read_tensors, run_command,
+from run.files import (InputError, Parser, locate, read_json, read_tensors, run_command,
                        write_json, write_tensors)
 from run.settings import base_of, model_folder
 
@@ -39,8 +38,6 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(A.detach().to(device, torch.float32, copy=True).contiguous())
         self.B = nn.Parameter(B.detach().to(device, torch.float32, copy=True).contiguous())
         self.rank, self.scale, self.writer = len(A), scale, writer
-        # Holds W while merged: in a tuple, so that it isn't registered as a second parameter
-        self.unmerged: tuple = ()
 
     @property
     def update(self):
@@ -48,8 +45,6 @@ class LoRALinear(nn.Module):
         return self.scale * (self.B @ self.A)
 
     def forward(self, x):
-        if self.unmerged:
-            return self.base(x)
         return lora_linear(x, self.base.weight, self.A, self.B, self.scale)
 
 
@@ -104,42 +99,41 @@ def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
     bases: {module name: U (d, r̂)} with orthonormal columns and r̂ <= rank; "sails" needs them.
     freeze_basis: a module's rank is its r̂ and only the factor that starts at zero is trained, so
     that ΔW stays in the subspace. The scale is alpha / rank all the same.
-    Raises InputError for unknown names, a bad rank or alpha, and bases that don't fit.
+    Raises InputError for unknown targets and for bases that don't fit.
     """
-    if lora_layers(model):
-        raise ValueError("the model carries LoRA layers already")
-    if isinstance(init, str) and init not in INITS:
-        raise InputError(f"--init {init}: known are {', '.join(INITS)}")
-    if unknown := set(targets) - MODULES.keys():
-        raise InputError(f"targets {', '.join(sorted(unknown))}: known are {', '.join(MODULES)}")
-    if not alpha > 0:
-        raise InputError(f"--alpha {alpha}: must be above 0 (0 would train nothing)")
+    if unknown := set(targets) - set(MODULES):
+        raise InputError(f"no modules are named {unknown}: known are {', '.join(MODULES)}")
     make_factors = INITS[init] if isinstance(init, str) else init
     layers = {}
     for name, base in linears(model, targets).items():
         writer = MODULES[leaf(name)].side == "writers"
         d = base.weight.shape[0 if writer else 1]
-        if not 1 <= rank <= d:
-            raise InputError(f"--rank {rank}: must be 1 to {d}, the width at {name}")
-        basis = (bases or {}).get(name)
-        if basis is not None:
-            basis = basis.detach().to("cpu", torch.float32)
+        basis, module_rank = None, rank
+        # A basis that doesn't fit, or isn't orthonormal, would start elsewhere unnoticed
+        if bases:
+            basis = bases[name].detach().to("cpu", torch.float32)
             rows, size = basis.shape
-            if rows != d or not 1 <= size <= rank:
-                raise InputError(f"{name}: its basis is ({rows}, {size}), not ({d}, 1 to {rank})")
-            if not (basis.T @ basis - torch.eye(size)).abs().max() < 1e-4:
-                raise InputError(f"{name}: the columns of its basis aren't orthonormal")
-        elif make_factors is sails or freeze_basis:
-            raise InputError(f"{name} has no basis: --init sails and --freeze-basis need one")
-        module_rank = size if freeze_basis else rank
+            is_orthonormal = torch.allclose(basis.T @ basis, torch.eye(size), atol=1e-4)
+            if rows != d or size > rank or not is_orthonormal:
+                raise InputError(f"the basis of {name}, {rows} x {size}, isn't 1 to {rank} "
+                                 f"orthonormal columns of {d} values")
+            module_rank = size if freeze_basis else rank
+
         A, B = make_factors(base.weight, basis, module_rank, writer, generator)
         layers[name] = LoRALinear(base, A, B, alpha / rank, writer)
+        # The factor that isn't zero holds the basis
         if freeze_basis:
-            (layers[name].B if B.any() else layers[name].A).requires_grad_(False)
+            frozen = layers[name].B if B.any() else layers[name].A
+            frozen.requires_grad_(False)
+    place_layers(model, layers)
+    return layers
+
+
+def place_layers(model, layers):
+    """Freeze the model, then put the layers {module name: LoRALinear} in."""
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    return layers
 
 
 def leaf(name):
@@ -165,28 +159,12 @@ def trainable_parameters(layers: dict[str, LoRALinear]) -> list[tuple[str, nn.Pa
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """Replace each W by W + ΔW, summed in float32 and rounded once to W's dtype."""
-    for layer in lora_layers(model).values():
-        if not layer.unmerged:
-            weight = layer.base.weight
-            merged = (weight.float() + layer.update).to(weight.dtype)
-            layer.base.weight = nn.Parameter(merged, requires_grad=False)
-            layer.unmerged = (weight,)
-
-
-def unmerge_lora(model: nn.Module) -> None:
-    """Put each W itself back. Subtracting ΔW would leave rounding errors in it."""
-    for layer in lora_layers(model).values():
-        if layer.unmerged:
-            (layer.base.weight,) = layer.unmerged
-            layer.unmerged = ()
-
-
 def fold_lora(model: nn.Module) -> None:
-    """Merge for good: each layer becomes a plain nn.Linear with W + ΔW, as `save_model` wants."""
-    merge_lora(model)
+    """Merge: each layer becomes an nn.Linear with W + ΔW, summed in float32 and rounded once."""
     for name, layer in lora_layers(model).items():
+        weight = layer.base.weight
+        merged = (weight.float() + layer.update).to(weight.dtype)
+        layer.base.weight = nn.Parameter(merged, requires_grad=False)
         model.set_submodule(name, layer.base)
 
 
@@ -217,146 +195,134 @@ def update_share(layer: LoRALinear, basis: Tensor) -> float:
     return float((inside.T @ inside * gram).sum() / (stream.T @ stream * gram).sum())
 
 
+@torch.no_grad()
 def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=8) -> dict:
-    """{"subspace", "random", "random_sd"}: share of ‖ΔW‖², over all modules, in {name: basis}, and
-    in random bases of equal rank (mean and deviation of `draws`). None without bases or update."""
+    """{"subspace", "random"}: share of ‖ΔW‖², over all modules, in the bases {module name: U}, and
+    in random bases of equal rank (mean of `draws`). Both are None without bases or update."""
     layers = lora_layers(model)
-    norms = torch.tensor([float(layer.update.square().sum()) for layer in layers.values()]).double()
-    if not bases or not norms.sum() > 0:
-        return dict.fromkeys(("subspace", "random", "random_sd"))
+    norms = {name: float(layer.update.square().sum()) for name, layer in layers.items()}
+    total = sum(norms.values())
+    if not bases or not total:
+        return {"subspace": None, "random": None}
 
     def share(bases):
-        shares = [update_share(layer, bases[name]) for name, layer in layers.items()]
-        shares = torch.tensor(shares, dtype=torch.float64).nan_to_num()
-        return float((norms * shares).sum() / norms.sum())
+        # A module without an update adds nothing
+        parts = [norm * update_share(layers[name], bases[name])
+                 for name, norm in norms.items() if norm]
+        return sum(parts) / total
 
     generator = torch.Generator().manual_seed(seed)
-    chance = torch.zeros(draws)
-    for i in range(draws):
+    chance = []
+    for _ in range(draws):
         noise = {name: torch.randn(bases[name].shape, generator=generator) for name in layers}
-        chance[i] = share({name: torch.linalg.qr(draw).Q for name, draw in noise.items()})
-    return {"subspace": share(bases), "random": chance.mean().item(),
-            "random_sd": chance.std().item()}
+        chance.append(share({name: torch.linalg.qr(draw).Q for name, draw in noise.items()}))
+    return {"subspace": share(bases), "random": sum(chance) / draws}
 
 
 # --------------------------------------------------------------------------------------------------
 # PEFT's files. Its module names are ours after "model."
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-KEY = re.compile(r"base_model\.model\.model\.([\w.]+)\.lora_([AB])(?:\.default)?\.weight")
-EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
+PREFIX = "base_model.model.model."
 
-# Other values make an adapter more than W + s·B·A. Other init_lora_weights change W at the start
-PLAIN = {
-    "peft_type": ("LORA",), "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-    **dict.fromkeys((
-        "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "layer_replication",
-        "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
-        "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
-    ), (None, False, [], {}))}
+# Other values make an adapter more than W + s·B·A. Other inits (PiSSA, OLoRA) change W itself
+PLAIN = {"peft_type": ("LORA",), "bias": ("none", None),
+         "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica")}
+# So do these, unless they are null, false or empty
+EXTRAS = """use_dora modules_to_save fan_in_fan_out lora_bias layer_replication target_parameters
+    trainable_token_indices alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config
+    monteclora_config velora_config""".split()
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str) -> None:
-    """Write the adapter as PEFT does. Ranks and alphas unlike the most common go into patterns."""
+    """Write the adapter as PEFT does. Patterns give ranks and alphas unlike the first module's."""
     layers, folder = lora_layers(model), Path(folder)
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.scale * layer.rank for name, layer in layers.items()}
+    # Whole numbers as such: some readers take no other
     alphas = {name: int(a) if a == int(a) else a for name, a in alphas.items()}
-    (rank, alpha), _ = Counter((ranks[name], alphas[name]) for name in layers).most_common(1)[0]
-    # Leaf names stand for all modules of their kind, so list the layers where some have none
+    rank, alpha = next(zip(ranks.values(), alphas.values()))
+    # A leaf name stands for all modules of its kind, so list whole names where some have no layer
     leaves = sorted({leaf(name) for name in layers})
-    target_modules = list(layers) if linears(model, leaves) else leaves
     write_json(folder / CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model_name),
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
-        "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True,
-        "inference_mode": True, "modules_to_save": None, "target_modules": target_modules,
-        "layers_to_transform": None,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": list(layers) if linears(model, leaves) else leaves,
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha}})
-    # Last, since a folder with the tensors is taken for a whole adapter
-    write_tensors(folder / WEIGHTS, {
-        f"base_model.model.model.{name}.lora_{letter}.weight": factor
-        for name, layer in layers.items()
-        for letter, factor in layer.named_parameters(recurse=False)})
+
+    # The tensors come last, since a folder that has them is taken for a whole adapter
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.B
+    write_tensors(folder / WEIGHTS, tensors)
 
 
 def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
     """Put an adapter in PEFT's layout, a folder or hub repository, on a model: {name: LoRALinear}.
 
-    The tensors' names and shapes give modules and ranks; the config gives the scale. Raises
-    InputError, and leaves the model as it was, for what isn't W + s·B·A on MODULES and for tensors
-    that are missing, unknown, misshapen or not finite.
+    Names and shapes of the tensors give modules and ranks, the config gives the scale. Raises
+    InputError, and leaves the model as it was, for what isn't W + s·B·A on MODULES.
     """
-    config_path = locate(source, CONFIG)
-    config = read_json(config_path)
-    for field, values in PLAIN.items():
-        value = config.get(field)
-        if value not in values:
-            raise InputError(f"{config_path}: {field} is {str(value)[:80]!r}, not plain LoRA: "
-                             "merge the adapter with peft and load the result as a model")
-    path = locate(source, WEIGHTS, optional=True)
-    if path is None:
-        raise InputError(f"{source} holds no {WEIGHTS} (an adapter_model.bin is a pickle, which "
-                         "is never opened: save the adapter again with a newer peft)")
-    modules = linears(model, MODULES)
+    config, path = read_config(locate(source, CONFIG)), locate(source, WEIGHTS)
+    # Some writers leave the name of the adapter, "default", in the keys
+    tensors = {key.replace(".default.", "."): tensor for key, tensor in read_tensors(path).items()}
+
     layers = {}
-    for name, pair in read_factors(path, modules, model.embed_tokens.weight).items():
-        base = modules[name]
-        rank, scale = rank_and_scale(config, name, config_path)
-        shapes = {letter: tuple(factor.shape) for letter, factor in pair.items()}
-        expected = {"A": (rank, base.in_features), "B": (base.out_features, rank)}
-        if shapes != expected:
-            raise InputError(f"{path}: {name} has {shapes}; config and model ask for {expected}")
-        if not all(factor.isfinite().all() for factor in pair.values()):
-            raise InputError(f"{path}: {name} has values that aren't finite")
-        writer = MODULES[leaf(name)].side == "writers"
-        layers[name] = LoRALinear(base, pair["A"], pair["B"], scale, writer)
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    return lora_layers(model)
-
-
-def read_factors(path, modules, embedding):
-    """{module name: {"A": (r, in), "B": (out, r)}} in float32."""
-    factors = {}
-    for key, tensor in read_tensors(path).items():
-        # peft carries the embedding along when the adapter was saved with it
-        if key in EMBEDDINGS and torch.equal(tensor.to(embedding), embedding):
+    for name, base in linears(model, MODULES).items():
+        keys = [f"{PREFIX}{name}.lora_{letter}.weight" for letter in "AB"]
+        if not all(key in tensors for key in keys):
             continue
-        match = KEY.fullmatch(key)
-        if not match or match[1] not in modules:
-            raise InputError(f"{path}: tensor {key[:99]!r} belongs to no {', '.join(MODULES)} here")
-        factors.setdefault(match[1], {})[match[2]] = tensor.float()
-    if not factors:
-        raise InputError(f"{path} holds no LoRA tensors")
-    return factors
+        A, B = (tensors.pop(key) for key in keys)
+        rank = len(A)
+        fits = A.shape == (rank, base.in_features) and B.shape == (base.out_features, rank)
+        if not fits or not (A.isfinite().all() and B.isfinite().all()):
+            raise InputError(f"{path}: A and B of {name} don't fit {base}, or aren't finite")
+        scale = read_scale(config, name, rank)
+        writer = MODULES[leaf(name)].side == "writers"
+        layers[name] = LoRALinear(base, A, B, scale, writer)
+    # What is left belongs to other modules, or is half a pair
+    if tensors or not layers:
+        raise InputError(f"{path} holds A and B of {len(layers)} modules here, and tensors of "
+                         f"none of {', '.join(MODULES)}: {list(tensors)[:1]}")
+    place_layers(model, layers)
+    return layers
 
 
-def rank_and_scale(config, name, path):
-    """A module's rank and s. Keys of the patterns are regular expressions for a name's end."""
-    def own(field, pattern):
-        for key, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", f"model.{name}"):
-                return value
-        return config.get(field, 8)    # peft's default
+def read_config(path):
+    """An adapter_config.json, whose adapter must be W + s·B·A."""
+    config = read_json(path)
+    for field in (*PLAIN, *EXTRAS):
+        value = config.get(field)
+        if value not in PLAIN.get(field, (None, False, [], {})):
+            raise InputError(f"{path}: {field} is {str(value)[:80]!r}, not plain LoRA: "
+                             "merge the adapter with peft and load the result as a model")
+    return config
 
-    try:
-        rank = own("r", "rank_pattern")
-        alpha = own("lora_alpha", "alpha_pattern")
-        return rank, alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
-    except (re.error, AttributeError, TypeError, ArithmeticError) as error:
-        raise InputError(f"{path}: rank and scale of {name} can't be read ({error})") from None
+
+def read_scale(config, name, rank):
+    """A module's s. The keys of alpha_pattern are regular expressions for the end of its name."""
+    alpha = config.get("lora_alpha", 8)    # peft's default
+    patterns = config.get("alpha_pattern") or {}
+    for pattern, value in patterns.items():
+        # The first that matches counts, as in peft
+        if re.match(rf"(.*\.)?({pattern})$", f"model.{name}"):
+            alpha = value
+            break
+    # Rank-stabilized LoRA (arXiv 2312.03732)
+    if config.get("use_rslora"):
+        return alpha / rank ** 0.5
+    return alpha / rank
 
 
 # --------------------------------------------------------------------------------------------------
 # Merging
 
-FETCHED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-           "chat_template.jinja", "generation_config.json")
+# A hub repository's files beside the weights, and endings of what a merged folder must not hold
+BESIDE = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
+    chat_template.jinja generation_config.json""".split()
 LEFT_OUT = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".py")
 
 
@@ -368,20 +334,22 @@ def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | N
     out, source = Path(out).expanduser(), model_folder(base)
     if (out / "config.json").exists():
         raise InputError(f"{out} is there: give another --out")
-    config = read_json(locate(source, "config.json"))
+    config_path = locate(source, "config.json")
+    config = read_json(config_path)
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     model = load_model(source, getattr(torch, dtype))
     layers = load_adapter(model, adapter)
     fold_lora(model)
-    # The hub's files are here only once they were asked for
-    for name in FETCHED:
+
+    # The hub's files lie beside its config.json only once they were asked for
+    for name in BESIDE:
         locate(source, name, optional=True)
     out.mkdir(parents=True, exist_ok=True)
-    for path in locate(source, "config.json").parent.iterdir():
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(LEFT_OUT):
-            with atomic(out / path.name) as part:
-                shutil.copyfile(path, part)
-    save_model(model, out)    # config.json last: without it the folder isn't a checkpoint
+    for path in config_path.parent.iterdir():
+        if path.is_file() and path != config_path and not path.name.endswith(LEFT_OUT):
+            shutil.copyfile(path, out / path.name)
+    # Writes config.json last: without it the folder isn't a checkpoint
+    save_model(model, out)
     return len(layers)
 
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora
-from lora import (INITS, add_lora, fold_lora, load_adapter, lora_layers, merge_lora,
-                  save_adapter, scaled, trainable_parameters, unmerge_lora, update_share)
+from lora import (INITS, add_lora, fold_lora, load_adapter, lora_layers, save_adapter, scaled,
+                  subspace_share, trainable_parameters, update_share)
 from model import MODULES, TARGETS, Config, Gemma2, load_model, save_model
 from run.files import InputError, read_json, write_json
 
@@ -94,22 +94,16 @@ def test_training_moves_both_factors_of_every_module_and_no_base_weight():
             assert torch.equal(weight, weights[name.replace(".base.", ".")]), name
 
 
-def test_merging_changes_no_output_and_unmerging_restores_every_bit():
+def test_folding_changes_no_output_and_scaling_by_0_is_the_base():
     model = adapted(targets=MODULES)
-    layers = lora_layers(model)
-    weights = {name: layer.base.weight.clone() for name, layer in layers.items()}
-    before = model(TOKENS)
+    layer, before = lora_layers(model)[Q1], model(TOKENS)
+    weight = layer.base.weight.clone()
     with scaled(model, 0):
         assert torch.equal(model(TOKENS), base_model()(TOKENS))
-    merge_lora(model)
-    merge_lora(model)    # a second time changes nothing
-    close(model(TOKENS), before, 1e-5)
-    close(layers[Q1].base.weight - weights[Q1], ALPHA / RANK * layers[Q1].B @ layers[Q1].A, 1e-5)
-    unmerge_lora(model)
-    assert all(torch.equal(layer.base.weight, weights[name]) for name, layer in layers.items())
     assert torch.equal(model(TOKENS), before)
     fold_lora(model)
     assert not lora_layers(model) and model.state_dict().keys() == base_model().state_dict().keys()
+    close(model.get_submodule(Q1).weight - weight, ALPHA / RANK * layer.B @ layer.A, 1e-5)
     close(model(TOKENS), before, 1e-5)
 
 
@@ -201,19 +195,30 @@ def test_a_fork_s_own_init_is_a_function():
         assert (explained.diff() < 0).all()
 
 
+def test_subspace_share_stands_beside_random_bases():
+    model = base_model(TWO)
+    bases = random_bases(model)
+    add_lora(model, RANK, ALPHA, "sails", bases)
+    assert subspace_share(model, bases, seed=0) == {"subspace": None, "random": None}
+    train(model, [p for p in model.parameters() if p.requires_grad])
+    shares = subspace_share(model, bases, seed=0)
+    # 5 of 32 directions
+    assert shares["subspace"] > 0.5 and shares["random"] == pytest.approx(5 / 32, abs=0.08)
+
+
 @pytest.mark.parametrize("change, message", [
-    (dict(rank=0), "--rank 0"), (dict(rank=33), "1 to 32"), (dict(alpha=0), "--alpha 0"),
-    (dict(alpha=float("nan")), "--alpha"), (dict(bases=None), "has no basis"),
-    (dict(init="pissa"), "known are sails, random, orthonormal"),
-    (dict(targets=["q_proj", "lm_head"]), "lm_head: known are q_proj, .*, down_proj"),
-    (dict(rank=4), "basis is"), (dict(bases={Q1.replace("1", "0"): torch.eye(31)[:, :3]}), "is"),
-    (dict(bases={Q1.replace("1", "0"): torch.ones(32, 3)}), "orthonormal"),
+    (dict(targets=["q_proj", "lm_head"]), "named {'lm_head'}: known are q_proj, .*, down_proj"),
+    (dict(rank=4), "1 to 4 orthonormal columns"), (dict(shape=(31, 3)), "of 32 values"),
+    (dict(shape=(32, 3)), "orthonormal"),
 ])
 def test_bad_arguments_leave_the_model_alone(change, message):
     model = base_model(TWO)
-    good = dict(rank=RANK, alpha=ALPHA, init="sails", bases=random_bases(model))
+    bases = random_bases(model)
+    # Ones are no orthonormal columns
+    if shape := change.pop("shape", None):
+        bases[Q1] = torch.ones(shape)
     with pytest.raises(InputError, match=message):
-        add_lora(model, **good | change)
+        add_lora(model, **dict(rank=RANK, alpha=ALPHA, init="sails", bases=bases) | change)
     assert not lora_layers(model)
 
 
@@ -305,7 +310,6 @@ def adapter(tmp_path):
 def test_names_and_dtypes_of_other_writers_load(adapter):
     folder, _, tensors, expected = adapter
     renamed = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
-    renamed[lora.EMBEDDINGS[0]] = base_model(TWO).embed_tokens.weight.clone()
     save_file(renamed, folder / lora.WEIGHTS)
     model = base_model(TWO)
     load_adapter(model, folder)
@@ -326,10 +330,7 @@ def refused(folder, message):
     (dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias is 'all'"),
     (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(peft_type="IA3"), "IA3"),
     (dict(init_lora_weights="pissa_niter_4"), "pissa"), (dict(lora_bias=True), "lora_bias"),
-    (dict(trainable_token_indices=[1]), "trainable"), (dict(r=4), r"ask for .*\(4, 32\)"),
-    (dict(rank_pattern={"q_proj": 3}), "ask for"), (dict(r="5"), "can't be read"),
-    (dict(lora_alpha=None), "can't be read"), (dict(alpha_pattern={"(": 2}), "can't be read"),
-    (dict(rank_pattern=["abc"]), "can't be read"),
+    (dict(trainable_token_indices=[1]), "trainable"),
 ])
 def test_configs_that_are_not_plain_lora_are_refused(adapter, change, message):
     folder, config, *_ = adapter
@@ -338,11 +339,10 @@ def test_configs_that_are_not_plain_lora_are_refused(adapter, change, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict.clear, "no LoRA tensors"), (lambda t: t.pop(KEY), "q_proj has {'B'"),
-    (lambda t: t.update({KEY.replace("layers.1", "layers.7"): torch.zeros(5, 32)}), "belongs to"),
-    (lambda t: t.update({KEY.replace("q_proj", "x_proj"): torch.zeros(5, 32)}), "belongs to no"),
-    (lambda t: t.update({lora.EMBEDDINGS[0]: torch.zeros(90, 32)}), "embed_tokens"),
-    (lambda t: t.update({KEY: torch.zeros(32, RANK)}), "ask for"),
+    (dict.clear, "of 0 modules"), (lambda t: t.pop(KEY), "none of .*q_proj.lora_B"),
+    (lambda t: t.update({KEY.replace("layers.1", "layers.7"): torch.zeros(5, 32)}), "none of"),
+    (lambda t: t.update({KEY.replace("q_proj", "x_proj"): torch.zeros(5, 32)}), "none of"),
+    (lambda t: t.update({KEY: torch.zeros(32, RANK)}), "don't fit"),
     (lambda t: t.update({KEY: torch.full((RANK, 32), torch.nan)}), "finite"),
 ])
 def test_tensors_that_fit_no_module_are_refused(adapter, change, message):
@@ -359,8 +359,8 @@ def test_missing_damaged_and_pickled_files_end_in_a_line(adapter):
     (folder / lora.WEIGHTS).write_bytes(data[:-100])
     refused(folder, lora.WEIGHTS)
     (folder / lora.WEIGHTS).unlink()
-    (folder / "adapter_model.bin").write_bytes(b"\x80")
-    refused(folder, "adapter_model.bin is a pickle")
+    (folder / "adapter_model.bin").write_bytes(b"\x80")    # a pickle, which is never opened
+    refused(folder, f"no file {lora.WEIGHTS}")
     (folder / lora.CONFIG).unlink()
     refused(folder, lora.CONFIG)
 
