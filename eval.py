@@ -26,7 +26,7 @@ from run import parallel
 from run.files import (InputError, Parser, data_file, is_new, printable, read_json, read_jsonl,
                        table, write_json, write_jsonl)
 from run.session import FINISHED, limit_threads
-from run.settings import ROLES, check_device, model_folder, saved_settings
+from run.settings import ROLES, absolute, check_device, model_folder, saved_settings
 from safety import attack
 from safety.figures import figures, grouped, main_figure, paired
 from safety.judges import JUDGES, add_judge_flags, find_judge, judged
@@ -291,7 +291,7 @@ def sets_of(args, settings) -> dict[str, EvalSet]:
         name, _, file = text.partition("=")
         if not file:
             raise InputError(f"--set {text}: give NAME=FILE")
-        files[name] = file
+        files[name] = absolute(file)
     trained = {pair.turns for pair in read_pairs(data_file(settings.data))[0]}
     most = settings.eval_prompts if args.prompts is None else args.prompts
     sets = load_sets(places(args.sets, files), trained, most)

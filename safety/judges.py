@@ -66,8 +66,7 @@ def judged(rows: Sequence[dict], judge="rules", judge_model: str | None = None,
     if source is None:
         return rows
 
-    # What was judged before is known; of the rest each text is asked about once
-    # A checkpoint is known by its weights: the sizes and times change with them
+    # A checkpoint is known by its weights: their files' sizes and times change with them
     is_local = is_checkpoint(judge, source)
     if is_local:
         stats = [path.stat() for path in weight_files(source)]
@@ -75,6 +74,8 @@ def judged(rows: Sequence[dict], judge="rules", judge_model: str | None = None,
     else:
         identity = [source, endpoint()[0]]
     template = POLICIES | {"": TEMPLATE} if judge == "shieldgemma" else RUBRIC
+
+    # What was judged before is known; of the rest each text is asked about once
     files, missing = [], {}
     for row in rows:
         key = hash_of(judge, identity, template, row["prompt"], row["completion"])
