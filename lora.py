@@ -197,13 +197,13 @@ def update_share(layer: LoRALinear, basis: Tensor) -> float:
 
 @torch.no_grad()
 def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=8) -> dict:
-    """{"subspace", "random"}: share of ‖ΔW‖², over all modules, in the bases {module name: U}, and
-    in random bases of equal rank (mean of `draws`). Both are None without bases or update."""
+    """{"subspace", "random", "random_sd"}: share of ‖ΔW‖², over all modules, in {name: basis}, and
+    in random bases of equal rank (mean and deviation of `draws`). None without bases or update."""
     layers = lora_layers(model)
     norms = {name: float(layer.update.square().sum()) for name, layer in layers.items()}
     total = sum(norms.values())
     if not bases or not total:
-        return {"subspace": None, "random": None}
+        return dict.fromkeys(("subspace", "random", "random_sd"))
 
     def share(bases):
         # A module without an update adds nothing
@@ -212,11 +212,12 @@ def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=
         return sum(parts) / total
 
     generator = torch.Generator().manual_seed(seed)
-    chance = []
-    for _ in range(draws):
+    chance = torch.zeros(draws)
+    for i in range(draws):
         noise = {name: torch.randn(bases[name].shape, generator=generator) for name in layers}
-        chance.append(share({name: torch.linalg.qr(draw).Q for name, draw in noise.items()}))
-    return {"subspace": share(bases), "random": sum(chance) / draws}
+        chance[i] = share({name: torch.linalg.qr(draw).Q for name, draw in noise.items()})
+    return {"subspace": share(bases), "random": chance.mean().item(),
+            "random_sd": chance.std().item()}
 
 
 # --------------------------------------------------------------------------------------------------
