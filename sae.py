@@ -40,7 +40,13 @@ CANONICAL_L0 = {
     ("google/gemma-scope-27b-pt-res", "131k"): {10: 106, 22: 82, 34: 72},
 }
 WIDTHS = {f"{2**n // 1000}k": 2**n for n in range(12, 20)} | {"1m": 2**20}  # 4k, 8k, 16k, ...
-SHAPES = {"W_enc": "DF", "b_enc": "F", "threshold": "F", "W_dec": "FD", "b_dec": "D"}
+SHAPES = {
+    "W_enc": "DF",
+    "b_enc": "F",
+    "threshold": "F",
+    "W_dec": "FD",
+    "b_dec": "D",
+}
 
 
 class SAE:
@@ -67,11 +73,11 @@ class SAE:
         self.l0 = l0
 
     @property
-    def n_units(self) -> int:
+    def n_units(self):
         return self.n_features // self.block
 
     @property
-    def noun(self) -> str:
+    def noun(self):
         """What its units are called."""
         return "features" if self.block == 1 else "blocks"
 
@@ -106,6 +112,7 @@ class SAE:
 
     def decoder_rows(self, indices) -> torch.Tensor:
         """Decoder directions (k, D) float32 of the features `indices` (k integers)."""
+        # A few rows are read where the decoder lies, so that it needs no room on the device
         decoder = self.stored_decoder()
         indices = torch.as_tensor(indices, dtype=torch.int64, device=decoder.device).reshape(-1)
         return decoder[indices].to(self.W_enc.device)
@@ -120,6 +127,7 @@ class SAE:
         """One direction (k, D) for each unit: its decoder row; of a block, the leading right
         singular vector of its rows."""
         rows = self.unit_rows(units)
+        # The SVD of one row is that row, up to its sign and length
         if self.block == 1:
             return rows[:, 0]
         return torch.linalg.svd(rows, full_matrices=False).Vh[:, 0]
@@ -162,6 +170,7 @@ class SASA(SAE):
     def encode(self, x):
         """Codes (..., F) float32 of x (..., D): signed, 0 outside the blocks that stay."""
         h = F.linear(x.to(self.W_enc.dtype), self.W_enc.T, self.b_enc)
+        # The choice of blocks has no gradient
         mask = strongest(h.detach().unflatten(-1, (-1, self.block)), self.active)  # (..., K)
         return h.unflatten(-1, (-1, self.block)).mul_(mask[..., None]).flatten(-2)
 
@@ -181,7 +190,11 @@ def strongest(p: torch.Tensor, active: int) -> torch.Tensor:
 
 
 def load_sae(
-    source: str | Path, layer: int, width: str | int = "16k", l0: int | None = None, device="cpu"
+    source: str | Path,
+    layer: int,
+    width: str | int = "16k",
+    l0: int | None = None,
+    device="cpu",
 ) -> SAE:
     """The SAE of `layer` from a folder or a hub repository in Gemma Scope's layout.
 
@@ -190,19 +203,26 @@ def load_sae(
     Raises InputError where the file is missing (and lists what is there), is damaged, or holds
     another width than its name says.
     """
+    # The number of features that the width names
     width = str(width)
     num_features = WIDTHS.get(width) or int(width if width.isdecimal() else 0)
     if not num_features:
         raise InputError(f"width {width}: known are {', '.join(WIDTHS)}, or a number of features")
     if Path(source).name.endswith(("-att", "-mlp", "-transcoders")):
         raise InputError(f"{source}: not SAEs of the residual stream; take the one ending in -res")
+    # A folder says which L0 it has; of a repository the canonical ones are known
     folder = Path(source).expanduser()
     if folder.is_dir():
         l0 = l0_in_folder(folder, layer, width, l0)
     elif l0 is None:
         l0 = canonical_l0(str(source), layer, width)
     place = f"layer_{layer}/width_{width}/average_l0_{l0}"
-    where = {"source": source, "layer": layer, "width": width, "l0": l0}
+    where = {
+        "source": source,
+        "layer": layer,
+        "width": width,
+        "l0": l0,
+    }
 
     # A folder with a sasa.json holds a SASA, every other one a JumpReLU
     is_sasa = (folder / place / "sasa.json").is_file()
@@ -215,10 +235,12 @@ def load_sae(
     else:
         path = locate(source, f"{place}/params.npz")
         tensors = {name: read_array(path, name) for name in SHAPES if name != "W_dec"}
+    # D is what b_dec says. A JumpReLU's W_dec is checked when it is read
     check_tensors(path, tensors, tensors["b_dec"].numel(), num_features)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     if is_sasa:
         return SASA(**tensors, **where)
+    # The decoder is half of the file, and encoding doesn't need it
     return JumpReLU(**tensors, W_dec=path, **where)
 
 
@@ -252,6 +274,7 @@ def read_array(path, name):
             values = arrays[name]
     except Exception as error:  # a damaged file raises any of a dozen kinds
         raise InputError(f"{path}: {name} can't be read ({error}): fetch it again") from None
+    # Integers would be cast without a word
     if values.dtype.kind != "f":
         raise InputError(f"{path}: {name} has dtype {values.dtype}; an SAE holds floats")
     return torch.from_numpy(np.ascontiguousarray(values, np.float32))
@@ -297,6 +320,7 @@ def l0_in_folder(folder, layer, width, l0):
     """The average L0 to take. Raises InputError that lists the SAEs where that isn't clear."""
     places = saes_in(folder)
     matches = [place for place in places if place[:2] == (layer, width) and l0 in (None, place[2])]
+    # None or several: the listing says what to ask for
     if len(matches) != 1:
         listing = ", ".join("layer_{}/width_{}/average_l0_{}".format(*place) for place in places)
         problem = "several SAEs" if matches else "no SAE"
@@ -328,6 +352,7 @@ def save_sae(folder, layer: int, l0: float, W_enc, b_enc, threshold, W_dec, b_de
     tensors = [W_enc, b_enc, threshold, W_dec, b_dec]
     arrays = [tensor.detach().float().cpu().contiguous().numpy() for tensor in tensors]
     path = sae_folder(folder, layer, W_enc.shape[1], l0) / "params.npz"
+    # np.savez appends .npz to a name that lacks it, but not to an open file
     with atomic(path) as part, open(part, "wb") as file:
         np.savez(file, **dict(zip(SHAPES, arrays)))
     return path

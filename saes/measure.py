@@ -24,7 +24,7 @@ from saes.stream import batches, take
 from saes.train import add_machine
 
 
-def held_out(tokenizer, items, context, num_tokens=100_000) -> list:
+def held_out(tokenizer, items, context, num_tokens=100_000):
     """Rows of tensors (B, T): the first documents, as many as hold `num_tokens` tokens."""
     _, examples, _ = take(tokenizer, items, context, num_tokens)
     if not examples:
@@ -46,13 +46,14 @@ def measure(model: Gemma2, tokenizer: Tokenizer, sae: SAE, rows) -> dict:
     num_predicted = 0
     kl = 0.0
     ce = dict.fromkeys(names, 0.0)
-    zeros = torch.zeros((), device=device)
-    x_sum = x_power = error_power = nonzero = fired = zeros
+    x_sum = x_power = error_power = torch.zeros((), device=device)
+    nonzero = fired = torch.zeros((), dtype=torch.int64, device=device)
     for row in tqdm(rows, f"layer {layer}", leave=False, disable=None, delay=2):
         tokens = row.tokens.to(device)
         documents = row.documents.to(device)
         counted = (documents > 0) & (tokens != tokenizer.bos)
         hidden, residuals = model.hidden(tokens, documents, (layer,))
+        # The SAE at all tokens but BOS and padding
         residual = residuals[layer]
         x = residual[counted].float()
         codes = sae.encode(x)
@@ -70,9 +71,11 @@ def measure(model: Gemma2, tokenizer: Tokenizer, sae: SAE, rows) -> dict:
         spliced = residual.clone()
         spliced[counted] = x_hat.to(residual.dtype)
         zero = residual.masked_fill(counted[..., None], 0)
+        # In the order of `names`
         outputs = [hidden]
         for replacement in (spliced, zero):
             outputs.append(hidden_with(model, layer, replacement, tokens, documents))
+        # The last token of a document predicts nothing
         predicted = row.labels != IGNORE
         labels = row.labels[predicted].to(device)
         num_predicted += len(labels)
@@ -145,6 +148,7 @@ def main():
     model = load_model(source, device=args.device)
     limit_threads(sum(parameter.numel() for parameter in model.parameters()))
     tokenizer = load_tokenizer(source)
+    # All SAEs are measured on the same tokens
     rows = held_out(tokenizer, read_items(path), 96 if is_toy else 1024)
     figures = []
     for layer, width, l0 in saes_in(args.folder):

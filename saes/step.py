@@ -36,7 +36,7 @@ class Spec:
     @property
     def active(self):
         """Units that a token keeps."""
-        return max(1, self.l0 // self.block)
+        return self.l0 // self.block
 
 
 class Trainer:
@@ -64,17 +64,20 @@ class Trainer:
         D = len(mean)
         num_features = spec.width
         num_units = num_features // spec.block
-        if spec.block > 1:  # blocks begin orthonormal
+        # Decoder rows begin at random, of unit length; those of a block are orthonormal too
+        if spec.block > 1:
             start = torch.randn(num_units, D, spec.block, generator=draw)
             W_dec = torch.linalg.qr(start).Q.mT.reshape(num_features, D)
         else:
             W_dec = F.normalize(torch.randn(num_features, D, generator=draw), dim=1)
+        # The encoder begins as the decoder's transpose: a unit then finds what it writes
         parameters = {
             "W_enc": W_dec.T.contiguous(),
             "b_enc": torch.zeros(num_features),
             "W_dec": W_dec,
             "b_dec": mean.float().clone()}
-        if spec.architecture == "jumprelu":  # of D numbers of power 1, about a tenth lies above θ
+        # About a tenth of the features begins above θ, for inputs of D numbers and power 1
+        if spec.architecture == "jumprelu":
             parameters["log_theta"] = torch.full((num_features,), math.log(1.3 / D ** 0.5))
         self.parameters = {name: value.to(device) for name, value in parameters.items()}
 
@@ -103,11 +106,14 @@ class Trainer:
         gradients["W_dec"].addcmul_(W_dec, along, value=-1)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
+
+        # The rate rises over the first steps, and falls to 0 over the last
         warmup = (done + 1e-3) / spec.warmup
         decay = (1 - done) / spec.decay
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, warmup, decay)
         self.optimizer.step()
+        # A step along the sphere leaves it a little
         W_dec.copy_(F.normalize(W_dec, dim=1))
 
         # Metrics are of the weights before the step
@@ -121,6 +127,7 @@ class Trainer:
             "ev": 1 - error.square().sum() / power,
             "l0": (codes != 0).sum() / len(x),
             "dead": (self.silent >= spec.dead_after).float().mean()}
+        # A batch's figures are noisy: what is reported at the end is a running mean
         for name, value in metrics.items():
             self.mean[name] = 0.95 * self.mean.get(name, value) + 0.05 * value
         return metrics
@@ -133,9 +140,12 @@ class Trainer:
         W_enc = p["W_enc"]
         W_dec = p["W_dec"]
         N = len(x)
-        h = torch.addmm(p["b_enc"] - p["b_dec"] @ W_enc, x, W_enc)  # (N, F), no copy of x − b_dec
+        # b_dec goes through the encoder apart from x, which spares a copy of x − b_dec
+        h = torch.addmm(p["b_enc"] - p["b_dec"] @ W_enc, x, W_enc)  # (N, F)
+
+        # What needs h is taken now, since h becomes the codes in place
         dead = self._dead_features()
-        h_dead = h[:, dead] if len(dead) else None  # a copy: h becomes the codes below
+        h_dead = h[:, dead]
         if spec.architecture == "jumprelu":
             theta = p["log_theta"].exp()
             near = (h - theta).abs_() < spec.bandwidth / 2  # where the estimator's kernel is 1/ε
@@ -165,10 +175,13 @@ class Trainer:
         d_codes *= gate
         grad["W_enc"] = x.T @ d_codes
         grad["b_enc"] = d_codes.sum(0)
+        # Units that have gone silent get no gradient above: they learn the error that is left
         if len(dead):
             loss = loss + self._revive(x, error, h_dead, dead, grad)
-        grad["W_enc"] -= torch.outer(p["b_dec"], grad["b_enc"])  # the encoder sees x − b_dec
+        # The encoder sees x − b_dec
+        grad["W_enc"] -= torch.outer(p["b_dec"], grad["b_enc"])
         grad["b_dec"] -= W_enc @ grad["b_enc"]
+        # The penalty on blocks that spread over more dimensions than they need
         if spec.nuclear:
             norms, slope = nuclear_norm(W_dec.unflatten(0, (-1, spec.block)))
             scale = spec.nuclear / len(norms)
@@ -186,6 +199,7 @@ class Trainer:
             return blocks.repeat_interleave(spec.block, 1)
         if spec.architecture == "topk":
             return strongest(h.clamp(min=0)[..., None], spec.l0) * (h > 0)
+        # The threshold of the SAE that is written is the running mean of the batches' own
         least = least_kept(h, spec.l0 * len(h), self.threshold)
         average = 0.98 * self.threshold + 0.02 * least
         self.threshold = torch.where(self.threshold > 0, average, least)
@@ -194,6 +208,7 @@ class Trainer:
     def _dead_features(self):
         """Features (n) of dead units, those silent longest first, of at most a quarter of all."""
         spec = self.spec
+        # A stable order makes a resumed training choose the same among equals
         units = self.silent.sort(descending=True, stable=True)
         num_dead = int((units.values >= spec.dead_after).sum())
         num_dead = min(num_dead, max(1, len(self.silent) // 4))
@@ -212,9 +227,11 @@ class Trainer:
         p = h.unflatten(1, (-1, spec.block))
         if spec.architecture != "sasa":
             p = p.clamp(min=0)
+        # Many more may be active than in training: the error is dense
         num_active = min(p.shape[1], max(spec.active, D // (4 * spec.block)))
         z = p.flatten(1) * strongest(p, num_active).repeat_interleave(spec.block, 1)
         miss = torch.addmm(error, z, W_dec)  # x̂ + ẑ − x
+        # The backward of the same, added where the dead rows and columns lie
         d_miss = miss * (2 * REVIVAL / N)
         d_z = (d_miss @ W_dec.T).mul_(z != 0)
         grad["W_dec"].index_add_(0, dead, z.T @ d_miss)

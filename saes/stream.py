@@ -20,6 +20,7 @@ def encode_item(tokenizer: Tokenizer, item, context: int) -> list[list[int]]:
     else:
         response = tokenizer.encode(item[-1][1].strip())
         ids = prompt_tokens(tokenizer, item[:-1])[1:] + response + [tokenizer.end_of_turn]
+    # Each part begins with BOS, since the model has never seen text without it
     starts = range(0, len(ids), context - 1)
     return [[tokenizer.bos, *ids[start:start + context - 1]] for start in starts]
 
@@ -55,19 +56,22 @@ def batches(examples, context, seed, batch_tokens):
         )
 
 
-def stream(model, tokenizer, items, layers, buffer, context, cursor=0):
+def stream(model, tokenizer, items, layers, buffer, context, cursor):
     """Buffers of activations without end: (cursor after it, {layer: (n, D)}).
 
     items(): an iterator over the documents, once through; after the last one the first comes again.
     The cursor is the number of documents before; buffer and context (of a row) are in tokens. A
     buffer depends on the cursor alone.
     """
+    # Without text the loop below would have no end
     if not any(encode_item(tokenizer, item, context) for item in items()):
         raise InputError("the data hold no document with text")
+    # Go to the cursor, from the beginning
     endless = itertools.chain.from_iterable(items() for _ in itertools.count())
     documents = itertools.islice(endless, cursor, None)
     while True:
         num_documents, examples, num_tokens = take(tokenizer, documents, context, buffer)
+        # The cursor seeds the packing, so that a buffer is the same after a stop
         rows = batches(examples, context, cursor, FORWARD_TOKENS)
         cursor += num_documents
         yield cursor, activations(model, tokenizer, layers, rows, num_tokens)
@@ -83,10 +87,12 @@ def activations(model, tokenizer, layers, rows, num_tokens):
     layers = sorted(layers)
     out = {layer: weight.new_empty(num_tokens, weight.shape[1]) for layer in layers}
     filled = 0
+    # Written in place: a list of parts would need twice the memory when it is joined
     for row in rows:
         tokens = row.tokens.to(weight.device)
         documents = row.documents.to(weight.device)
         _, residuals = model.hidden(tokens, documents, layers, layers[-1])
+        # SAEs aren't trained on BOS, whose norm is many times that of other tokens
         counted = (documents > 0) & (tokens != tokenizer.bos)
         for layer in layers:
             part = residuals[layer][counted]

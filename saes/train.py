@@ -71,6 +71,7 @@ class Training:
 
             # Deal the shuffled buffer; what is left of it after the last whole batch is dropped
             size = len(next(iter(activations.values())))
+            # The order hangs on seed and buffer alone, so that a resumed training has the same
             draw = torch.Generator().manual_seed(1000003 * self.seed + self.chunk)
             order = torch.randperm(size, generator=draw)
             while self.step < self.steps and self.offset < size // self.batch:
@@ -110,6 +111,7 @@ class Training:
             tensors[f"{layer}.scale"] = self.scale[layer]
             for name, tensor in trainer.state().items():
                 tensors[f"{layer}.{name}"] = tensor
+        # A checkpoint with NaN would overwrite the last one that can still be trained on
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise InputError(f"step {self.step}: {name} isn't finite; the checkpoint before "
@@ -127,10 +129,12 @@ class Training:
         for name in self.POSITION:
             setattr(self, name, int(metadata[name]))
         torch.set_num_threads(int(metadata["threads"]))
+        # Names are LAYER.NAME
         states: dict[int, dict] = {}
         for name, tensor in tensors.items():
             layer, _, key = name.partition(".")
             states.setdefault(int(layer), {})[key] = tensor.to(device)
+        # Trainers are made anew, and their beginnings overwritten
         for layer, state in sorted(states.items()):
             self.scale[layer] = state.pop("scale")
             self.trainers[layer] = self._trainer(state["b_dec"])
@@ -225,6 +229,7 @@ def check(settings):
     """Fill in block and learning rate. Raises InputError for settings that don't fit together."""
     if not settings.layers or not settings.data:
         raise InputError(f"{settings.model}: give --layers and --data")
+    # Blocks are SASA's; the others have blocks of one
     is_sasa = settings.architecture == "sasa"
     if not is_sasa and (settings.block or settings.nuclear):
         raise InputError("--block and --nuclear belong to --architecture sasa")
@@ -234,9 +239,11 @@ def check(settings):
     block = settings.block
     if width % block or l0 % block or not block <= l0 <= width:
         raise InputError(f"--l0 {l0}: give 1 to --width {width}; --block {block} must divide both")
+    # 2e8 is parsed as a float
     settings.token_count = int(settings.token_count)
     if min(settings.token_count, settings.buffer) < settings.batch:
         raise InputError("--token-count and --buffer: give --batch or more")
+    # Wider SAEs need smaller steps: the rate falls with the root of the width
     if settings.lr is None:
         settings.lr = 2e-3 * (2 if is_sasa else 1) * math.sqrt(512 / width)
 
@@ -252,6 +259,7 @@ def open_folder(folder, settings):
     path = folder / "config.json"
     if not path.exists():
         write_json(path, {"settings": vars(settings)})
+    # Other settings would go on to numbers that no unbroken training has
     saved = read_json(path)["settings"]
     for name, value in vars(settings).items():
         if saved.get(name) != value:
@@ -269,6 +277,8 @@ def train(settings, model, tokenizer, folder, signals):
                 settings.nuclear, settings.lr, warmup=0.2 if is_sasa else 0.05,
                 dead_after=dead_after)
     open_folder(folder, settings)
+
+    # The documents, their activations, and the training where the last session left it
     items = functools.partial(read_items, data_file(settings.data))
     buffers = functools.partial(stream, model, tokenizer, items, settings.layers, settings.buffer,
                                 settings.context)
@@ -279,13 +289,15 @@ def train(settings, model, tokenizer, folder, signals):
     log = Log(folder / "metrics.jsonl")
     log.keep(training.step)
 
+    # From here on Ctrl-C waits for the end of a step
     bar = tqdm(total=steps * batch, initial=training.step * batch, unit=" tokens", unit_scale=True,
                leave=False, disable=None)
     log_every = max(1, min(50, steps // 100))
     signals.wait = True
     for metrics in training:
         bar.update(batch)
-        step, stop = training.step, signals.caught
+        step = training.step
+        stop = signals.caught
         # Reading metrics waits for the device, so only now and then
         if step % log_every == 0 or step == steps:
             layers = {}
@@ -297,6 +309,8 @@ def train(settings, model, tokenizer, folder, signals):
         if stop:
             raise Stopped(stop)
     bar.close()
+
+    # The SAEs are written last: a folder that holds them is finished
     for layer, path in training.write(folder).items():
         mean = {name: value.item() for name, value in training.trainers[layer].mean.items()}
         print("layer {}: EV {ev:.3f}, L0 {l0:.1f}, dead {dead:.1%}: {}".format(layer, path, **mean))
@@ -306,9 +320,10 @@ def main():
     settings, out = parse_settings()
     source = model_folder(settings.model)
     model = load_model(source, device=settings.device)
-    last_layer = model.config.num_hidden_layers - 1
-    if not 0 <= min(settings.layers) <= max(settings.layers) <= last_layer:
-        raise InputError(f"--layers {settings.layers}: the model's are 0 to {last_layer}")
+    num_layers = model.config.num_hidden_layers
+    if not set(settings.layers) <= set(range(num_layers)):
+        raise InputError(f"--layers {settings.layers}: the model's are 0 to {num_layers - 1}")
+    # Small matrices are slower on several threads
     limit_threads(sum(parameter.numel() for parameter in model.parameters()))
     tokenizer = load_tokenizer(source)
     folder = run_folder(out, f"sae-{Path(settings.model).name}")
