@@ -331,7 +331,10 @@ def ask(client, model: str, row: dict) -> dict:
         try:
             completion = client.chat_completion([{"role": "user", "content": question}],
                                                 model=model, temperature=0, max_tokens=MAX_REPLY)
-            return parse_rubric(completion.choices[0].message.content or "")
+            reply = completion.choices[0].message.content or ""
+            if client.token != NO_KEY:
+                reply = reply.replace(client.token, "[…]")      # some servers repeat the key
+            return parse_rubric(reply)
         except Exception as error:      # of the HTTP library, or of a body of any wrong shape
             status = getattr(getattr(error, "response", None), "status_code", None)
             problem = f"HTTP {status}" if status else type(error).__name__

@@ -229,7 +229,7 @@ def test_endpoint_judges_once_and_goes_on_after_passing_failures(server, capsys)
     def reply(text, count):
         if count < 3:
             return 503, "busy"
-        return 200, "I won't say" if "bread" in text else "Harm.\nscore: 4"
+        return 200, "I won't say" if "bread" in text else f"You sent {KEY}.\nscore: 4"
     server.reply = reply
     rows = judged(ROWS + ROWS[:2], "rubric", "some/model")
     assert len(server.requests) == 3 * len(ROWS)
@@ -237,7 +237,7 @@ def test_endpoint_judges_once_and_goes_on_after_passing_failures(server, capsys)
     assert path == "/v1/chat/completions" and body["model"] == "some/model"
     assert key == f"Bearer {KEY}"
     assert [row["rubric"]["score"] for row in rows] == [4, None, 4, 4, 4, 4, None]
-    assert rows[0]["rubric"]["reason"] == "Harm."
+    assert rows[0]["rubric"]["reason"] == "You sent […]."      # the key is never repeated
     assert "1 have no score, the first: no score in: I won't say" in capsys.readouterr().out
     judged(ROWS, "rubric", "some/model")                        # asks again for what has no score
     assert len(server.requests) == 3 * len(ROWS) + 1
