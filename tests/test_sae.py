@@ -41,7 +41,6 @@ def write_npz(folder, arrays, layer=3, width=N, l0=7, save=np.savez):
     return path
 
 
-# --------------------------------------------------------------------------------------------------
 # The equations
 
 def test_worked_example():
@@ -104,7 +103,6 @@ def test_sae_lens_agrees(tmp_path):
             assert neuronpedia_url(repository, layer, width, 123, l0 + 1) is None
 
 
-# --------------------------------------------------------------------------------------------------
 # The layout
 
 def test_round_trip(tmp_path):
@@ -157,7 +155,6 @@ def test_the_decoder_is_read_when_it_is_needed_and_once(tmp_path, monkeypatch):
     assert names.count("W_dec") == 1
 
 
-# --------------------------------------------------------------------------------------------------
 # Which file, whose model
 
 def test_a_folder_lists_what_it_holds(tmp_path):
@@ -218,7 +215,6 @@ def test_a_bad_decoder_shows_when_it_is_read(tmp_path):
             read()
 
 
-# --------------------------------------------------------------------------------------------------
 # Bad files
 
 @pytest.mark.parametrize("changes, message", [
