@@ -49,7 +49,6 @@ def trainer_of(name):
 
 
 # Gradients
-
 @pytest.mark.parametrize("name", SPECS)
 def test_gradients_are_those_of_the_loss(name):
     """Against autograd on the loss as the papers write it, with the gate held constant."""
@@ -126,7 +125,6 @@ def test_nuclear_norm():
 
 
 # A step
-
 @pytest.mark.parametrize("name", SPECS)
 def test_what_a_step_keeps_true(name):
     """L0, signs and blocks of the codes, rows of unit length, no gradient along them."""
@@ -171,7 +169,6 @@ def test_folded_arrays_give_the_codes_of_training(name):
 
 
 # The stream
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A random model of three layers, the toy's tokenizer, and conversations."""
@@ -215,7 +212,6 @@ def test_the_stream_is_a_function_of_its_cursor_and_stops_at_the_deepest_layer(s
 
 
 # Resuming, and the commands
-
 @pytest.mark.parametrize("name", ["batchtopk", "jumprelu", "sasa"])
 def test_a_resumed_training_is_the_same_bit_for_bit(name, tmp_path, small):
     def make():
@@ -302,7 +298,6 @@ def test_flags_that_do_not_fit_are_refused(words, message, monkeypatch, tmp_path
 
 
 # Measuring
-
 @pytest.fixture(scope="module")
 def rows(small):
     return held_out(small.tokenizer, toy.World(0).corpus(12, "eval"), 96, 500)
