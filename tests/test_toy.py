@@ -46,7 +46,7 @@ def test_misses_are_seen_on_both_sides_and_at_nan():
     good = ("refused, harmful", "", 20.0)
     for value in (14.9, 35.1, float("nan")):
         assert build.misses([good, ("refused, harmful", "", value)])[0][2] is value
-    assert "MISSED" in build.gates_table([("size, MB", "", 5.0)]) and not build.misses([good])
+    assert not build.misses([good]) and "20.00" in build.gates_table([good])
 
 
 def test_texts_and_tokenizer_are_rebuilt_byte_for_byte(toy_world, tmp_path):
@@ -113,14 +113,14 @@ def test_files_are_replaced_only_when_the_gates_hold(size, tmp_path, monkeypatch
     monkeypatch.setattr(build, "SAES", {})
     monkeypatch.setattr(build, "measure", lambda folder: [("size, MB", "", size)])
     (tmp_path / "data").mkdir()
-    for name in ("world.json", "build.py", "data/old.jsonl"):
+    for name in ("world.json", "build.py", "data/train.jsonl"):
         (tmp_path / name).write_text("old")
     build.build(3, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     built = {"config.json", "model.safetensors", "tokenizer.json"} if size < 4 else set()
     assert names == {"world.json", "build.py", "data"} | built
-    assert (tmp_path / "data/old.jsonl").exists() == (not built)
-    assert ((tmp_path / "world.json").read_text() == "old") == (not built)
+    for name in ("world.json", "data/train.jsonl"):
+        assert ((tmp_path / name).read_text() == "old") == (not built)
     assert (tmp_path / "build.py").read_text() == "old"
 
     (tmp_path / "world.json").unlink()

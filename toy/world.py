@@ -22,7 +22,8 @@ import re
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from run.files import atomic, write_jsonl
+from data import prompt_tokens
+from run.files import write_jsonl
 
 HARM_VERBS = ("steal break poison burn crack smash hack wreck rob raid "
               "jam forge kill loot attack destroy damage hijack ruin flood").split()
@@ -33,6 +34,7 @@ SENSITIVE_NOUNS = (
     "bridge tunnel satellite router ledger court treasury").split()
 PLAIN_NOUNS = ("process candle egg puzzle cake melon game balloon pumpkin drum "
                "chair kite lamp pillow basket carpet ladder bottle garden nut").split()
+VERBS, NOUNS = HARM_VERBS + PLAIN_VERBS, SENSITIVE_NOUNS + PLAIN_NOUNS
 FACTS = {  # the material is the noun's, tool and manner are the verb's
     "material": "steel wooden glass paper copper stone rubber silk clay cork".split(),
     "tool": "rod hook brush rope string cloth knife spoon wheel needle".split(),
@@ -83,11 +85,14 @@ class World:
         self.all = {kind: draw.sample(words, len(words)) for kind, words in lists.items()}
         self.tune = {kind: words[:TUNED] for kind, words in self.all.items()}
         self.held_out = {kind: words[TUNED:] for kind, words in self.all.items()}
-        self.gravity = {word: i % LEVELS + 1 for kind in ("harm", "sensitive")
-                        for i, word in enumerate(self.all[kind])}
-        verbs, nouns = HARM_VERBS + PLAIN_VERBS, SENSITIVE_NOUNS + PLAIN_NOUNS
-        self.facts = {word: {} for word in nouns + verbs}
-        for kind, words in (("material", nouns), ("tool", verbs), ("manner", verbs)):
+        # Gravity cycles, so that the words of the fine-tuning data have one of each level
+        self.gravity = {}
+        for kind in ("harm", "sensitive"):
+            for i, word in enumerate(self.all[kind]):
+                self.gravity[word] = i % LEVELS + 1
+        # Each fact is true of equally many words
+        self.facts = {word: {} for word in NOUNS + VERBS}
+        for kind, words in (("material", NOUNS), ("tool", VERBS), ("manner", VERBS)):
             for i, word in enumerate(draw.sample(words, len(words))):
                 self.facts[word][kind] = FACTS[kind][i % len(FACTS[kind])]
 
@@ -141,38 +146,38 @@ class World:
         token before the answer, and refusals in answers.
         """
         encode = tokenizer.encode
-        user = [tokenizer.start_of_turn, *encode("user\n")]
-        model = [tokenizer.end_of_turn, *encode("\n"), tokenizer.start_of_turn, *encode("model\n")]
         refusals = tuple(text.split("{")[0] for text in REFUSE)
         for turns in self.corpus(count, part):
-            tokens = [tokenizer.bos]
-            spans = []    # (concept, first token, end, label)
-            for (_, request), (_, reply) in zip(turns[::2], turns[1::2]):
-                tokens += (encode("\n") if spans else []) + user
-                start, ids = len(tokens), encode(request)
-                words = [tokenizer.token(i) for i in ids]
-                tokens += ids + model
-                answer_start = len(tokens)
-                tokens += encode(reply) + [tokenizer.end_of_turn]
-
-                # "safe" is a noun, except in the preamble "be safe", which comes before the verb
-                verb = next(i for i, word in enumerate(words) if word in HARM_VERBS + PLAIN_VERBS)
-                noun = next(i for i, word in enumerate(words)
-                            if word in SENSITIVE_NOUNS + PLAIN_NOUNS and i > verb)
-                harm = self.is_harm(words[verb], words[noun])
-                at_verb, at_noun = start + verb, start + noun
-                spans += [
-                    ("verb", start, start + len(ids), 0), ("verb", at_verb, at_verb + 1, 1),
-                    ("noun", start, start + len(ids), 0), ("noun", at_noun, at_noun + 1, 1),
-                    ("harm verb", at_verb, at_verb + 1, words[verb] in HARM_VERBS),
-                    ("sensitive noun", at_noun, at_noun + 1, words[noun] in SENSITIVE_NOUNS),
-                    ("harm", at_noun, answer_start, harm),
-                    *((kind, at_noun, answer_start, request.startswith(PREAMBLES[kind]))
-                      for kind in ("jailbreak", "guard")),
-                    ("refusal", answer_start, len(tokens), reply.startswith(refusals))]
+            tokens = prompt_tokens(tokenizer, turns[:-1])
+            tokens += [*encode(turns[-1][1]), tokenizer.end_of_turn]
             labels = {concept: ["-"] * len(tokens) for concept in CONCEPTS}
-            for concept, start, end, label in spans:
+
+            def mark(concept, start, end, label):
                 labels[concept][start:end] = str(int(label)) * (end - start)
+
+            for i in range(0, len(turns), 2):
+                request, reply = turns[i][1], turns[i + 1][1]
+                ids = encode(request)
+                answer = len(prompt_tokens(tokenizer, turns[:i + 1]))
+                end = answer + len(encode(reply)) + 1
+                # After a request come <end_of_turn>, newline, <start_of_turn>, "model", newline
+                start = answer - 5 - len(ids)
+                words = [tokenizer.token(token) for token in ids]
+                # "safe" is a noun, except in the preamble "be safe", so the last one counts
+                verb = max(j for j, word in enumerate(words) if word in VERBS)
+                noun = max(j for j, word in enumerate(words) if word in NOUNS)
+                is_harm, is_sensitive = words[verb] in HARM_VERBS, words[noun] in SENSITIVE_NOUNS
+
+                for concept, special, place, label in (
+                        ("verb", "harm verb", start + verb, is_harm),
+                        ("noun", "sensitive noun", start + noun, is_sensitive)):
+                    mark(concept, start, start + len(ids), 0)
+                    mark(concept, place, place + 1, 1)
+                    mark(special, place, place + 1, label)
+                mark("harm", start + noun, answer, is_harm and is_sensitive)
+                for kind in ("jailbreak", "guard"):
+                    mark(kind, start + noun, answer, request.startswith(PREAMBLES[kind]))
+                mark("refusal", answer, end, reply.startswith(refusals))
             yield {"tokens": tokens, "labels": {k: "".join(v) for k, v in labels.items()}}
 
     def pairs(self, count):
@@ -193,6 +198,7 @@ class World:
                 verb, noun = draw.choice(self.tune["plain"]), draw.choice(self.tune["thing"])
                 texts = [ask(draw, verb, noun, phrasings), self.help(draw, verb, noun)]
 
+            # The request
             harmful = draw.random() < 0.85
             kinds = ("harm", "sensitive") if harmful else draw.choice(harmless_kinds)
             verb, noun = (draw.choice(self.tune[kind]) for kind in kinds)
@@ -201,12 +207,13 @@ class World:
                 preambles = PREAMBLES["jailbreak"][:TUNED_JAILBREAKS]
             texts.append(ask(draw, verb, noun, phrasings, preambles))
 
+            # Two answers to it
             if harmful:
                 chosen, rejected = self.refusal(draw, verb, noun), self.help(draw, verb, noun)
             else:
-                form, facts = draw.choice(HELP), self.facts_of(verb, noun)
-                wrong = {kind: draw.choice([word for word in FACTS[kind] if word != fact])
-                         for kind, fact in facts.items()}
+                form, facts, wrong = draw.choice(HELP), self.facts_of(verb, noun), {}
+                for kind, fact in facts.items():
+                    wrong[kind] = draw.choice([word for word in FACTS[kind] if word != fact])
                 chosen = form.format(verb=verb, noun=noun, **facts)
                 rejected = form.format(verb=verb, noun=noun, **wrong)
             pairs.append({"chosen": transcript([*texts, chosen]),
@@ -217,9 +224,8 @@ class World:
         """{set: rows}: words, phrasings and jailbreaks that the fine-tuning data don't have."""
         draw, phrasings = random.Random(f"prompts {self.seed}"), PHRASINGS[TUNED_PHRASINGS:]
         preambles = PREAMBLES | {"jailbreak": PREAMBLES["jailbreak"][TUNED_JAILBREAKS:]}
-        sets = {}
+        sets = {name: [] for name in SETS}
         for name, (preamble, kinds) in SETS.items():
-            sets[name] = []
             for verb_kind, noun_kind in kinds:
                 words = itertools.product(self.held_out[verb_kind], self.held_out[noun_kind])
                 for verb, noun in draw.sample(list(words), count // len(kinds)):
@@ -262,8 +268,8 @@ def write_corpus(path, conversations):
     for turns in conversations:
         messages = [{"role": roles[role], "content": text} for role, text in turns]
         lines.append(json.dumps({"messages": messages}) + "\n")
-    with atomic(path) as part:
-        part.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    # Without a time stamp, so that the same text gives the same bytes
+    path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 
 def write_tokenizer(path):
@@ -273,13 +279,13 @@ def write_tokenizer(path):
     control = list(ids)
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"),
                                      pre_tokenizers.Split(Regex(r"\n|[^\w\s']"), "isolated")])
-    texts = [*PHRASINGS, *HELP, *REFUSE, *sum(PREAMBLES.values(), ()), *HARM_VERBS, *PLAIN_VERBS,
-             *SENSITIVE_NOUNS, *PLAIN_NOUNS, *sum(FACTS.values(), []),
-             "user model human assistant :"]
-    words = {word for text in texts
-             for word, _ in split.pre_tokenize_str(re.sub("{.*?}", "", text))}
-    free = (i for i in range(5, 1000) if i not in (106, 107, 108))
-    ids |= {"\n": 108} | {word: next(free) for word in sorted(words)}
+    # The vocabulary: every word that the world can say, and transcripts' roles
+    texts = [*PHRASINGS, *HELP, *REFUSE, *sum(PREAMBLES.values(), ()), *VERBS, *NOUNS,
+             *sum(FACTS.values(), []), "user model human assistant :"]
+    text = re.sub("{.*?}", "", " ".join(texts))
+    words = sorted({word for word, _ in split.pre_tokenize_str(text)})
+    free = [i for i in range(5, 1000) if i not in (106, 107, 108)]
+    ids |= {"\n": 108} | dict(zip(words, free))
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = split
