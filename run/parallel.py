@@ -198,10 +198,11 @@ def sum_gradients(parameters: Sequence[torch.Tensor], *more: torch.Tensor) -> No
     """Sum the parameters' gradients, and the tensors `more`, in place: one buffer, one sum."""
     if world_size() == 1:
         return
+    tensors = list(more)
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    tensors = [parameter.grad for parameter in parameters] + list(more)
+        tensors.append(parameter.grad)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     sum_tensors(flat)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):

@@ -6,7 +6,6 @@ go on to the same numbers.
 
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -79,13 +78,12 @@ def run_folder(out: str | Path | None, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     stem = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    for number in itertools.count(1):               # two runs may begin in one second
-        folder = Path(stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
+    folder, number = Path(stem), 1
+    while folder.exists():                          # two runs may begin in one second
+        number += 1
+        folder = Path(f"{stem}-{number}")
+    folder.mkdir(parents=True)
+    return folder
 
 
 def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],

@@ -241,7 +241,7 @@ def resolve(args: argparse.Namespace, saved: dict | None = None, needed=("sae", 
             raise InputError(f"{flag(name)} {given[name]} contradicts the run, which has "
                              f"{saved[name]}: leave it out, or start a new run with another --out")
     model = given.get("model") or saved.get("model") or "toy"
-    values = {name: setting.default for name, setting in SETTINGS.items()}
+    values: dict = {name: setting.default for name, setting in SETTINGS.items()}
     source = dict.fromkeys(SETTINGS, "default")
     recipe = RECIPES.get(model, {})
     for origin, layer in ((f"recipe {model}", recipe), ("the run", saved), ("flag", given)):
