@@ -102,14 +102,15 @@ def fit(model: Gemma2, optimizer: torch.optim.Optimizer, batches: Iterable[list[
 
         # A step that is no number is never taken
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
-        if not math.isfinite(total.item()) or not math.isfinite(norm):
-            raise Diverged(f"step {step + 1}: loss {total.item()}, gradient norm {norm}: the "
-                           "weights of the step before are untouched; try a lower --lr")
+        mean_loss = total.item()
+        if not math.isfinite(mean_loss) or not math.isfinite(norm):
+            raise Diverged(f"step {step + 1}: loss {mean_loss}, gradient norm {norm}: the weights "
+                           "of the step before are untouched; try a lower --lr")
         for group in optimizer.param_groups:
             group["lr"] = schedule(step)
         optimizer.step()
         optimizer.zero_grad()
-        yield {"step": step + 1, "loss": total.item(), "lr": schedule(step), "grad_norm": norm,
+        yield {"step": step + 1, "loss": mean_loss, "lr": schedule(step), "grad_norm": norm,
                "trained_tokens": num_trained,
                "tokens": sum(int((row.documents > 0).sum()) for row in rows),
                "seconds": time.perf_counter() - start}
