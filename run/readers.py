@@ -14,8 +14,9 @@ from run.files import InputError, json_lines, read_json, text_lines
 
 HH_MARKER = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "model", "user": "user", "assistant": "model"}
-# The first of these that a row has is its prompt.
-PROMPT_KEYS = ("prompt", "goal", "behavior", "instruction", "forbidden_prompt")
+# The first of these that a row has is its prompt. Alpaca's and Dolly's instructions go with a text.
+PROMPT_KEYS = ("prompt", "goal", "behavior", "instruction", "forbidden_prompt", "question", "text")
+INPUT_KEYS = ("input", "context")
 
 Turn = tuple[str, str]  # ("user" | "model", text)
 
@@ -85,11 +86,10 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
     def make_prompt(row, place, line):
         # The prompt is a string, a named field, or what a conversation begins with.
         row = {"prompt": row} if isinstance(row, str) else row
-        keys = {key.lower(): key for key in row} if isinstance(row, dict) else {}
-        key = next((keys[key] for key in PROMPT_KEYS if key in keys), None)
+        key, text = _prompt(row, place)
         if key is not None:
-            turns = (("user", _text(row, key, place).strip()), ("model", ""))
-        elif "chosen" in keys.values():
+            turns = (("user", text.strip()), ("model", ""))
+        elif "chosen" in row:
             turns = _hh_turns(_text(row, "chosen", place))
         else:
             raise InputError(f"{place}: no text, and no field {', '.join(PROMPT_KEYS)} or chosen")
@@ -154,6 +154,21 @@ def _collect(rows, make, path, kind):
     if not items:
         raise InputError(f"{path} holds no {kind}: {counts}")
     return items, counts
+
+
+def _prompt(row, place):
+    """(its key, text) of a row's prompt; (None, "") if it has none."""
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: neither text nor an object")
+    keys = {key.strip().lower(): key for key in row}
+    name = next(filter(keys.__contains__, PROMPT_KEYS), None)
+    if name is None:
+        return None, ""
+    texts = [_text(row, keys[name], place).strip()]
+    # Rows that differ in their input alone are different prompts.
+    if name == "instruction":
+        texts += [_text(row, keys.get(key), place).strip() for key in INPUT_KEYS]
+    return keys[name], "\n\n".join(filter(None, texts))
 
 
 def _text(row, key, place):

@@ -265,6 +265,15 @@ def test_prompts_by_hand(tmp_path):
         (chat("hi"), {}), (chat("a", "b", "c"), {"kind": "k"})]
 
 
+def test_an_instruction_goes_with_its_input(tmp_path):
+    rows = [{"instruction": "mend", "input": text, "output": "o"} for text in ("a ", "b", "", None)]
+    path = write(tmp_path / "a.jsonl", *rows, {"Instruction": "mend", "Context": "c"})
+    prompts, counts = read_prompts(path)
+    assert [prompt.turns for prompt in prompts] == [
+        chat("mend\n\na"), chat("mend\n\nb"), chat("mend"), chat("mend\n\nc")]
+    assert counts.dropped == {"with a prompt seen before": 1}
+
+
 def test_items_for_saes(tmp_path):
     messages = [{"role": "user", "content": "a "}, {"role": "assistant", "content": "b"}]
     path = write(tmp_path / "i.jsonl", pair(), {"prompt": "p", "response": "r"}, {"text": "t"},
