@@ -12,11 +12,15 @@ from pathlib import Path
 
 from run.files import InputError, json_lines, read_json, text_lines
 
-HH_MARKER = re.compile(r"\n\n(Human|Assistant):")
-ROLES = {"Human": "user", "Assistant": "model", "user": "user", "assistant": "model"}
+# HH-RLHF's own, and what is left of it where white space was cleaned.
+HH_MARKERS = (re.compile(r"\n\n(Human|Assistant):"), re.compile(r"\n[ \t]*(Human|Assistant):"))
+ROLES = {"human": "user", "user": "user", "assistant": "model", "model": "model"}
 # The first of these that a row has is its prompt. Alpaca's and Dolly's instructions go with a text.
 PROMPT_KEYS = ("prompt", "goal", "behavior", "instruction", "forbidden_prompt", "question", "text")
 INPUT_KEYS = ("input", "context")
+PAIR_FORMS = ("wanted: chosen and rejected, each a text Human: … Assistant: …, or messages of role "
+              "and content, or an answer to the row's prompt")
+PROMPT_FORMS = f"wanted: texts, or objects with {', '.join(PROMPT_KEYS)}, or chosen and rejected"
 
 Turn = tuple[str, str]  # ("user" | "model", text)
 
@@ -52,14 +56,15 @@ class _Dropped(Exception):
 
 
 def read_pairs(path: str | Path) -> tuple[list[Pair], Counts]:
-    """The pairs of HH-RLHF's JSON lines: objects with "chosen" and "rejected" conversations.
+    """The pairs of a file of objects with "chosen" and "rejected".
 
-    The last assistant turn is the answer, the turns before it are the prompt. Unusable rows are
-    counted by reason. Raises InputError for a malformed line, and if no pair is left.
+    Both are conversations (HH-RLHF's text, or messages of role and content), or answers to the
+    row's prompt. The last assistant turn is the answer, the turns before it are the prompt.
+    Unusable rows are counted by reason. Raises InputError for a malformed line, and if no pair is left.
     """
     def make_pair(row, place, line):
-        chosen = _hh_turns(_text(row, "chosen", place))
-        rejected = _hh_turns(_text(row, "rejected", place))
+        chosen = _conversation(row, "chosen", place)
+        rejected = _conversation(row, "rejected", place)
         # A pair is one prompt with two answers.
         if not (chosen and rejected):
             raise _Dropped("without both sides")
@@ -71,7 +76,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counts]:
             raise _Dropped("with an empty answer")
         return Pair(prompt, aligned, unaligned, line)
 
-    return _collect(json_lines(path), make_pair, path, "pair with both sides")
+    return _collect(json_lines(path), make_pair, path, "usable pair", PAIR_FORMS)
 
 
 def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
@@ -86,13 +91,16 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
     def make_prompt(row, place, line):
         # The prompt is a string, a named field, or what a conversation begins with.
         row = {"prompt": row} if isinstance(row, str) else row
-        key, text = _prompt(row, place)
-        if key is not None:
-            turns = (("user", text.strip()), ("model", ""))
-        elif "chosen" in row:
-            turns = _hh_turns(_text(row, "chosen", place))
+        key, prompt = _prompt(row, place)
+        if "rejected" in row:
+            turns = _conversation(row, "chosen", place)
+        elif isinstance(prompt, list):
+            turns = (*_messages(prompt, place), ("model", ""))
+        elif key is not None:
+            # Here a text that looks like turns stays one text.
+            turns = (("user", prompt.strip()), ("model", ""))
         else:
-            raise InputError(f"{place}: no text, and no field {', '.join(PROMPT_KEYS)} or chosen")
+            raise InputError(f"{place}: no prompt; {PROMPT_FORMS}")
         turns, _ = _split_answer(turns)
         if turns in seen:
             raise _Dropped("with a prompt seen before")
@@ -108,7 +116,7 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
         rows = {".txt": text_lines, ".csv": _csv_rows, ".jsonl": json_lines}[suffix](path)
     else:
         raise InputError(f"{path}: prompts are a .txt, .csv, .jsonl or .json file, or one with .gz")
-    return _collect(rows, make_prompt, path, "usable prompt")
+    return _collect(rows, make_prompt, path, "usable prompt", PROMPT_FORMS)
 
 
 def read_items(path: str | Path) -> Iterator[str | tuple[Turn, ...]]:
@@ -126,12 +134,12 @@ def read_items(path: str | Path) -> Iterator[str | tuple[Turn, ...]]:
         place = f"{path}:{line}"
         keys = row.keys() if isinstance(row, dict) else ()
         if "chosen" in keys and "rejected" in keys:
-            conversations = [_hh_turns(_text(row, side, place)) for side in ("chosen", "rejected")]
+            conversations = [_conversation(row, key, place) for key in ("chosen", "rejected")]
         elif "prompt" in keys and "response" in keys:
             prompt, response = _text(row, "prompt", place), _text(row, "response", place)
             conversations = [(("user", prompt), ("model", response))]
         elif "messages" in keys:
-            conversations = [_chat_turns(row["messages"], place)]
+            conversations = [_messages(row["messages"], place)]
         elif "text" in keys:
             yield _text(row, "text", place)
             continue
@@ -140,7 +148,7 @@ def read_items(path: str | Path) -> Iterator[str | tuple[Turn, ...]]:
         yield from filter(_alternate, conversations)
 
 
-def _collect(rows, make, path, kind):
+def _collect(rows, make, path, kind, wanted):
     """(what `make` makes of the rows, Counts)."""
     items, counts = [], Counts()
     for line, row in rows:
@@ -152,23 +160,24 @@ def _collect(rows, make, path, kind):
             counts.dropped[str(reason)] += 1
     counts.kept = len(items)
     if not items:
-        raise InputError(f"{path} holds no {kind}: {counts}")
+        raise InputError(f"{path} holds no {kind}: {counts}; {wanted}")
     return items, counts
 
 
 def _prompt(row, place):
-    """(its key, text) of a row's prompt; (None, "") if it has none."""
+    """(its key, text or messages) of a row's prompt; (None, "") if it has none."""
     if not isinstance(row, dict):
         raise InputError(f"{place}: neither text nor an object")
     keys = {key.strip().lower(): key for key in row}
     name = next(filter(keys.__contains__, PROMPT_KEYS), None)
-    if name is None:
-        return None, ""
-    texts = [_text(row, keys[name], place).strip()]
+    key = keys.get(name)
+    if isinstance(row.get(key), list):
+        return key, row[key]
+    texts = [_text(row, key, place).strip()]
     # Rows that differ in their input alone are different prompts.
     if name == "instruction":
         texts += [_text(row, keys.get(key), place).strip() for key in INPUT_KEYS]
-    return keys[name], "\n\n".join(filter(None, texts))
+    return key, "\n\n".join(filter(None, texts))
 
 
 def _text(row, key, place):
@@ -178,19 +187,46 @@ def _text(row, key, place):
     return row.get(key) or ""
 
 
-def _hh_turns(text):
-    """Turns of "\\n\\nHuman: …\\n\\nAssistant: …". Text before the first marker has no role."""
-    before, *pieces = HH_MARKER.split(text)
-    turns = [("", before.strip())] if before.strip() else []
-    turns += [(ROLES[name], text.strip()) for name, text in zip(pieces[::2], pieces[1::2])]
+def _conversation(row, key, place):
+    """Turns of one side of a pair, () without an answer. An answer alone comes after the prompt."""
+    answer = _turns(row.get(key), "model", place)
+    if not answer or answer[0][0] != "model":
+        return answer
+    # A prompt may end with "Assistant:", which is no turn yet.
+    _, prompt = _prompt(row, place)
+    before = [turn for turn in _turns(prompt, "user", place) if turn[1]]
+    return (*before, *answer)
+
+
+def _turns(value, role, place):
+    """Turns of messages, of "\\n\\nHuman: …\\n\\nAssistant: …", or of a text that `role` says.
+
+    Text before the first marker has no role.
+    """
+    if isinstance(value, list):
+        return _messages(value, place)
+    if not isinstance(value, str | None):
+        raise InputError(f"{place}: neither text nor messages; {PAIR_FORMS}")
+    text = re.sub(r"\r\n?", "\n", value or "").strip()
+    turns = [(role, text)] if text else []
+    for marker in HH_MARKERS:
+        before, *pieces = marker.split(f"\n\n{text}")
+        if not pieces:
+            break
+        turns = [("", before.strip())] if before.strip() else []
+        for name, piece in zip(pieces[::2], pieces[1::2]):
+            turns.append((ROLES[name.lower()], piece.strip()))
+        # A prompt may end with the user.
+        if _alternate(turns) or _alternate(turns[:-1]):
+            break
     return tuple(turns)
 
 
-def _chat_turns(messages, place):
+def _messages(messages, place):
     """Turns of a list of {"role": …, "content": …}."""
     turns = []
     for message in messages if isinstance(messages, list) else [messages]:
-        role = ROLES.get(_text(message, "role", place), "other")
+        role = ROLES.get(_text(message, "role", place).lower(), "other")
         turns.append((role, _text(message, "content", place).strip()))
     return tuple(turns)
 
@@ -204,7 +240,7 @@ def _alternate(turns):
 def _split_answer(turns):
     """(turns before the last, text of the last, which is the model's)."""
     if not _alternate(turns):
-        raise _Dropped("whose Human and Assistant turns don't alternate")
+        raise _Dropped("with a system turn, or turns that don't alternate")
     if not turns[-2][1]:
         raise _Dropped("with an empty prompt")
     return turns[:-1], turns[-1][1]

@@ -241,7 +241,61 @@ def test_pairs_by_hand(tmp_path):
     assert (counts.read, counts.kept) == (10, 2)
     assert counts.dropped == {
         "whose sides don't share a prompt": 1, "with an empty answer": 1, "without both sides": 3,
-        "whose Human and Assistant turns don't alternate": 3}
+        "with a system turn, or turns that don't alternate": 3}
+
+
+def messages(*texts, first="user"):
+    roles = ("user", "assistant", "user", "assistant")[first != "user":]
+    return [{"role": role, "content": text} for role, text in zip(roles, texts)]
+
+
+ANSWERS = {"chosen": "e\n\nf", "rejected": "g"}
+HH_PROMPT = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+FORMS = {  # of one pair
+    "explicit, in messages": {"prompt": messages("a", "b", "c")} | {
+        key: messages(text, first="assistant") for key, text in ANSWERS.items()},
+    "explicit, mixed": {"prompt": messages("a", "b", "c")} | ANSWERS,
+    "conversations": {key: messages("a", "b", "c", text) for key, text in ANSWERS.items()},
+    "conversations and their prompt": {"prompt": "a"} | {
+        key: messages("a", "b", "c", text) for key, text in ANSWERS.items()},
+    "a prompt of HH-RLHF's": {"prompt": HH_PROMPT} | ANSWERS,
+    "a prompt without Assistant:": {"prompt": HH_PROMPT.removesuffix("\n\nAssistant:")} | ANSWERS,
+    "stripped": {key: f"{HH_PROMPT.strip()} {text}" for key, text in ANSWERS.items()},
+    "single new lines": {key: HH_PROMPT.replace("\n\n", "\n") + text
+                         for key, text in ANSWERS.items()},
+    "both": {key: HH_PROMPT.replace("\n\nA", "\nA") + text for key, text in ANSWERS.items()},
+    "CRLF": {key: f"{HH_PROMPT}{text}".replace("\n", "\r\n") for key, text in ANSWERS.items()}}
+
+
+@pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
+def test_forms_of_a_pair(tmp_path, row):
+    path = write(tmp_path / "p.jsonl", row | {"n": 3})
+    assert read_pairs(path)[0] == [Pair(chat("a", "b", "c"), "e\n\nf", "g", 1)]
+    assert read_prompts(path)[0][0].turns == chat("a", "b", "c")
+    assert list(read_items(path)) == [chat("a", "b", "c", "e\n\nf"), chat("a", "b", "c", "g")]
+
+
+def test_markers_inside_a_text_make_no_turns(tmp_path):
+    """A prompt is one text, and so is an answer with a dialogue in it."""
+    text = "go on:\nHuman: x\nAssistant: y"
+    rows = [{"prompt": "write", "chosen": text, "rejected": "no"},
+            {"prompt": "p", "chosen": "before" + HI + "x", "rejected": "no"}]
+    pairs, counts = read_pairs(write(tmp_path / "p.jsonl", *rows))
+    assert pairs == [Pair(chat("write"), text, "no", 1)] and counts.read == 2
+    path = write(tmp_path / "q.jsonl", {"prompt": HI + "sure"}, {"prompt": messages("a", "b", "c")})
+    assert [prompt.turns for prompt in read_prompts(path)[0]] == [
+        chat((HI + "sure").strip()), chat("a", "b", "c")]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"chosen": 3, "rejected": "b"}, ":1: neither text nor messages; wanted: chosen and rejected"),
+    ({"chosen": [3], "rejected": "b"}, ":1: expected an object whose 'role' is text"),
+    ({"prompt": "p", "response_0": "a", "response_1": "b"}, "both sides; wanted: chosen and"),
+    ({"chosen": "### Human: a", "rejected": "### Human: a"}, "alternate; wanted: chosen and")])
+def test_what_is_no_pair_names_the_forms(tmp_path, row, message):
+    with pytest.raises(InputError) as error:
+        read_pairs(write(tmp_path / "p.jsonl", row))
+    assert message in str(error.value) and str(tmp_path / "p.jsonl") in str(error.value)
 
 
 def test_prompts_by_hand(tmp_path):
@@ -275,17 +329,11 @@ def test_an_instruction_goes_with_its_input(tmp_path):
 
 
 def test_items_for_saes(tmp_path):
-    messages = [{"role": "user", "content": "a "}, {"role": "assistant", "content": "b"}]
     path = write(tmp_path / "i.jsonl", pair(), {"prompt": "p", "response": "r"}, {"text": "t"},
-                 {"messages": messages}, {"messages": [{"role": "system", "content": "s"}]})
+                 {"messages": messages("a ", "b")}, {"messages": [{"role": "system", "content": "s"}]})
     assert list(read_items(path)) == [chat("hi", "yes"), chat("hi", "no"), chat("p", "r"), "t",
                                       chat("a", "b")]
     assert list(read_items(write(tmp_path / "i.txt", "x ", "", "y"))) == ["x", "y"]
-
-
-def test_a_large_honest_set_loads(tmp_path):
-    rows = [{"prompt": f"prompt {number}", "a": 1, "b": [2]} for number in range(130_000)]
-    assert len(read_prompts(write(tmp_path / "large.jsonl", *rows))[0]) == 130_000
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -293,7 +341,7 @@ def test_a_large_honest_set_loads(tmp_path):
     ("x.jsonl", b'{"prompt": "\\ud800"}', ":1: not valid JSON"),
     ("x.txt", b"a\n\xc3", ":2: not UTF-8"), ("x.txt", b"\n", "0 read"), ("x.xlsx", b"", ".csv"),
     ("x.jsonl", b"[" * 10**5, ":1: not valid JSON"), ("x.jsonl", b"9" * 5000, ":1: not valid JSON"),
-    ("x.csv", b"a,b\n1,2\n", ":2: no text, and no field prompt"), ("x.csv", b'prompt\n"abc', "CSV"),
+    ("x.csv", b"a,b\n1,2\n", ":2: no prompt; wanted: "), ("x.csv", b'prompt\n"abc', "CSV"),
     ("x.csv", b"prompt,b\n1,2\n1\n", ":3: 1 columns"), ("x.csv", b"prompt\n", "0 read"),
     ("x.json", b"{}", "not a list"), ("x.json", b'["a", 3]', ":2: "), ("x.json", b"", "not valid"),
     ("x.json", b'[""]', "1 dropped with an empty prompt"), ("x.txt.gz", b"plain", "can't be read"),
