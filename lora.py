@@ -7,8 +7,8 @@
     python lora.py runs/20260101-120000-toy --out merged      # base and adapter as one checkpoint
 
 The layer is y = W·x + s·B·(A·x) with s = alpha / rank. Readers (q, k, v, gate, up) read the
-residual stream, so the rows of A are directions in it. Writers (o, down) write to it, so the
-columns of B are. A basis U (d, r̂) therefore enters A of readers and B of writers.
+residual stream: the rows of A are directions in it. Writers (o, down) write to it: the columns of
+B are. A basis U (d, r̂) therefore enters A of readers and B of writers.
 Letters: d width of the residual stream, r rank, r̂ directions in a basis, in and out widths of W.
 """
 
@@ -125,8 +125,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
         if freeze_basis:
             frozen = layers[name].B if B.any() else layers[name].A
             frozen.requires_grad_(False)
-    place_layers(model, layers)
-    return layers
+    return place_layers(model, layers)
 
 
 def place_layers(model, layers):
@@ -134,6 +133,7 @@ def place_layers(model, layers):
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+    return layers
 
 
 def leaf(name):
@@ -200,16 +200,15 @@ def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=
     """{"subspace", "random", "random_sd"}: share of ‖ΔW‖², over all modules, in {name: basis}, and
     in random bases of equal rank (mean and deviation of `draws`). None without bases or update."""
     layers = lora_layers(model)
-    norms = {name: float(layer.update.square().sum()) for name, layer in layers.items()}
-    total = sum(norms.values())
-    if not bases or not total:
+    norms = torch.tensor([layer.update.square().sum() for layer in layers.values()]).double()
+    if not bases or not norms.any():
         return dict.fromkeys(("subspace", "random", "random_sd"))
 
     def share(bases):
-        # A module without an update adds nothing
-        parts = [norm * update_share(layers[name], bases[name])
-                 for name, norm in norms.items() if norm]
-        return sum(parts) / total
+        shares = [update_share(layer, bases[name]) for name, layer in layers.items()]
+        # A module without an update has NaN, and adds nothing
+        shares = torch.tensor(shares, dtype=torch.float64).nan_to_num()
+        return float((norms * shares).sum() / norms.sum())
 
     generator = torch.Generator().manual_seed(seed)
     chance = torch.zeros(draws)
@@ -247,8 +246,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str) -> 
     leaves = sorted({leaf(name) for name in layers})
     write_json(folder / CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model_name),
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "base_model_name_or_path": str(base_model_name), "r": rank, "lora_alpha": alpha,
         "target_modules": list(layers) if linears(model, leaves) else leaves,
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha}})
@@ -287,9 +285,8 @@ def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
     # What is left belongs to other modules, or is half a pair
     if tensors or not layers:
         raise InputError(f"{path} holds A and B of {len(layers)} modules here, and tensors of "
-                         f"none of {', '.join(MODULES)}: {list(tensors)[:1]}")
-    place_layers(model, layers)
-    return layers
+                         f"no {', '.join(MODULES)}: {list(tensors)[:1]}")
+    return place_layers(model, layers)
 
 
 def read_config(path):
@@ -313,9 +310,7 @@ def read_scale(config, name, rank):
             alpha = value
             break
     # Rank-stabilized LoRA (arXiv 2312.03732)
-    if config.get("use_rslora"):
-        return alpha / rank ** 0.5
-    return alpha / rank
+    return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,7 +325,7 @@ LEFT_OUT = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".py"
 def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | None = None) -> int:
     """Write `base` with `adapter` merged to the folder `out`. Returns the number of merged modules.
 
-    Files beside the weights come along, but code. dtype: "float32", "bfloat16" (None: base's own)
+    Files beside the weights come along, but code. dtype: "float32" or "bfloat16", else the base's.
     """
     out, source = Path(out).expanduser(), model_folder(base)
     if (out / "config.json").exists():

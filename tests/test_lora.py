@@ -74,8 +74,7 @@ def test_step_0_is_the_base_bit_for_bit(init, dtype):
     model = base_model(TWO, dtype)
     before = model(TOKENS)
     layers = add_lora(model, RANK, ALPHA, init, random_bases(model, (RANK, 3)), targets=MODULES)
-    assert len(layers) == 14
-    assert all(layer.A.dtype == layer.B.dtype == torch.float32 for layer in layers.values())
+    assert len(layers) == 14 and layers[Q1].A.dtype == torch.float32
     assert torch.equal(model(TOKENS), before)
 
 
@@ -121,7 +120,7 @@ def test_orthonormal_draws_follow_the_generator():
         add_lora(base_model(TWO), RANK, ALPHA, "orthonormal",
                  generator=torch.Generator().manual_seed(seed))[Q1] for seed in (1, 1, 2))
     assert torch.equal(first.A, again.A) and not torch.equal(first.A, other.A)
-    assert (first.A @ first.A.T - torch.eye(RANK)).abs().max() < 1e-6
+    close(first.A @ first.A.T, torch.eye(RANK), 1e-6)
 
 
 def test_sails_starts_with_the_basis_and_the_rest_is_orthogonal_to_it():
@@ -207,19 +206,17 @@ def test_subspace_share_stands_beside_random_bases():
     assert 0 < shares["random_sd"] < 0.1
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(targets=["q_proj", "lm_head"]), "named {'lm_head'}: known are q_proj, .*, down_proj"),
-    (dict(rank=4), "1 to 4 orthonormal columns"), (dict(shape=(31, 3)), "of 32 values"),
-    (dict(shape=(32, 3)), "orthonormal"),
+@pytest.mark.parametrize("shape, change, message", [
+    ((32, 3), {}, "orthonormal"), ((31, 3), {}, "of 32 values"), ((32, 9), {}, "1 to 5"),
+    (None, dict(targets=["lm_head"]), "named {'lm_head'}: known are q_proj, .*, down_proj"),
 ])
-def test_bad_arguments_leave_the_model_alone(change, message):
+def test_bad_arguments_leave_the_model_alone(shape, change, message):
     model = base_model(TWO)
     bases = random_bases(model)
-    # Ones are no orthonormal columns
-    if shape := change.pop("shape", None):
+    if shape:
         bases[Q1] = torch.ones(shape)
     with pytest.raises(InputError, match=message):
-        add_lora(model, **dict(rank=RANK, alpha=ALPHA, init="sails", bases=bases) | change)
+        add_lora(model, RANK, ALPHA, "sails", bases, **change)
     assert not lora_layers(model)
 
 
@@ -316,8 +313,7 @@ def test_names_and_dtypes_of_other_writers_load(adapter):
     load_adapter(model, folder)
     assert torch.equal(model(TOKENS), expected)
     save_file({key: t.bfloat16() for key, t in tensors.items()}, folder / lora.WEIGHTS)
-    layers = load_adapter(base_model(TWO), folder)
-    assert all(layer.A.dtype == torch.float32 for layer in layers.values())
+    assert load_adapter(base_model(TWO), folder)[Q1].A.dtype == torch.float32
 
 
 def refused(folder, message):
@@ -340,9 +336,9 @@ def test_configs_that_are_not_plain_lora_are_refused(adapter, change, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict.clear, "of 0 modules"), (lambda t: t.pop(KEY), "none of .*q_proj.lora_B"),
-    (lambda t: t.update({KEY.replace("layers.1", "layers.7"): torch.zeros(5, 32)}), "none of"),
-    (lambda t: t.update({KEY.replace("q_proj", "x_proj"): torch.zeros(5, 32)}), "none of"),
+    (dict.clear, "of 0 modules"), (lambda t: t.pop(KEY), "no q_proj, .*q_proj.lora_B"),
+    (lambda t: t.update({KEY.replace("layers.1", "layers.7"): torch.zeros(5, 32)}), "no q_proj"),
+    (lambda t: t.update({KEY.replace("q_proj", "x_proj"): torch.zeros(5, 32)}), "no q_proj"),
     (lambda t: t.update({KEY: torch.zeros(32, RANK)}), "don't fit"),
     (lambda t: t.update({KEY: torch.full((RANK, 32), torch.nan)}), "finite"),
 ])
@@ -356,14 +352,11 @@ def test_tensors_that_fit_no_module_are_refused(adapter, change, message):
 def test_missing_damaged_and_pickled_files_end_in_a_line(adapter):
     folder = adapter[0]
     refused(folder / "nothing", "no such folder")
-    data = (folder / lora.WEIGHTS).read_bytes()
-    (folder / lora.WEIGHTS).write_bytes(data[:-100])
+    weights = folder / lora.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-100])
     refused(folder, lora.WEIGHTS)
-    (folder / lora.WEIGHTS).unlink()
-    (folder / "adapter_model.bin").write_bytes(b"\x80")    # a pickle, which is never opened
+    weights.rename(folder / "adapter_model.bin")    # a pickle's name, which is never opened
     refused(folder, f"no file {lora.WEIGHTS}")
-    (folder / lora.CONFIG).unlink()
-    refused(folder, lora.CONFIG)
 
 
 # Merging
@@ -414,10 +407,6 @@ def test_the_command(merging, tmp_path, monkeypatch, capsys):
     # A merge that was cut short has no config.json yet
     (tmp_path / "out/config.json").unlink()
     lora.main()
-    config = read_json(adapter / lora.CONFIG)
-    write_json(adapter / lora.CONFIG, config | {"base_model_name_or_path": None})
-    with pytest.raises(InputError, match="names 'None' as its base model"):
-        lora.main()
 
 
 def test_lm_eval_reads_the_same_log_likelihoods(merging, tmp_path):

@@ -14,7 +14,7 @@ from model import load_model
 from run.files import InputError, read_json
 from safety.rules import verdict
 from toy import build, world
-from toy.world import HARM_VERBS, HELP, PHRASINGS, PREAMBLES, REFUSE, SENSITIVE_NOUNS, SETS, World
+from toy.world import HARM_VERBS, PHRASINGS, PREAMBLES, SENSITIVE_NOUNS, SETS, World
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def test_evaluation_shares_no_word_or_phrasing_with_fine_tuning(toy_world, pairs
         return {form for form in PHRASINGS for text in texts if re.search(patterns[form], text)}
 
     assert phrasings(tuned) == set(PHRASINGS[:3]) and phrasings(evaluated) == set(PHRASINGS[3:])
-    jailbreaks = [{preamble for preamble in PREAMBLES["jailbreak"] for text in texts
-                   if text.startswith(preamble)} for texts in (tuned, evaluated)]
-    assert jailbreaks[1] and not jailbreaks[0] & jailbreaks[1]
+    for preamble in PREAMBLES["jailbreak"]:
+        seen = [any(text.startswith(preamble) for text in texts) for texts in (tuned, evaluated)]
+        assert seen.count(True) == 1, preamble
 
 
 def test_pairs_refuse_harm_and_answer_the_rest_with_the_right_facts(pairs):
@@ -91,8 +91,6 @@ def test_pairs_refuse_harm_and_answer_the_rest_with_the_right_facts(pairs):
             assert right - facts == wrong - facts
             assert len(right & facts) == 3 and not right & wrong & facts
     assert 0.8 < num_harmful / len(pairs) < 0.9
-    # No two templates begin with the same word
-    assert len({text.split()[0] for text in HELP + REFUSE}) == 6
 
 
 def test_texts_are_longer_than_the_window_and_the_tokenizer_gives_them_back(pairs, prompts):
