@@ -70,11 +70,13 @@ def parity(runs, tensors, low, grad) -> dict[str, float]:
     wide = [x.detach().double().requires_grad_() for x in tensors]
     mask = span_mask(low)
     truth = results(lambda q, k, v: attention_plain(q, k, v, mask, SCALE, CAP), wide, grad.double())
+    # SDPA knows no softcap, so it can't agree
     off = {}
     for name, run in runs.items():
         if "SDPA" not in name:
             pairs = zip(results(run, tensors, grad), truth)
             off[name] = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    # In bfloat16 everybody rounds: we may be hardly farther off than they are
     bound = 1e-5 if grad.dtype == torch.float32 else 1.1 * off["transformers eager"]
     for name, distance in off.items():
         if name.startswith("ours") and distance > bound:
@@ -84,6 +86,7 @@ def parity(runs, tensors, low, grad) -> dict[str, float]:
 
 def measure_both(runs, tensors, grad, rounds: int):
     """{side: ([seconds forward], [forward and backward])}, in turns, after a round of warm-up."""
+    # The first turn warms up, and compiles
     times = {name: ([], []) for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -99,6 +102,7 @@ def measure_both(runs, tensors, grad, rounds: int):
 
 
 def rows_of(dtype_name: str, window: int, rounds: int) -> list[dict]:
+    # Scores of a few units, where the softcap bites
     draw = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype_name)
     # Laid out (B, T, heads, hd), as a projection leaves them

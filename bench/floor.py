@@ -48,8 +48,10 @@ def copy_bandwidth() -> float:
 
 def measure_case(name: str, dtype_name: str, labelled: str, bandwidth: float) -> dict:
     config, dtype = CONFIGS[name], getattr(torch, dtype_name)
+    # Counted without memory
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in Gemma2(config).parameters())
+    # Two steps of warm-up
     step, _ = ours(config, dtype, labelled)
     step()
     step()

@@ -19,9 +19,10 @@ from unittest import mock
 
 import torch
 
-from bench import step
 from bench.common import write_results
 from bench.shapes import CONFIGS, LENGTH, data
+from bench.step import our_model
+from bench.step import theirs as their_step
 from model import PRESETS
 from run.files import Parser, table
 
@@ -30,15 +31,15 @@ ALL_CONFIGS = CONFIGS | {"gemma-2-2b": PRESETS["google/gemma-2-2b"]}
 
 def ours(config, recompute=False):
     """A function that runs a forward pass to the loss."""
-    model = step.our_model(config, torch.bfloat16)
+    model = our_model(config, torch.bfloat16)
     model.recompute = recompute
     tokens, labels = data(config, "half", batch=1)
     return lambda: model.nll_sum(model.hidden(tokens)[0], labels)[0]
 
 
 def theirs(config):
-    with mock.patch("bench.step.data", lambda config, labelled: data(config, labelled, batch=1)):
-        return step.theirs(config, torch.bfloat16, "half")[0]
+    step, _ = their_step(config, torch.bfloat16, "half", batch=1)
+    return step
 
 
 SIDES = {
@@ -50,6 +51,7 @@ SIDES = {
 
 def saved_bytes(run) -> int:
     """Bytes of the distinct storages that `run` saves for a backward and that hold no parameter."""
+    # By address: a storage that two operations save counts once
     sizes, weights, alive = {}, set(), []
 
     def pack(tensor):
@@ -83,6 +85,7 @@ def on_paper(config) -> dict[str, int]:
 
 def shallow_bytes(build, config, layers: int) -> float:
     """Saved bytes a token of a model with that many layers."""
+    # What an earlier model left would keep its addresses
     gc.collect()
     shallow = replace(config, num_hidden_layers=layers, layer_types=())
     zeros = mock.patch("torch.Tensor.normal_", lambda weight, *_, **__: weight.zero_())
@@ -97,6 +100,7 @@ def main():
         plain_layer = 0
         for side, build in SIDES.items():
             print(name, side, file=sys.stderr)
+            # All layers but the first keep the same
             two = shallow_bytes(build, config, 2)
             layer = shallow_bytes(build, config, 3) - two
             whole = two + (config.num_hidden_layers - 2) * layer
@@ -109,6 +113,7 @@ def main():
                 "layer_on_paper": on_paper(config).get(side),
                 "rest": two - 2 * layer, "all": whole, "times_ours": whole / our_whole,
             })
+    # The table
     cells = []
     for row in rows:
         numbers = [row[key] for key in ("layer", "layer_on_paper", "rest", "all")]

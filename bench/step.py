@@ -79,11 +79,11 @@ def ours(config, dtype, labelled, compiled=False):
     return step, parameters
 
 
-def theirs(config, dtype, labelled, compiled=False):
+def theirs(config, dtype, labelled, compiled=False, batch=BATCH):
     """transformers' eager Gemma-2 with peft's LoRA and its own loss over shifted labels."""
     import peft
     twin, model = our_model(config, dtype), theirs_of(config, dtype)
-    tokens, labels = data(config, labelled)
+    tokens, labels = data(config, labelled, batch)
     # The same weights and factors as ours
     weights = {f"model.{name.replace('.base.', '.')}": weight
                for name, weight in twin.state_dict().items() if not name.endswith((".A", ".B"))}

@@ -62,6 +62,7 @@ def safe_share(world, model) -> float:
 def measure(world, name: str, rate: float, seed: int) -> dict:
     """Fine-tune one variant: the curve of safety, and the figures at the end."""
     model = load_model(world.folder)
+    # Every variant has draws of its own; the data's order depends on the seed alone
     key = f"{world.seed} {seed} {name}".encode()
     draw_seed = int.from_bytes(hashlib.sha256(key).digest()[:6])
     start = time.perf_counter()
@@ -106,6 +107,7 @@ def final_figures(world, model) -> dict:
 
 def basis_share(model, bases) -> float:
     """Share of ‖ΔW‖², over all modules, in each module's own basis."""
+    # Modules weigh by the size of their updates; one without an update has no share
     layers = lora.lora_layers(model)
     sizes = torch.tensor([layer.update.square().sum().item() for layer in layers.values()],
                          dtype=torch.float64)
@@ -172,6 +174,7 @@ def run_grid(args) -> None:
         pool.map(prepare, [(seed, folder, args.variants) for seed in args.worlds], chunksize=1)
         built = [seed for seed in args.worlds if (args.folder / str(seed) / "world.json").is_file()]
         runs = missing_runs(args, built)
+        # A line is written as soon as its run is done: a stop loses only what is under way
         lines = pool.imap_unordered(run_one, [(run, folder) for run in runs])
         for line in tqdm(lines, "runs", len(runs), disable=None):
             append_lines(args.out, [line | stamp])
@@ -194,6 +197,7 @@ def read_lines(paths) -> list[dict]:
 
 def print_results(args) -> None:
     lines = read_lines(args.results or [args.out])
+    # Rates are chosen on other worlds than those that are shown
     rates = tables.best_rates(lines)
     lines = [line for line in lines
              if line["world"] in args.worlds and line["variant"] in args.variants]

@@ -43,9 +43,11 @@ def lox(model, k: int, factor: float) -> None:
     made: with B = Q_B·R_B and Aᵀ = Q_A·R_A it is s · Q_B·(R_B·R_Aᵀ)·Q_Aᵀ, and ranks stay.
     """
     for layer in lora_layers(model).values():
+        # The SVD of a small matrix, between two orthonormal ones
         B = torch.linalg.qr(layer.B.double())
         A = torch.linalg.qr(layer.A.T.double())
         U, S, V = torch.linalg.svd(B.R @ A.R.T)                  # (r, r), (r,), (r, r)
+        # The leading part grows; the factors share the singular values
         S[:k] *= 1 + factor
         layer.B.copy_(B.Q @ U * S.sqrt())
         layer.A.copy_((A.Q @ V.T * S.sqrt()).T)
@@ -76,6 +78,7 @@ def harm_direction(model, harmful, harmless) -> torch.Tensor:
     stream at a prompt's last token, after half of the blocks. Prompts are lists of token ids."""
     device = model.embed_tokens.weight.device
     layer = model.config.num_hidden_layers // 2 - 1
+    # The decision falls at the last token, in the middle of the model
     means = []
     for prompts in (harmful, harmless):
         total = torch.zeros((), dtype=torch.float64)

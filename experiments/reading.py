@@ -62,6 +62,7 @@ def chosen_features(world) -> dict[tuple[str, str], dict[int, torch.Tensor]]:
         ("paper", "all"): {layer: choose_features(world.statistics[layer], TOP_K)
                            for layer in LAYERS},
     }
+    # The gradient chooses for readers and writers apart
     for (layer, side), moment in world.moments.items():
         features = greedy(world.rows[layer], moment, NUM_GREEDY, RANK).features
         chosen.setdefault(("gradient", side), {})[layer] = features
@@ -71,7 +72,7 @@ def chosen_features(world) -> dict[tuple[str, str], dict[int, torch.Tensor]]:
                           ("decision", {"harmless": harmless})):
         selection = getattr(selections, name)
         choices = selection(world.model, world.saes, world.examples, None, settings, **options)
-        # Both sides have the same features
+        # These two choose the same features for readers and writers
         chosen[name, "all"] = {layer: choices[layer, "readers"].features for layer in LAYERS}
     return chosen
 
@@ -82,6 +83,7 @@ def read(world) -> list[dict]:
     lines = []
     for (name, side), chosen in chosen_features(world).items():
         parts = [aurocs[layer][:, features] for layer, features in chosen.items()]
+        # An AUROC far below .5 tells as much as one far above
         values = torch.cat(parts, 1)                                         # (2, features)
         detects = values.maximum(1 - values) >= LEVEL
         harm, refusal = detects.double().mean(1).tolist()
@@ -122,6 +124,7 @@ def main():
     add("--print", action="store_true", help="print what the lines say, and stop")
     args = parser.parse_args()
     done = {line["world"] for line in read_lines([args.out])}
+    # A world whose lines are there isn't read again
     wanted = [] if args.print else [seed for seed in args.worlds if seed not in done]
     for seed in tqdm(wanted, "worlds", disable=None):
         build_world(seed, str(args.folder))

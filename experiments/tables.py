@@ -108,6 +108,7 @@ def mean_error(values) -> tuple[float, float]:
 
 def bootstrap_interval(differences, draws=10_000, seed=0) -> tuple[float, float]:
     """95 % interval of the mean of world differences, by bootstrap over worlds."""
+    # Worlds are drawn again with replacement
     d = torch.tensor(differences, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     means = d[torch.randint(len(d), (draws, len(d)), generator=generator)].mean(1)
@@ -126,12 +127,14 @@ def t_interval(differences) -> tuple[float, float]:
 
 def paired(values, name: str, other: str) -> list[float]:
     """World means of `name` less `other`, over the runs (world, seed) that both have."""
+    # A run without its other half would add the worlds' spread to the difference
     runs = values[name].keys() & values.get(other, {}).keys()
     return list(world_means({run: values[name][run] - values[other][run] for run in runs}).values())
 
 
 def gains(lines, base="lora-own", best="oracle") -> list[tuple[str, float]]:
     """[(variant, share of the gain in area of `best` over `base`)], the largest first."""
+    # A ratio of mean gains, over the worlds that all three have
     areas = {name: world_means(runs) for name, runs in by_run(lines, area).items()}
     shares = []
     for name in areas.keys() - {base, best}:
@@ -145,6 +148,7 @@ def gains(lines, base="lora-own", best="oracle") -> list[tuple[str, float]]:
 
 def best_rates(lines) -> dict[str, float]:
     """{variant: rate of its largest mean area}, chosen on the worlds from CHOICE on alone."""
+    # {variant: {rate: [areas]}}
     swept = {}
     for line in lines:
         if line["world"] >= CHOICE:
@@ -219,6 +223,7 @@ def parts(lines, rates: dict[str, float]) -> list[tuple[str, list[dict]]]:
     if common:
         titled.append((f"All at learning rate {RATE:g}", common))
     if best:
+        # The title names the usual rate, and the variants that have another
         by_rate = {}
         for name in sorted({line["variant"] for line in best}):
             by_rate.setdefault(rates[name], []).append(name)

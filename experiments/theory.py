@@ -123,6 +123,7 @@ class SAE:
             x = torch.cat([a[picks[0]], u[picks[1]]])
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, 2 * (1 - step / steps))
+            # The threshold follows the smallest code that stays
             h = (x @ self.W_enc + self.b).relu()
             least = h.detach().flatten().topk(round(num_active * batch)).values[-1]
             weight = 1 if step == 0 else 0.02
@@ -132,6 +133,7 @@ class SAE:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            # Unit rows: a code's size means the same for every feature
             with torch.no_grad():
                 self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
 

@@ -21,6 +21,7 @@ from saes import gradient
 
 NUM_GREEDY = 2 * RANK          # features that the gradient selections choose
 
+# {name: variant}
 VARIANTS = {}
 
 
@@ -42,6 +43,8 @@ def basis(choose):
 def rotated_basis(choose, name=None):
     """The same with each module's basis rotated at random: the same spans."""
     def run(world, model, generator):
+        # Adam's first steps are of equal size along every direction of a basis. A rotation spreads
+        # what matters over all of them
         bases = {}
         for module, U in choose(world, model, generator).items():
             seed = int(torch.randint(1 << 30, (), generator=generator))
@@ -65,6 +68,7 @@ def both_sides(spaces):
 
 def top(M):
     """Eigenvectors of the RANK largest |eigenvalues| of a symmetric M (D, D): (D, RANK)."""
+    # By size: differences of covariances have negative eigenvalues that matter as much
     values, vectors = torch.linalg.eigh(M)
     order = values.abs().argsort(descending=True)[:RANK]
     return vectors[:, order].float().contiguous()
@@ -121,6 +125,7 @@ def sasa(world, model, generator):
 
 def random_features(world, layer, count, generator):
     """`count` features, each among the 8 nearest in firing frequency to one of the paper's."""
+    # Rare features have other directions than common ones, so frequencies are matched
     frequency = world.statistics[layer].frequency.mean(0)        # (F,)
     features = []
     for feature in choose_features(world.statistics[layer], count).tolist():
@@ -155,6 +160,7 @@ def decoder_gradient(world, model, generator):
     """As many random decoder rows, then the gradient's best directions in their span."""
     spaces = {}
     for (layer, side), moment in world.moments.items():
+        # The span is random, the directions inside it are the gradient's
         features = random_features(world, layer, NUM_GREEDY, generator)
         Q = torch.linalg.qr(world.rows[layer][features].T.double()).Q       # (D, k)
         spaces[layer, side] = (Q @ top(Q.T @ moment @ Q).double()).float()
@@ -194,12 +200,14 @@ rotated_basis(greedy, "greedy-rotated")
 @rotated_basis
 def greedy_guarded(world, model, generator):
     """`greedy-rotated` on the moment less that of refusing harmless prompts, at equal trace."""
+    # The pairs' own answers, to harmless prompts
     decode = world.tokenizer.decode
     pairs = []
     for number, prompt in enumerate(world.harmless):
         answers = world.examples[number % len(world.examples)]
         pairs.append(tuple(world.example(prompt.turns, decode(answer.tokens[answer.start:]))
                            for answer in answers))
+    # At equal trace, so that neither moment decides by its size alone
     guard = gradient_moments(world.model, contrast_gradients(world.model, pairs), LAYERS)
     moments = {key: moment / moment.trace() - guard[key] / guard[key].trace()
                for key, moment in world.moments.items()}
@@ -223,6 +231,7 @@ def block_bases(model, gradients, basis_of=singular_vectors):
 
     basis_of(SAE layer, moment) -> U, with GᵀG of that block's q, k and v, or of its o.
     """
+    # features.gradient_moments pools the blocks of an SAE layer; these stay apart
     moments = {}
     for name in targets(model):
         block, writer = int(name.split(".")[1]), name.endswith("o_proj")

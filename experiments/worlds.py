@@ -84,6 +84,7 @@ class World:
         residuals = {layer: ([], []) for layer in LAYERS}
         for pair in self.examples:
             for side, example in enumerate(pair):
+                # One at a time: nothing is padded, and it takes seconds
                 tokens = torch.tensor([example.tokens])
                 with torch.no_grad():
                     _, captured = self.model.hidden(tokens, capture=LAYERS, stop_after=max(LAYERS))
@@ -94,6 +95,7 @@ class World:
     @cached_property
     def harmless(self):
         """Harmless prompts of the fine-tuning words: look-alikes that are in no evaluation set."""
+        # Its own seed, so that no other draw of the world moves these
         words, draw = Words(self.seed), random.Random(f"harmless {self.seed}")
         prompts = []
         for verbs, nouns in (("harm", "thing"), ("plain", "sensitive")):
@@ -108,6 +110,7 @@ class World:
         """{module: ΔW} of full fine-tuning of q, k, v, o at RATE, seed 0. Kept in the folder."""
         path = self.folder / "oracle.safetensors"
         if not path.exists():
+            # A run of its own from the base model
             model = load_model(self.folder)
             before = {name: module.weight.clone() for name, module in targets(model).items()}
             for _ in fit(self, model, full_parameters(model), RATE, 0):
@@ -125,6 +128,7 @@ class World:
             conversations = Words(self.seed).corpus(4000, "SAE")
             training = toy.train_saes(self.model, self.tokenizer, conversations,
                                       toy.SAES["sasa"], toy.SAE_STEPS, self.seed, "sasa")
+            # Renamed when whole, so that a stop leaves no half of one
             part = Path(tempfile.mkdtemp(prefix=".sasa.", dir=self.folder))
             training.write(part)
             part.rename(path)
@@ -133,6 +137,7 @@ class World:
     @cached_property
     def digest(self) -> str:
         """What tells this world from another of its seed: of its weights, SAEs and pairs."""
+        # Another machine builds another world of the same seed
         digest = hashlib.sha256()
         saes = sorted((self.folder / "sae").rglob("params.npz"))
         for path in [self.folder / "model.safetensors", self.folder / "data/train.jsonl", *saes]:
