@@ -279,7 +279,10 @@ def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
         fits = A.shape == (rank, base.in_features) and B.shape == (base.out_features, rank)
         if not fits or not (A.isfinite().all() and B.isfinite().all()):
             raise InputError(f"{path}: A and B of {name} don't fit {base}, or aren't finite")
-        scale = read_scale(config, name, rank)
+        try:
+            scale = read_scale(config, name, rank)
+        except (re.error, AttributeError, TypeError, ArithmeticError) as error:
+            raise InputError(f"{source}: {CONFIG} gives {name} no scale: {error}") from None
         writer = MODULES[leaf(name)].side == "writers"
         layers[name] = LoRALinear(base, A, B, scale, writer)
     # What is left belongs to other modules, or is half a pair

@@ -327,7 +327,8 @@ def refused(folder, message):
     (dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias is 'all'"),
     (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(peft_type="IA3"), "IA3"),
     (dict(init_lora_weights="pissa_niter_4"), "pissa"), (dict(lora_bias=True), "lora_bias"),
-    (dict(trainable_token_indices=[1]), "trainable"),
+    (dict(trainable_token_indices=[1]), "trainable"), (dict(lora_alpha=None), "no scale"),
+    (dict(alpha_pattern={"(": 2}), "no scale"), (dict(alpha_pattern=["abc"]), "no scale"),
 ])
 def test_configs_that_are_not_plain_lora_are_refused(adapter, change, message):
     folder, config, *_ = adapter
