@@ -179,10 +179,13 @@ def build(seed, out):
             training = train_saes(model, tokenizer, conversations, spec, SAE_STEPS, seed, kind)
             training.write(part / kind)
 
-        # This file lies in toy/ too, so what is there already stays
+        # This file lies in toy/ too, so what is there already stays. A folder with world.json is a
+        # whole world, so that file comes last
         rows = measure(part)
         if not misses(rows):
-            shutil.copytree(part, out, dirs_exist_ok=True)
+            but_world = shutil.ignore_patterns("world.json")
+            shutil.copytree(part, out, dirs_exist_ok=True, ignore=but_world)
+            shutil.copy(part / "world.json", out)
         return rows
 
 
