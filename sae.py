@@ -23,7 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from run.files import InputError, atomic, locate, read_json, read_tensors, write_json, write_tensors
+from run.files import (
+    InputError, atomic, locate, read_json, read_tensors, refuse_pointer, write_json, write_tensors)
 
 # A layer has several SAEs. The canonical one has a mean L0 near 100; papers and Neuronpedia use it.
 # Source: SAELens, pretrained_saes.yaml. {(repository, width): {layer: average L0}}
@@ -269,6 +270,7 @@ def load_saes(source, layers, width, l0, device, config) -> dict[int, SAE]:
 
 def read_array(path, name):
     """Array `name` of an .npz file as a float32 tensor on the CPU. Nothing is unpickled."""
+    refuse_pointer(path)
     try:
         with np.load(path) as arrays:
             values = arrays[name]

@@ -140,11 +140,11 @@ def _download(repo, name, optional, repo_type):
 
 
 def data_file(spec: str | Path) -> Path:
-    """Path of a data file: one here, or hf://datasets/OWNER/NAME/FILE, fetched from the hub."""
+    """Path of a data file: hf://datasets/OWNER/NAME/FILE from the hub, or a file or folder here."""
     if match := re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+)", str(spec)):
         return locate(match[1], match[2], repo_type="dataset")
     path = Path(spec).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{spec}: no such file")
     return path
 
@@ -171,10 +171,18 @@ def parse_json(text: str | bytes, place: object):
     return value
 
 
+def refuse_pointer(path: str | Path) -> None:
+    """Raise InputError if a file is what git leaves in its place where git-lfs isn't installed."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com/"):
+            raise InputError(f"{path} is a git-lfs pointer, fetch the file: `git lfs pull`")
+
+
 @contextmanager
-def _opened(path):
+def opened(path: str | Path) -> Iterator[Any]:
     """A file's bytes as a stream, unpacked if it ends in .gz. Errors name the file."""
     try:
+        refuse_pointer(path)
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:  # what gzip raises
@@ -184,7 +192,7 @@ def _opened(path):
 
 def read_json(path: str | Path, kind: type = dict):
     """The JSON value in a file, which must be of type `kind`."""
-    with _opened(path) as file:
+    with opened(path) as file:
         value = parse_json(file.read(), path)
     if not isinstance(value, kind):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}")
@@ -193,7 +201,7 @@ def read_json(path: str | Path, kind: type = dict):
 
 def text_lines(path: str | Path, blank=False) -> Iterator[tuple[int, str]]:
     """(number, line) of a UTF-8 text file, one at a time; lines of white space only if `blank`."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 # Excel begins a file with a byte order mark.
@@ -226,8 +234,7 @@ def open_tensors(path: str | Path) -> Iterator[safetensors.safe_open]:
 
     Only what is asked for is read. Raises InputError if the file is damaged.
     """
-    with open(path, "rb"):  # a missing file becomes an OSError that has the file's name
-        pass
+    refuse_pointer(path)  # a missing file becomes an OSError that has the file's name
     try:
         with safetensors.safe_open(path, "pt") as file:
             yield file

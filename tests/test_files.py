@@ -19,7 +19,7 @@ from model import load_config, load_model, save_model
 from run import files
 from run.files import InputError
 from run.session import CHECKPOINT, load_checkpoint, save_checkpoint
-from sae import load_sae, save_sae
+from sae import load_sae, read_array, save_sae
 
 
 @pytest.mark.parametrize("write", [
@@ -91,6 +91,16 @@ def test_tensors_come_back(tmp_path):
     # As readable as other files are: the package writes for the owner alone.
     (tmp_path / "b").write_text("")
     assert path.stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+@pytest.mark.parametrize("name, load", [
+    ("a.safetensors", files.read_tensors), ("tokenizer.json", load_tokenizer),
+    ("a.jsonl.gz", read_pairs), ("a.csv", read_prompts), ("a.txt", read_prompts),
+    ("a.parquet", read_pairs), ("a.npz", lambda path: read_array(path, "W_enc"))])
+def test_a_git_lfs_pointer_is_named(tmp_path, name, load):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
+    with pytest.raises(InputError, match=f"{name} is a git-lfs pointer, fetch the file"):
+        load(tmp_path / name)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../x", "owner/..", "owner/na me", "",
