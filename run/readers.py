@@ -1,16 +1,19 @@
 """Readers of data sets: pairs of answers (HH-RLHF), sets of prompts, and texts for SAEs.
 
-Each file may be gzipped (.gz). A malformed line raises InputError, which names file and line.
+A file is .jsonl, .json, .csv (with a header), .txt (a text a line) or .parquet, and may be gzipped
+(.gz). A malformed row raises InputError, which names file and line.
 """
 
 import csv
+import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from run.files import InputError, json_lines, read_json, text_lines
+from run.files import InputError, json_lines, opened, read_json, text_lines
 
 # HH-RLHF's own, and what is left of it where white space was cleaned.
 HH_MARKERS = (re.compile(r"\n\n(Human|Assistant):"), re.compile(r"\n[ \t]*(Human|Assistant):"))
@@ -18,9 +21,12 @@ ROLES = {"human": "user", "user": "user", "assistant": "model", "model": "model"
 # The first of these that a row has is its prompt. Alpaca's and Dolly's instructions go with a text.
 PROMPT_KEYS = ("prompt", "goal", "behavior", "instruction", "forbidden_prompt", "question", "text")
 INPUT_KEYS = ("input", "context")
-PAIR_FORMS = ("wanted: chosen and rejected, each a text Human: … Assistant: …, or messages of role "
-              "and content, or an answer to the row's prompt")
-PROMPT_FORMS = f"wanted: texts, or objects with {', '.join(PROMPT_KEYS)}, or chosen and rejected"
+# The keys of a conversation, or of an answer to the row's prompt.
+ANSWER_KEYS = ("chosen", "rejected", "response", "output", "messages")
+# What messages say that a file lacks.
+PAIR = ("usable pair (chosen and rejected, each \"Human: … Assistant: …\", messages of role and "
+        "content, or an answer to the row's prompt)")
+PROMPT = f"usable prompt (text, {', '.join(PROMPT_KEYS)}, or chosen and rejected)"
 
 Turn = tuple[str, str]  # ("user" | "model", text)
 
@@ -60,7 +66,8 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counts]:
 
     Both are conversations (HH-RLHF's text, or messages of role and content), or answers to the
     row's prompt. The last assistant turn is the answer, the turns before it are the prompt.
-    Unusable rows are counted by reason. Raises InputError for a malformed line, and if no pair is left.
+    Unusable rows are counted by reason. Raises InputError for a malformed line, and if no pair is
+    left.
     """
     def make_pair(row, place, line):
         chosen = _conversation(row, "chosen", place)
@@ -76,31 +83,28 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counts]:
             raise _Dropped("with an empty answer")
         return Pair(prompt, aligned, unaligned, line)
 
-    return _collect(json_lines(path), make_pair, path, "usable pair", PAIR_FORMS)
+    return _collect(path, make_pair, PAIR)
 
 
 def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
     """The prompts of a file; one that occurs again is dropped and counted.
 
-    .txt: one a line. .csv: a column named as in PROMPT_KEYS, in any case. .jsonl, .json (a list):
-    objects with such a key, strings, or HH-RLHF's objects, whose chosen side gives the prompt.
-    Raises InputError for a malformed line, and if no prompt is left.
+    The prompt is a row's text, a field named as in PROMPT_KEYS in any case (text or messages), or
+    what the conversations "chosen" and "rejected" begin with. Raises InputError for a malformed
+    line, and if no prompt is left.
     """
     seen = set()
 
     def make_prompt(row, place, line):
-        # The prompt is a string, a named field, or what a conversation begins with.
-        row = {"prompt": row} if isinstance(row, str) else row
         key, prompt = _prompt(row, place)
         if "rejected" in row:
             turns = _conversation(row, "chosen", place)
-        elif isinstance(prompt, list):
-            turns = (*_messages(prompt, place), ("model", ""))
         elif key is not None:
             # Here a text that looks like turns stays one text.
-            turns = (("user", prompt.strip()), ("model", ""))
+            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            turns = (*_turns(prompt, "user", place), ("model", ""))
         else:
-            raise InputError(f"{place}: no prompt; {PROMPT_FORMS}")
+            raise InputError(f"{place}: no {PROMPT}")
         turns, _ = _split_answer(turns)
         if turns in seen:
             raise _Dropped("with a prompt seen before")
@@ -109,65 +113,45 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
         used = (key, "chosen", "rejected")
         return Prompt(turns, {key: row[key] for key in row if key not in used}, line)
 
-    suffix = Path(str(path).removesuffix(".gz")).suffix.lower()
-    if suffix == ".json":
-        rows = enumerate(read_json(path, list), 1)
-    elif suffix in (".txt", ".csv", ".jsonl"):
-        rows = {".txt": text_lines, ".csv": _csv_rows, ".jsonl": json_lines}[suffix](path)
-    else:
-        raise InputError(f"{path}: prompts are a .txt, .csv, .jsonl or .json file, or one with .gz")
-    return _collect(rows, make_prompt, path, "usable prompt", PROMPT_FORMS)
+    return _collect(path, make_prompt, PROMPT)
 
 
 def read_items(path: str | Path) -> Iterator[str | tuple[Turn, ...]]:
     """The documents that SAEs are trained on, one at a time: texts, or conversations as turns.
 
-    .txt: a text a line. .jsonl: objects with "chosen" and "rejected" (both are taken), "prompt" and
-    "response", "messages" (of role user or assistant), or "text". Conversations whose turns don't
-    alternate are left out. Raises InputError for a malformed line.
+    A row has "chosen" and "rejected" (both are taken), another of ANSWER_KEYS, or "text".
+    Conversations whose turns don't alternate are left out. Raises InputError for a malformed line.
     """
-    if ".txt" in Path(path).suffixes:
-        yield from (text.strip() for _, text in text_lines(path))
-        return
-    for line, row in json_lines(path):
-        # The keys tell which kind of row it is.
-        place = f"{path}:{line}"
-        keys = row.keys() if isinstance(row, dict) else ()
-        if "chosen" in keys and "rejected" in keys:
-            conversations = [_conversation(row, key, place) for key in ("chosen", "rejected")]
-        elif "prompt" in keys and "response" in keys:
-            prompt, response = _text(row, "prompt", place), _text(row, "response", place)
-            conversations = [(("user", prompt), ("model", response))]
-        elif "messages" in keys:
-            conversations = [_messages(row["messages"], place)]
-        elif "text" in keys:
-            yield _text(row, "text", place)
-            continue
-        else:
-            raise InputError(f"{place}: no chosen, prompt and response, messages, or text")
-        yield from filter(_alternate, conversations)
+    for place, _, row in _read_rows(path):
+        keys = [key for key in (*ANSWER_KEYS, "text") if key in row]
+        if not keys:
+            raise InputError(f"{place}: no {', '.join(ANSWER_KEYS)}, or text")
+        # Other columns repeat an answer, or hold its conversation as text.
+        for key in keys[:1 + ("rejected" in row)]:
+            if key == "text":
+                yield _text(row, key, place)
+            elif _alternate(turns := _conversation(row, key, place)):
+                yield turns
 
 
-def _collect(rows, make, path, kind, wanted):
+def _collect(path, make, kind):
     """(what `make` makes of the rows, Counts)."""
     items, counts = [], Counts()
-    for line, row in rows:
+    for place, number, row in _read_rows(path):
         # An unusable row is counted; a malformed one ends the reading with an InputError.
         counts.read += 1
         try:
-            items.append(make(row, f"{path}:{line}", line))
+            items.append(make(row, place, number))
         except _Dropped as reason:
             counts.dropped[str(reason)] += 1
     counts.kept = len(items)
     if not items:
-        raise InputError(f"{path} holds no {kind}: {counts}; {wanted}")
+        raise InputError(f"{path} holds no {kind}: {counts}")
     return items, counts
 
 
 def _prompt(row, place):
     """(its key, text or messages) of a row's prompt; (None, "") if it has none."""
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: neither text nor an object")
     keys = {key.strip().lower(): key for key in row}
     name = next(filter(keys.__contains__, PROMPT_KEYS), None)
     key = keys.get(name)
@@ -183,7 +167,7 @@ def _prompt(row, place):
 def _text(row, key, place):
     """A row's text, "" if it has none."""
     if not isinstance(row, dict) or not isinstance(row.get(key), str | None):
-        raise InputError(f"{place}: expected an object whose {key!r} is text")
+        raise InputError(f"{place}: expected text, or an object whose {key!r} is text")
     return row.get(key) or ""
 
 
@@ -203,10 +187,9 @@ def _turns(value, role, place):
 
     Text before the first marker has no role.
     """
-    if isinstance(value, list):
-        return _messages(value, place)
     if not isinstance(value, str | None):
-        raise InputError(f"{place}: neither text nor messages; {PAIR_FORMS}")
+        messages = value if isinstance(value, list) else [value]
+        return tuple(_message(message, place) for message in messages)
     text = re.sub(r"\r\n?", "\n", value or "").strip()
     turns = [(role, text)] if text else []
     for marker in HH_MARKERS:
@@ -222,13 +205,10 @@ def _turns(value, role, place):
     return tuple(turns)
 
 
-def _messages(messages, place):
-    """Turns of a list of {"role": …, "content": …}."""
-    turns = []
-    for message in messages if isinstance(messages, list) else [messages]:
-        role = ROLES.get(_text(message, "role", place).lower(), "other")
-        turns.append((role, _text(message, "content", place).strip()))
-    return tuple(turns)
+def _message(message, place):
+    """A turn of {"role": …, "content": …}."""
+    role = ROLES.get(_text(message, "role", place).lower(), "other")
+    return role, _text(message, "content", place).strip()
 
 
 def _alternate(turns):
@@ -246,16 +226,71 @@ def _split_answer(turns):
     return turns[:-1], turns[-1][1]
 
 
+# ----------------------------------------------------------------- Rows of a file
+
+def _read_rows(path):
+    """("file:number", number, {column: value}) of each row of a file, one at a time.
+
+    A folder stands for its .csv files, each of which is a category (as HEx-PHI is published).
+    """
+    path = Path(path)
+    is_folder = path.is_dir()
+    for file in sorted(path.glob("*.csv")) if is_folder else [path]:
+        suffix = Path(file.name.lower().removesuffix(".gz")).suffix
+        if suffix not in READERS:
+            raise InputError(f"{path}: rows are in a file {', '.join(READERS)}, or one with .gz")
+        for number, row in READERS[suffix](file):
+            place = f"{file}:{number}"
+            row = {"text": row.strip()} if isinstance(row, str) else row
+            if not isinstance(row, dict):
+                raise InputError(f"{place}: neither text nor an object")
+            yield place, number, {"category": file.stem} | row if is_folder else row
+
+
+def _json_rows(path):
+    """The items of a list, or a value a line: both kinds of file are named .json."""
+    _, start = next(text_lines(path), (0, ""))
+    if start.lstrip().startswith("["):
+        return enumerate(read_json(path, list), 1)
+    return json_lines(path)
+
+
 def _csv_rows(path):
-    """(number of the line, {column: text}) of a CSV file with a header, one at a time."""
-    rows = csv.reader((line for _, line in text_lines(path, blank=True)), strict=True)
+    """(line, row) of a CSV file with a header. A single column of prompts may go without."""
+    reader = csv.reader((line for _, line in text_lines(path, blank=True)), strict=True)
+    rows = filter(None, reader)  # an empty line is no row
     try:
-        # An empty line is no row. A row of another width means broken quotes.
         header = next(rows, [])
-        for row in filter(None, rows):
+        # Two words may be a header, three are a prompt.
+        if len(header) == 1 and len(header[0].split()) > 2:
+            rows = itertools.chain([header], rows)
+            header = ["prompt"]
+        # A row of another width means broken quotes.
+        for row in rows:
             if len(row) != len(header):
-                raise InputError(f"{path}:{rows.line_num}: {len(row)} columns, "
+                raise InputError(f"{path}:{reader.line_num}: {len(row)} columns, "
                                  f"where the header has {len(header)}")
-            yield rows.line_num, dict(zip(header, row))
+            yield reader.line_num, dict(zip(header, row))
     except csv.Error as error:
-        raise InputError(f"{path}:{rows.line_num}: not valid CSV: {error}") from None
+        raise InputError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _parquet_rows(path):
+    """(number, row) of a parquet file, which is how the hub holds most sets."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{path}: parquet needs `pip install pyarrow`; or write the rows as JSON "
+                         "lines (.jsonl)") from None
+    try:
+        with opened(path) as file:
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+            # Dates and the like become text, as they would be in JSON.
+            texts = (json.dumps(row, default=str) for batch in batches for row in batch.to_pylist())
+            yield from enumerate(map(json.loads, texts), 1)
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise InputError(f"{path} is not a complete parquet file: {error}") from None
+
+
+READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".txt": text_lines,
+           ".parquet": _parquet_rows}

@@ -1,5 +1,6 @@
 """data.py and run/readers.py: ids as transformers has them, no text that steers, masks, packing."""
 
+import datetime
 import gzip
 import html
 import json
@@ -244,27 +245,28 @@ def test_pairs_by_hand(tmp_path):
         "with a system turn, or turns that don't alternate": 3}
 
 
-def messages(*texts, first="user"):
-    roles = ("user", "assistant", "user", "assistant")[first != "user":]
+def messages(*texts, first=0):
+    roles = ("user", "assistant", "user", "assistant")[first:]
     return [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
 
-ANSWERS = {"chosen": "e\n\nf", "rejected": "g"}
+def sides(make):
+    """The answers of one pair, each in the form that `make` gives it."""
+    return {"chosen": make("e\n\nf"), "rejected": make("g")}
+
+
+ABC = messages("a", "b", "c")
 HH_PROMPT = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-FORMS = {  # of one pair
-    "explicit, in messages": {"prompt": messages("a", "b", "c")} | {
-        key: messages(text, first="assistant") for key, text in ANSWERS.items()},
-    "explicit, mixed": {"prompt": messages("a", "b", "c")} | ANSWERS,
-    "conversations": {key: messages("a", "b", "c", text) for key, text in ANSWERS.items()},
-    "conversations and their prompt": {"prompt": "a"} | {
-        key: messages("a", "b", "c", text) for key, text in ANSWERS.items()},
-    "a prompt of HH-RLHF's": {"prompt": HH_PROMPT} | ANSWERS,
-    "a prompt without Assistant:": {"prompt": HH_PROMPT.removesuffix("\n\nAssistant:")} | ANSWERS,
-    "stripped": {key: f"{HH_PROMPT.strip()} {text}" for key, text in ANSWERS.items()},
-    "single new lines": {key: HH_PROMPT.replace("\n\n", "\n") + text
-                         for key, text in ANSWERS.items()},
-    "both": {key: HH_PROMPT.replace("\n\nA", "\nA") + text for key, text in ANSWERS.items()},
-    "CRLF": {key: f"{HH_PROMPT}{text}".replace("\n", "\r\n") for key, text in ANSWERS.items()}}
+FORMS = {
+    "answers as messages": {"prompt": ABC} | sides(lambda text: messages(text, first=1)),
+    "answers as texts": {"prompt": ABC} | sides(str),
+    "conversations": {"prompt": "a"} | sides(lambda text: messages("a", "b", "c", text)),
+    "a prompt of HH-RLHF's": {"prompt": HH_PROMPT} | sides(str),
+    "a prompt without Assistant:": {"prompt": HH_PROMPT[:-12]} | sides(str),
+    "stripped": sides(lambda text: f"{HH_PROMPT.strip()} {text}"),
+    "single new lines": sides(lambda text: HH_PROMPT.replace("\n\n", "\n") + text),
+    "single and double": sides(lambda text: HH_PROMPT.replace("\n\nA", "\nA") + text),
+    "CRLF": sides(lambda text: f"{HH_PROMPT}{text}".replace("\n", "\r\n"))}
 
 
 @pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
@@ -288,10 +290,9 @@ def test_markers_inside_a_text_make_no_turns(tmp_path):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"chosen": 3, "rejected": "b"}, ":1: neither text nor messages; wanted: chosen and rejected"),
-    ({"chosen": [3], "rejected": "b"}, ":1: expected an object whose 'role' is text"),
-    ({"prompt": "p", "response_0": "a", "response_1": "b"}, "both sides; wanted: chosen and"),
-    ({"chosen": "### Human: a", "rejected": "### Human: a"}, "alternate; wanted: chosen and")])
+    ({"chosen": 3, "rejected": "b"}, ":1: expected text, or an object whose 'role' is text"),
+    ({"prompt": "p", "response_0": "a", "response_1": "b"}, "no usable pair (chosen and"),
+    ({"chosen": "### Human: a", "rejected": "### Human: a"}, "or turns that don't alternate")])
 def test_what_is_no_pair_names_the_forms(tmp_path, row, message):
     with pytest.raises(InputError) as error:
         read_pairs(write(tmp_path / "p.jsonl", row))
@@ -330,21 +331,50 @@ def test_an_instruction_goes_with_its_input(tmp_path):
 
 def test_items_for_saes(tmp_path):
     path = write(tmp_path / "i.jsonl", pair(), {"prompt": "p", "response": "r"}, {"text": "t"},
-                 {"messages": messages("a ", "b")}, {"messages": [{"role": "system", "content": "s"}]})
+                 {"messages": messages("a ", "b")}, {"messages": messages("s")})
     assert list(read_items(path)) == [chat("hi", "yes"), chat("hi", "no"), chat("p", "r"), "t",
                                       chat("a", "b")]
     assert list(read_items(write(tmp_path / "i.txt", "x ", "", "y"))) == ["x", "y"]
+
+
+def test_parquet_and_lists_and_lines_of_json(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    row = {key: messages("hi", text) for key, text in (("chosen", "yes"), ("rejected", "no"))}
+    table = pyarrow.Table.from_pylist([row | {"when": datetime.date(2024, 1, 1)}])
+    parquet.write_table(table, tmp_path / "p.parquet")
+    write(tmp_path / "p.json", row, {"chosen": "a"})
+    write(tmp_path / "list.jsonl", json.dumps([row, {"chosen": "a"}], indent=1))
+    for name in ("p.parquet", "p.json", "list.jsonl"):
+        assert read_pairs(tmp_path / name)[0] == [Pair(chat("hi"), "yes", "no", 1)]
+    assert read_prompts(tmp_path / "p.parquet")[0][0].fields == {"when": "2024-01-01"}
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match="p.parquet: parquet needs .* JSON lines"):
+        read_pairs(tmp_path / "p.parquet")
+
+
+def test_a_folder_of_csv_files_without_headers(tmp_path):
+    """As HEx-PHI is published: a file for each category."""
+    (tmp_path / "b 1.csv").write_bytes('\ufeff"how, do i ""x""?"\r\n\r\nhow do i y\r\n'.encode())
+    (tmp_path / "a.csv").write_text("prompt\nz\n")
+    (tmp_path / "README.md").write_text("no prompts")
+    prompts, _ = read_prompts(tmp_path)
+    assert [(prompt.turns[0][1], prompt.fields, prompt.line) for prompt in prompts] == [
+        ("z", {"category": "a"}, 2), ('how, do i "x"?', {"category": "b 1"}, 1),
+        ("how do i y", {"category": "b 1"}, 3)]
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("x.jsonl", b'"a"\n{]', ":2: not valid JSON"), ("x.jsonl", b'{"chosen": 3}', ":1: "),
     ("x.jsonl", b'{"prompt": "\\ud800"}', ":1: not valid JSON"),
     ("x.txt", b"a\n\xc3", ":2: not UTF-8"), ("x.txt", b"\n", "0 read"), ("x.xlsx", b"", ".csv"),
-    ("x.jsonl", b"[" * 10**5, ":1: not valid JSON"), ("x.jsonl", b"9" * 5000, ":1: not valid JSON"),
-    ("x.csv", b"a,b\n1,2\n", ":2: no prompt; wanted: "), ("x.csv", b'prompt\n"abc', "CSV"),
+    ("x.jsonl", b"[" * 10**5, "not valid JSON"), ("x.jsonl", b"9" * 5000, ":1: not valid JSON"),
+    ("x.csv", b"a,b\n1,2\n", ":2: no usable prompt"), ("x.csv", b'prompt\n"abc', "CSV"),
     ("x.csv", b"prompt,b\n1,2\n1\n", ":3: 1 columns"), ("x.csv", b"prompt\n", "0 read"),
-    ("x.json", b"{}", "not a list"), ("x.json", b'["a", 3]', ":2: "), ("x.json", b"", "not valid"),
-    ("x.json", b'[""]', "1 dropped with an empty prompt"), ("x.txt.gz", b"plain", "can't be read"),
+    ("x.json", b"{}", ":1: no usable prompt"), ("x.json", b'["a", 3]', ":2: "),
+    ("x.json", b"[3", "not valid"), ("x.csv", b"Topic\nb\n", ":2: no usable prompt"),
+    ("x.parquet", b"PAR1", "not a complete parquet"), ("x.txt.gz", b"plain", "can't be read"),
+    ("x.json", b'[""]', "1 dropped with an empty prompt"),
     ("x.txt.gz", gzip.compress(b"a" * 999)[:-9], "can't be read"), ("none/x.txt", None, "can't")])
 def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
     if content is not None:
