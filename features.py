@@ -24,52 +24,48 @@ Letters: T tokens, D hidden size, F features in K = F/b units, P pairs, r rank.
 import random
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.functional import normalize
+from torch import Tensor
+from torch.nn.functional import normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import Example, load_examples, load_tokenizer, pack
+from data import load_examples, load_tokenizer
 from model import MODULES, TARGETS, Gemma2, load_model
 from run import parallel
 from run.files import InputError, Parser, is_new, read_tensors, write_json, write_tensors
+from run.session import limit_threads
 from run.settings import add_flags, model_folder, resolve
 from sae import SAE, load_saes
-from saes.gradient import candidates, greedy, rotated, summed_gradients
+from saes import blocks
+from saes.gradient import Pairs, candidates, contrast_gradients, greedy, rotated
 from saes.words import Peaks, describe_features, features_table
 
 SIDES = ("readers", "writers")
 FLAGS = ("model", "sae", "layers", "width", "l0", "format", "data", "pairs", "tokens", "select",
          "top_k", "tau", "norm_aware", "rank", "batch_tokens", "seed", "device", "dtype", "shard")
-Pairs = Sequence[tuple[Example, Example]]     # (aligned, unaligned)
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
 @dataclass
 class Statistics:
     """What the units of one SAE do on the answers: float64; rows (2, …) are aligned, unaligned."""
-    layer: int
     num_pairs: int
-    num_tokens: torch.Tensor    # (2,) response tokens
-    mean: torch.Tensor          # (2, K) E[a]; of a block, the length of its mean code
-    frequency: torch.Tensor     # (2, K) share of the tokens on which the unit fires
-    delta: torch.Tensor         # (K,) Δ; of a block, the length of `shift`
-    error: torch.Tensor         # (K,) standard error of Δ over pairs; NaN of a single pair
-    shift: torch.Tensor         # (K, b) difference of the mean codes
-    covariance: torch.Tensor    # (K, b, b) of `shift`, over pairs
+    mean: Tensor          # (2, K) E[a]; of a block, the length of its mean code
+    frequency: Tensor     # (2, K) share of the tokens on which the unit fires
+    delta: Tensor         # (K,) Δ; of a block, the length of `shift`
+    error: Tensor         # (K,) standard error of Δ over pairs; NaN of a single pair
+    shift: Tensor         # (K, b) difference of the mean codes
+    covariance: Tensor    # (K, b, b) of `shift`, over pairs
     peaks: Peaks                # where each unit fires most
 
     @property
-    def rho(self) -> torch.Tensor:
-        """(K,) Δ over the largest unaligned mean; version 1 of the paper ranks by it."""
-        return self.delta / self.mean[1].abs().max().clamp(min=1e-30)
-
-    @property
-    def effect(self) -> torch.Tensor:
+    def effect(self) -> Tensor:
         """(K,) Δ in its standard errors; NaN where the error is 0 or unknown."""
         known = self.error > 1e-12 * self.delta.abs().max()
         return torch.where(known, self.delta / self.error, torch.nan)
@@ -83,25 +79,30 @@ class PairSums:
     """
 
     def __init__(self, sae: SAE, device):
-        K, size = sae.n_units, 2 * sae.block + 2
-        self.z = torch.zeros(K, size, dtype=torch.float64, device=device)
-        self.zz = torch.zeros(K, size, size, dtype=torch.float64, device=device)
-        self.fired = torch.zeros(2, K, dtype=torch.float64, device=device)
-        self.num_pairs = torch.tensor(0, device=device)
-        self.sae, self.peaks = sae, Peaks(K, device)
+        K = sae.n_units
+        size = 2 * sae.block + 2
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.sae = sae
+        self.num_pairs = zeros(())
+        self.z = zeros(K, size)
+        self.zz = zeros(K, size, size)
+        self.fired = zeros(2, K)
+        self.peaks = Peaks(K, device)
 
-    def add(self, number, residuals, places):
-        """Take in pair `number`: residual stream (2, T, D), token indices (n,) of each answer."""
-        z = torch.empty_like(self.z).unflatten(1, (2, -1))                          # (K, 2, b+1)
-        for answer, place in enumerate(places):
-            codes = self.sae.encode(residuals[answer, place])                       # (n, F)
-            activations = self.sae.activations(codes)                               # (n, K)
-            code_sum = codes.sum(0, dtype=torch.float64)                            # (F,)
-            z[:, answer, :-1] = code_sum.view(-1, self.sae.block)
-            z[:, answer, -1] = len(place)
+    def add(self, number, residuals, counted):
+        """Take in pair `number`: residual stream (2, T, D), the counted token indices of both."""
+        sums = []
+        for answer, indices in enumerate(counted):
+            indices = torch.tensor(indices, device=residuals.device)            # (n,)
+            codes = self.sae.encode(residuals[answer, indices])                 # (n, F)
+            activations = self.sae.activations(codes)                           # (n, K)
             self.fired[answer] += (activations > 0).sum(0)
-            self.peaks.update(answer, number, activations, place)
-        z = z.flatten(1)
+            self.peaks.update(answer, number, activations, indices)
+            # A unit's summed code, and beside it the number of tokens
+            code_sum = codes.sum(0, dtype=torch.float64)                        # (F,)
+            code_sum = code_sum.view(-1, self.sae.block)                        # (K, b)
+            sums.append(pad(code_sum, (0, 1), value=len(indices)))
+        z = torch.cat(sums, 1)                                                  # (K, 2b+2)
         self.z += z
         self.zz += z[:, :, None] * z[:, None]
         self.num_pairs += 1
@@ -110,25 +111,26 @@ class PairSums:
         if parallel.world_size() > 1:
             parallel.sum_tensors(self.z, self.zz, self.fired, self.num_pairs)
             self.peaks.merge(parallel.gather_tensors)
-        b, P = self.sae.block, int(self.num_pairs)
-        z = self.z.unflatten(1, (2, b + 1)).transpose(0, 1)                         # (2, K, b+1)
-        num_tokens = z[:, 0, -1]                                                    # (2,)
-        mean = z[..., :-1] / num_tokens[:, None, None]                              # (2, K, b)
-        # To first order pair p moves Δ by d_p = J·z_p, Σ d_p = 0, so Cov Δ = P/(P−1) Σ d_p d_pᵀ
-        J, each = self.z.new_zeros(len(self.z), b, 2, b + 1), torch.arange(b)
-        for answer, sign in enumerate((1, -1)):
-            J[:, each, answer, each] = sign / num_tokens[answer]
-            J[:, each, answer, -1] = -sign * mean[answer] / num_tokens[answer]
-        J = J.flatten(2)                                                            # (K, b, 2b+2)
-        covariance = J @ self.zz @ J.mT * (P / (P - 1) if P > 1 else torch.nan)     # (K, b, b)
-        shift = mean[0] - mean[1]                                                   # (K, b)
+        b = self.sae.block
+        z = self.z.unflatten(1, (2, b + 1)).transpose(0, 1)                     # (2, K, b+1)
+        num_tokens = z[:, :1, -1:]                                              # (2, 1, 1)
+        mean = z[..., :-1] / num_tokens                                         # (2, K, b)
+        shift = mean[0] - mean[1]                                               # (K, b)
+        # To first order pair p moves Δ by d_p = J·z_p, with J = ∂Δ/∂Σz (delta method)
+        eye = torch.eye(b).to(z).expand(2, len(shift), b, b)
+        slopes = torch.cat((eye, -mean[..., None]), 3) / num_tokens[..., None]
+        J = torch.cat((slopes[0], -slopes[1]), 2)                               # (K, b, 2b+2)
+        # Σ d_p = 0, so Cov Δ = P/(P−1) Σ d_p d_pᵀ
+        P = int(self.num_pairs)
+        correction = P / (P - 1) if P > 1 else torch.nan
+        covariance = J @ self.zz @ J.mT * correction                            # (K, b, b)
         if b == 1:
             mean, delta, variance = mean[..., 0], shift[:, 0], covariance[:, 0, 0]
         else:
-            mean, delta, along = mean.norm(dim=2), shift.norm(dim=1), normalize(shift, dim=1)
-            variance = torch.einsum("ki,kij,kj->k", along, covariance, along)
-        return Statistics(self.sae.layer, P, num_tokens, mean, self.fired / num_tokens[:, None],
-                          delta, variance.clamp(min=0).sqrt(), shift, covariance, self.peaks)
+            mean, delta, variance = blocks.lengths(mean, shift, covariance)
+        error = variance.clamp(min=0).sqrt()
+        frequency = self.fired / num_tokens[..., 0]
+        return Statistics(P, mean, frequency, delta, error, shift, covariance, self.peaks)
 
 
 @torch.no_grad()
@@ -139,87 +141,84 @@ def feature_statistics(model: Gemma2, saes: dict[int, SAE], pairs: Pairs, contro
     Ids in `control` (BOS, turn markers) never count; tokens: "response", or "all" for the prompt
     too. Of many processes each takes a share, and all get the same. Raises InputError for no pairs.
     """
-    device, layers = model.embed_tokens.weight.device, sorted(saes)
+    device = model.embed_tokens.weight.device
+    layers = sorted(saes)
     sums = {layer: PairSums(saes[layer], device) for layer in layers}
-    batches = _batches(pairs, control, tokens, batch_tokens)
+    counted = [[_counted(example, control, tokens) for example in pair] for pair in pairs]
+    usable = [number for number in range(len(pairs)) if all(counted[number])]
+    batches = _batches(pairs, usable, batch_tokens)
+    if not batches:
+        raise InputError("no pair has a response token on both sides")
     # A sharded model's forward is one of all processes, so each makes as many
-    if parallel.is_sharded(model):
-        batches += [[]] * (-len(batches) % parallel.world_size())
-    for batch in tqdm(parallel.own_share(batches), "selecting", leave=False, delay=1, disable=None):
-        # Pads stand on the right, so no token sees them; nothing deeper than the last SAE runs
-        ids = [torch.tensor(example.tokens) for _, pair, _ in batch for example in pair]
-        ids = pad_sequence(ids or [torch.zeros(1, dtype=torch.long)], batch_first=True)
+    batches += [[]] * (-len(batches) % parallel.world_size())
+    own_batches = parallel.own_share(batches)
+    for batch in tqdm(own_batches, "selecting", leave=False, delay=1, disable=None):
+        # Pads stand on the right, so no token sees them
+        ids = [torch.tensor(example.tokens) for number in batch for example in pairs[number]]
+        ids = pad_sequence(ids or [torch.tensor([0])], batch_first=True)
+        # Nothing deeper than the last SAE runs
         _, residuals = model.hidden(ids.to(device), capture=layers, stop_after=layers[-1])
         for layer in layers:
-            for i, (number, _, places) in enumerate(batch):
-                here = [place.to(device) for place in places]
-                sums[layer].add(number, residuals[layer][2 * i:2 * i + 2], here)
+            for number, residual in zip(batch, residuals[layer].split(2)):
+                sums[layer].add(number, residual, counted[number])
     return {layer: sums[layer].statistics() for layer in layers}
 
 
-def _batches(pairs, control, tokens, batch_tokens):
-    """Lists of (pair's number, pair, [token indices that count] of its answers), long first."""
-    control = torch.tensor(sorted(control), dtype=torch.long)
-    counted, batches = [], []
-    for number, pair in enumerate(pairs):
-        places = []
-        for example in pair:
-            place = (~torch.isin(torch.tensor(example.tokens), control)).nonzero()[:, 0]
-            places.append(place if tokens == "all" else place[place >= example.start])
-        if all(map(len, places)):
-            longest = max(len(example.tokens) for example in pair)
-            counted.append((longest, number, pair, places))
-    if not counted:
-        raise InputError("no pair has a response token on both sides")
-    # Pairs of like length share a batch, so that few pads are computed
-    counted.sort(key=lambda item: -item[0])
-    while counted:
-        size = max(1, batch_tokens // (2 * counted[0][0]))
-        batches.append([item[1:] for item in counted[:size]])
-        counted = counted[size:]
+def _counted(example, control, tokens):
+    """Indices of an example's tokens that count."""
+    first = 0 if tokens == "all" else example.start
+    indices = range(first, len(example.tokens))
+    return [i for i in indices if example.tokens[i] not in control]
+
+
+def _batches(pairs, numbers, batch_tokens):
+    """Lists of the pairs' `numbers`. Pairs of like length share one, so that few pads are made."""
+    def longest(number):
+        return max(len(example.tokens) for example in pairs[number])
+    numbers = sorted(numbers, key=longest, reverse=True)
+    batches = []
+    while numbers:
+        size = max(1, batch_tokens // (2 * longest(numbers[0])))
+        batches.append(numbers[:size])
+        numbers = numbers[size:]
     return batches
 
 
 # ---- Choice and subspace -------------------------------------------------------------------------
-def choose_features(statistics: Statistics, top_k: int) -> torch.Tensor:
+def choose_features(statistics: Statistics, top_k: int) -> Tensor:
     """Indices (k,) of the units of largest |Δ|, in that order; those with Δ = 0 are left out."""
     strength = statistics.delta.abs()
-    if not 1 <= top_k <= len(strength):
-        raise InputError(f"--top-k {top_k}: this SAE has {len(strength)} units")
     order = strength.sort(descending=True, stable=True).indices[:top_k]
     return order[strength[order] > 0].cpu()
 
 
-def spanning_rows(sae: SAE, statistics: Statistics, units, tau: float) -> torch.Tensor:
+def spanning_rows(sae: SAE, statistics: Statistics, units, tau: float) -> Tensor:
     """Directions (m, D) that `units` bring into the span: of a feature its decoder row.
 
-    Of a block with rows D_k (b, D): what pairs differ by has the second moment M = ΔΔᵀ + P·Cov Δ;
-    the leading right singular vectors of M^½·D_k, the fewest that hold a share `tau`.
+    Of a block with rows D_k (b, D): the leading right singular vectors of M^½·D_k, the fewest that
+    hold a share `tau`. M = ΔΔᵀ + P·Cov Δ is the second moment of what pairs differ by.
     """
     if sae.block == 1:
         return sae.decoder_rows(units)
-    shift, covariance = statistics.shift[units].cpu(), statistics.covariance[units].cpu()
-    spread = (statistics.num_pairs * covariance).nan_to_num()
-    values, V = torch.linalg.eigh(shift[:, :, None] * shift[:, None] + spread)
-    root = (V * values.clamp(min=0).sqrt()[:, None]).mT                             # (k, b, b)
-    rows = root @ sae.unit_rows(units).double().cpu()                               # (k, b, D)
-    _, S, directions = torch.linalg.svd(rows, full_matrices=False)
-    share = S.square().cumsum(1) / S.square().sum(1, keepdim=True).clamp(min=1e-300)
-    keep = torch.arange(sae.block) <= (share < tau - 1e-12).sum(1, keepdim=True)    # (k, b)
-    return directions[keep].float()
+    shift = statistics.shift[units].cpu()
+    spread = statistics.num_pairs * statistics.covariance[units].cpu()
+    M = shift[:, :, None] * shift[:, None] + spread.nan_to_num()                # (k, b, b)
+    return blocks.carrying_rows(M, sae.unit_rows(units).double().cpu(), tau)
 
 
-def subspace(rows: torch.Tensor, tau: float, rank: int) -> tuple[torch.Tensor, float, str]:
+def subspace(rows: Tensor, tau: float, rank: int) -> tuple[Tensor, float, str]:
     """(U, explained, limit) of decoder rows (k, D), by PCA. U (D, r̂): orthonormal, float32;
     explained: its share of the squared singular values; limit: "tau" or "rank", what set r̂."""
-    if not 0 < tau <= 1:
-        raise InputError(f"--tau {tau}: a share of variance, above 0 and at most 1")
     if len(rows) == 0:
         raise InputError("no feature differs between the two sides: nothing to span a subspace")
-    _, S, V = torch.linalg.svd(normalize(rows.double(), dim=1), full_matrices=False)
-    share = S.square().cumsum(0) / S.square().sum()
+    rows = normalize(rows.double(), dim=1)
+    _, S, V = torch.linalg.svd(rows, full_matrices=False)
+    power = S.square()
+    share = power.cumsum(0) / power.sum()                                       # (k,)
     wanted = int((share < tau - 1e-12).sum()) + 1
-    r = min(wanted, rank, int((S > 1e-9 * S[0]).sum()))
+    # Rows that depend on each other leave singular values that are rounding alone
+    num_independent = int((S > 1e-9 * S[0]).sum())
+    r = min(wanted, rank, num_independent)
     limit = "tau" if r == wanted else "rank"
     return V[:r].T.float().contiguous(), share[r - 1].item(), limit
 
@@ -227,30 +226,37 @@ def subspace(rows: torch.Tensor, tau: float, rank: int) -> tuple[torch.Tensor, f
 # ---- Which basis serves which module -------------------------------------------------------------
 def serving_layer(block: int, writer: bool, layers: Collection[int]) -> int:
     """The SAE layer nearest to the stream that a module reads or writes; on a tie the lower."""
-    place = block if writer else block - 1          # readers see what the block before has left
+    # A reader sees what the block before it has left
+    place = block if writer else block - 1
     return min(sorted(layers), key=lambda layer: abs(layer - place))
 
 
-def norm_gain(block, name: str) -> torch.Tensor:
+def norm_gain(block, name: str) -> Tensor:
     """(D,) 1 + w of the norm between module `name` and the stream; no closer to 0 than 0.01."""
-    gain = 1 + getattr(block, MODULES[name.split(".")[-1]].norm).weight.float().cpu()
-    return torch.where(gain.abs() < 0.01, torch.where(gain < 0, -0.01, 0.01), gain)
+    norm = getattr(block, MODULES[name.split(".")[-1]].norm)
+    gain = 1 + norm.weight.float().cpu()
+    # A direction is divided by it
+    floor = torch.where(gain < 0, -0.01, 0.01)
+    return torch.where(gain.abs() < 0.01, floor, gain)
 
 
-def module_bases(model: Gemma2, subspaces: dict[tuple[int, str], torch.Tensor], norm_aware=False,
-                 targets=TARGETS) -> dict[str, torch.Tensor]:
+def module_bases(model: Gemma2, subspaces: dict[tuple[int, str], Tensor], norm_aware=False,
+                 targets=TARGETS) -> dict[str, Tensor]:
     """{module name: U (D, r̂)} of the `targets` in every block, from {(SAE layer, side): U}.
 
     With `norm_aware`, directions pass the norms: q sees x/rms(x)·(1 + w), so what reads u of the
     stream itself is u/(1 + w); what writes u is divided alike. QR makes them orthonormal again.
     """
-    layers, bases = {layer for layer, _ in subspaces}, {}
+    layers = {layer for layer, _ in subspaces}
+    bases = {}
     for number, block in enumerate(model.layers):
         for leaf in targets:
             parent, side, _ = MODULES[leaf]
-            U = subspaces[serving_layer(number, side == "writers", layers), side]
+            layer = serving_layer(number, side == "writers", layers)
+            U = subspaces[layer, side]
             if norm_aware:
-                U = torch.linalg.qr((U / norm_gain(block, leaf)[:, None]).double()).Q.float()
+                seen = U / norm_gain(block, leaf)[:, None]
+                U = torch.linalg.qr(seen.double()).Q.float()
             bases[f"layers.{number}.{parent}.{leaf}"] = U
     return bases
 
@@ -258,17 +264,18 @@ def module_bases(model: Gemma2, subspaces: dict[tuple[int, str], torch.Tensor], 
 # ---- Selections: (model, saes, pairs, statistics, settings) -> {(layer, side): Choice} -----------
 @dataclass
 class Choice:
-    features: torch.Tensor   # (k,) units, the first choice first
-    scores: torch.Tensor     # (k,) what they are chosen by
-    U: torch.Tensor          # (D, r̂) orthonormal columns, float32
+    features: Tensor         # (k,) units, the first choice first
+    scores: Tensor           # (k,) what they are chosen by
+    U: Tensor                # (D, r̂) orthonormal columns, float32
     explained: float         # share of the rows' squared singular values, or of ‖G‖², along U
     limit: str               # what set r̂: "tau" or "rank"
 
 
-def paper(model, saes, pairs, statistics, settings) -> dict[tuple[int, str], Choice]:
+def paper(model, saes, pairs, statistics, settings):
     """The largest |Δ| and the PCA of their decoder rows, the same for readers and writers."""
     choices = {}
     for layer, sae in saes.items():
+        # No pooling over layers: each has its own k features and its own subspace
         features = choose_features(statistics[layer], settings.top_k)
         rows = spanning_rows(sae, statistics[layer], features, settings.tau)
         scores = statistics[layer].delta.abs().cpu()[features]
@@ -277,12 +284,15 @@ def paper(model, saes, pairs, statistics, settings) -> dict[tuple[int, str], Cho
     return choices
 
 
-def gradient(model, saes, pairs, statistics, settings) -> dict[tuple[int, str], Choice]:
+def gradient(model, saes, pairs, statistics, settings):
     """Matching pursuit in the gradient of the loss, for readers and writers apart."""
     gradients = contrast_gradients(model, pairs, settings.batch_tokens)
-    choices, moments = {}, gradient_moments(model, gradients, saes, settings.norm_aware)
-    for seed, ((layer, side), moment) in enumerate(moments.items()):
-        rows = candidates(saes[layer].unit_rows(range(saes[layer].n_units)), moment)
+    moments = gradient_moments(model, gradients, saes, settings.norm_aware)
+    choices = {}
+    for seed, (layer, side) in enumerate(moments):
+        sae, moment = saes[layer], moments[layer, side]
+        # All decoder rows compete
+        rows = candidates(sae.unit_rows(range(sae.n_units)), moment)            # (K, D)
         features, scores, U, explained = greedy(rows, moment, settings.top_k, settings.rank)
         choices[layer, side] = Choice(features, scores, rotated(U, seed), explained, "rank")
     return choices
@@ -291,37 +301,21 @@ def gradient(model, saes, pairs, statistics, settings) -> dict[tuple[int, str], 
 SELECTIONS = {"paper": paper, "gradient": gradient}
 
 
-def contrast_gradients(model: Gemma2, pairs: Pairs, batch_tokens=2048) -> dict[str, torch.Tensor]:
-    """{module name: ∂L/∂W (out, in)} of the q, k, v and o of a frozen model, at least float32.
-
-    Rows have `batch_tokens` tokens, or those of the longest example; of many processes each takes a
-    share. The loss counts the turn's end, as in training. Raises InputError for a sharded model.
-    """
-    if parallel.is_sharded(model):
-        raise InputError("--select gradient needs whole weights on each card: leave --shard out")
-    length = max(batch_tokens, *(len(example.tokens) for pair in pairs for example in pair))
-    rows = []
-    for sign, examples in zip((1, -1), zip(*pairs)):
-        num_tokens = sum(len(example.tokens) - example.start for example in examples)
-        rows += [(sign / num_tokens, row) for row in pack(examples, length, 0, 0)]
-    sums = summed_gradients(model, parallel.own_share(rows))
-    parallel.sum_tensors(*sums.values())
-    return sums
-
-
-def gradient_moments(model, gradients, layers, norm_aware=False) -> dict[tuple, torch.Tensor]:
+def gradient_moments(model, gradients, layers, norm_aware=False) -> dict[tuple, Tensor]:
     """{(SAE layer, side): GᵀG (D, D)}, float64, summed over the modules that the layer serves; with
     `norm_aware` in the stream's coordinates, of which a module sees direction u along u/gain."""
     moments = {}
     for name, G in gradients.items():
-        block, side = int(name.split(".")[1]), MODULES[name.split(".")[-1]].side
+        block = int(name.split(".")[1])
+        side = MODULES[name.split(".")[-1]].side
+        # The residual stream's D is the last dimension: a reader's inputs, a writer's outputs
         G = G.T if side == "writers" else G
         moment = (G.T @ G).double()
         if norm_aware:
             gain = norm_gain(model.layers[block], name).to(moment)
             moment = moment / gain / gain[:, None]
-        key = serving_layer(block, side == "writers", layers), side
-        moments[key] = moments.get(key, 0) + moment
+        layer = serving_layer(block, side == "writers", layers)
+        moments[layer, side] = moments.get((layer, side), 0) + moment
     return moments
 
 
@@ -332,8 +326,10 @@ def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer, pairs: Pairs
         raise InputError(f"--select {settings.select}: known are {', '.join(SELECTIONS)}")
     statistics = feature_statistics(model, saes, pairs, tokenizer.control, settings.tokens,
                                     settings.batch_tokens)
-    choices, features = SELECTIONS[settings.select](model, saes, pairs, statistics, settings), []
+    choices = SELECTIONS[settings.select](model, saes, pairs, statistics, settings)
+    features = []
     for layer, sae in sorted(saes.items()):
+        # A layer that serves no reader, or no writer, has one side
         sides = {side: choices[layer, side] for side in SIDES if (layer, side) in choices}
         for side, choice in sides.items():
             print(f"layer {layer}, {side}: {len(choice.features)} {sae.noun} span r̂ = "
@@ -349,8 +345,9 @@ def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer, pairs: Pairs
 
 def sample_pairs(settings, pairs: list) -> list:
     """The --pairs that selection looks at, drawn by --seed; 0: all."""
-    few = 0 < settings.pairs < len(pairs)
-    return random.Random(settings.seed).sample(pairs, settings.pairs) if few else pairs
+    if not 0 < settings.pairs < len(pairs):
+        return pairs
+    return random.Random(settings.seed).sample(pairs, settings.pairs)
 
 
 def save_selection(folder: str | Path, choices: dict, features: list[dict]) -> None:
@@ -360,7 +357,7 @@ def save_selection(folder: str | Path, choices: dict, features: list[dict]) -> N
     write_tensors(f"{folder}/subspace.safetensors", tensors)
 
 
-def load_subspaces(path: str | Path) -> dict[tuple[int, str], torch.Tensor]:
+def load_subspaces(path: str | Path) -> dict[tuple[int, str], Tensor]:
     """{(SAE layer, side): U (D, r̂)} of a subspace.safetensors. Raises InputError."""
     subspaces = {}
     for name, U in read_tensors(path).items():
@@ -373,8 +370,8 @@ def load_subspaces(path: str | Path) -> dict[tuple[int, str], torch.Tensor]:
 
 def main():
     parser = Parser(__doc__)
-    add_flags(parser, FLAGS).add_argument("--out", metavar="DIR", help="a new folder (default "
-                                          "runs/TIME-select-MODEL)")
+    group = add_flags(parser, FLAGS)
+    group.add_argument("--out", help="a new folder (default runs/TIME-select-MODEL)")
     args = parser.parse_args()
     settings, source = resolve(args)
     default = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-select-{Path(settings.model).name}"
@@ -382,16 +379,17 @@ def main():
     if not is_new(folder):
         raise InputError(f"{folder} is there and isn't empty: give another --out")
     with parallel.agreed():
-        model_source, dtype = model_folder(settings.model), getattr(torch, settings.dtype)
+        place = model_folder(settings.model)
         shard = parallel.shard if settings.shard else None
-        model = load_model(model_source, dtype, settings.device, shard)
+        model = load_model(place, getattr(torch, settings.dtype), settings.device, shard)
+        limit_threads(sum(parameter.numel() for parameter in model.parameters()))
         saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                          settings.device, model.config)
-        tokenizer = load_tokenizer(model_source)
+        tokenizer = load_tokenizer(place)
         pairs, _ = load_examples(settings.data, tokenizer, settings.batch_tokens, settings.format)
     print(*saes.values(), sep="\n")
-    sample = sample_pairs(settings, pairs)
-    choices, features = select_features(model, saes, tokenizer, sample, settings)
+    pairs = sample_pairs(settings, pairs)
+    choices, features = select_features(model, saes, tokenizer, pairs, settings)
     config = {"settings": vars(settings), "source": source}
     parallel.on_rank_zero(write_json, folder / "config.json", config)
     parallel.on_rank_zero(save_selection, folder, choices, features)

@@ -316,7 +316,8 @@ def describe(model, sae, tokenizer, layer, features, peaks, texts, lines) -> dic
     The `peaks` are places in the texts [(role, Example)], whose prompts stood in `lines`.
     """
     described = {}
-    for i, vocabulary in zip(features, promoted(model, sae, tokenizer, features)):
+    vocabularies = promoted(model, tokenizer, sae.directions(features))
+    for i, vocabulary in zip(features, vocabularies):
         places = []
         for value, _, number, token in peaks.of(i):
             role, example = texts[number]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from data import Example, Tokenizer
 from model import Gemma2
@@ -19,52 +20,55 @@ BEFORE, AFTER = 10, 5    # tokens shown around a peak
 
 
 class Peaks:
-    """The NUM_PEAKS examples on which each unit is most active: (2, NUM_PEAKS, K) tensors."""
+    """The NUM_PEAKS examples on which each unit is most active, for each of two answers.
+
+    tensors (2, NUM_PEAKS, K) each: the activation, the example's number (−1: none), its token.
+    """
 
     def __init__(self, num_units: int, device):
-        shape = (2, NUM_PEAKS, num_units)
-        self.value = torch.zeros(shape, device=device)
-        self.example = torch.full(shape, -1, device=device)
-        self.token = torch.zeros(shape, dtype=torch.long, device=device)
+        value = torch.zeros(2, NUM_PEAKS, num_units, device=device)
+        token = torch.zeros_like(value, dtype=torch.long)
+        self.tensors = [value, token - 1, token]
 
-    def update(self, answer: int, example: int, activations: torch.Tensor, tokens: torch.Tensor):
+    def update(self, answer: int, example: int, activations: Tensor, tokens: Tensor):
         """Take in activations (T, K) of example number `example` at token indices `tokens` (T)."""
-        value, position = activations.max(0)
-        lowest, slot = self.value[answer].min(0, keepdim=True)
-        news = (value, torch.full_like(position, example), tokens[position])
+        value, position = activations.max(0)                                        # (K,)
+        lowest, slot = self.tensors[0][answer].min(0, keepdim=True)                 # (1, K)
         # The new peak takes the slot of the lowest that is kept, if it is higher
-        for peaks, new in zip((self.value, self.example, self.token), news):
+        is_higher = value > lowest
+        news = (value, torch.full_like(position, example), tokens[position])
+        for peaks, new in zip(self.tensors, news):
             old = peaks[answer].gather(0, slot)
-            peaks[answer].scatter_(0, slot, torch.where(value > lowest, new, old))
+            peaks[answer].scatter_(0, slot, torch.where(is_higher, new, old))
 
     def merge(self, gather):
         """Keep the strongest of all processes' peaks; gather(tensor) lists theirs."""
-        tensors = (self.value, self.example, self.token)
-        value, example, token = (torch.cat(gather(tensor), 1) for tensor in tensors)
-        self.value, best = value.topk(NUM_PEAKS, 1)
-        self.example, self.token = example.gather(1, best), token.gather(1, best)
+        merged = [torch.cat(gather(tensor), 1) for tensor in self.tensors]
+        best = merged[0].topk(NUM_PEAKS, 1).indices
+        self.tensors = [tensor.gather(1, best) for tensor in merged]
 
-    def of(self, unit: int) -> list[tuple[float, str, int, int]]:
-        """[(activation, answer, example, token)] of one unit, strongest first."""
+    def of(self, unit: int) -> list[tuple[float, int, int, int]]:
+        """[(activation, answer 0 or 1, example, token)] of one unit, strongest first."""
         rows = []
-        for number, answer in enumerate(ANSWERS):
-            columns = (t[number, :, unit].tolist() for t in (self.value, self.example, self.token))
-            rows += [(value, answer, example, token) for value, example, token in zip(*columns)]
-        return sorted((row for row in rows if row[2] >= 0), key=lambda row: -row[0])[:NUM_PEAKS]
+        for answer in (0, 1):
+            columns = [peaks[answer, :, unit].tolist() for peaks in self.tensors]
+            for value, example, token in zip(*columns):
+                if example >= 0:
+                    rows.append((value, answer, example, token))
+        rows.sort(key=lambda row: -row[0])
+        return rows[:NUM_PEAKS]
 
 
-def promoted(model: Gemma2, sae: SAE, tokenizer: Tokenizer, units, most=8,
-             directions: torch.Tensor | None = None) -> list[list[str]]:
-    """The `most` tokens that each of `units` promotes: the largest logits of its direction.
+def promoted(model: Gemma2, tokenizer: Tokenizer, directions: Tensor, most=8
+             ) -> list[list[str]]:
+    """The `most` tokens that each direction (k, D) of the residual stream promotes, by its logits.
 
-    The direction is the unit's decoder row unless `directions` (k, D) says otherwise. It passes the
-    final norm's gain and the unembedding; normaliser and softcap don't change the order.
+    It passes the final norm's gain and the unembedding; normaliser and softcap keep the order.
     """
-    if directions is None:
-        directions = sae.directions(units)
     gain = 1 + model.norm.weight.float()
     embedding = model.embed_tokens.weight
-    logits = (directions.to(gain.device) * gain).to(embedding.dtype) @ embedding.T     # (k, V)
+    scaled = directions.to(gain.device) * gain
+    logits = scaled.to(embedding.dtype) @ embedding.T                               # (k, V)
     best = logits.float().topk(most).indices.tolist()
     return [[tokenizer.token(i) for i in ids] for ids in best]
 
@@ -82,54 +86,61 @@ def describe_features(model: Gemma2, sae: SAE, tokenizer: Tokenizer, statistics,
 
     statistics: its features.Statistics; choices {side: features.Choice}.
     """
-    scores, directions = {}, None                       # {feature: {side: score}}
+    scores = {}                                         # {unit: {side: score}}
     for side, choice in choices.items():
-        for feature, score in zip(choice.features.tolist(), choice.scores.tolist()):
-            scores.setdefault(feature, {})[side] = score
-    features = sorted(scores, key=lambda feature: -max(map(abs, scores[feature].values())))
-    # A block promotes what the difference of its mean codes writes
+        for unit, score in zip(choice.features.tolist(), choice.scores.tolist()):
+            scores.setdefault(unit, {})[side] = score
+    units = sorted(scores, key=lambda unit: -max(map(abs, scores[unit].values())))
+    # A feature promotes what its decoder row writes; a block, what its mean codes differ by
+    directions = sae.directions(units)
     if sae.block > 1:
-        shift = statistics.shift[features].float().to(sae.W_enc.device)
-        directions = torch.einsum("kb,kbd->kd", shift, sae.unit_rows(features))
-    vocabulary = promoted(model, sae, tokenizer, features, directions=directions)
+        shift = statistics.shift[units].float().to(sae.W_enc.device)
+        directions = torch.einsum("kb,kbd->kd", shift, sae.unit_rows(units))
+    # Version 1 of the paper ranks by ρ
+    rho = statistics.delta / statistics.mean[1].abs().max().clamp(min=1e-30)        # (K,)
+    vocabulary = promoted(model, tokenizer, directions)
     entries = []
-    for feature, promotes in zip(features, vocabulary):
+    for unit, words in zip(units, vocabulary):
         peaks = []
-        for activation, answer, number, token in statistics.peaks.of(feature):
-            example = pairs[number][ANSWERS.index(answer)]
-            peak = {"activation": activation, "side": answer, "line": example.line}
+        for activation, answer, number, token in statistics.peaks.of(unit):
+            example = pairs[number][answer]
+            peak = {"activation": activation, "side": ANSWERS[answer], "line": example.line}
             peaks.append(peak | in_context(tokenizer, example.tokens, token))
-        effect = statistics.effect[feature].item()
+        # JSON has no NaN
+        effect = statistics.effect[unit].item()
         entry = {
-            "layer": statistics.layer, "index": feature,
-            "delta": statistics.delta[feature].item(), "rho": statistics.rho[feature].item(),
+            "layer": sae.layer,
+            "index": unit,
+            "delta": statistics.delta[unit].item(),
+            "rho": rho[unit].item(),
             "effect": effect if math.isfinite(effect) else None,
-            "mean": dict(zip(ANSWERS, statistics.mean[:, feature].tolist())),
-            "frequency": dict(zip(ANSWERS, statistics.frequency[:, feature].tolist())),
-            "peaks": peaks, "promotes": promotes,
-            "neuronpedia": neuronpedia_url(sae.source, sae.layer, sae.width, feature, sae.l0)}
+            "mean": dict(zip(ANSWERS, statistics.mean[:, unit].tolist())),
+            "frequency": dict(zip(ANSWERS, statistics.frequency[:, unit].tolist())),
+            "peaks": peaks,
+            "promotes": words,
+            "neuronpedia": neuronpedia_url(sae.source, sae.layer, sae.width, unit, sae.l0)}
         if sae.block > 1:
-            entry |= {"block": sae.block, "shift": statistics.shift[feature].tolist()}
+            entry |= {"block": sae.block, "shift": statistics.shift[unit].tolist()}
         if with_scores:
-            entry["scores"] = scores[feature]
+            entry["scores"] = scores[unit]
         entries.append(entry)
     return entries
 
 
-def features_table(features: list[dict], most=10) -> str:
-    """The first `most` entries of a layer, one a line; with "scores", the largest of each."""
-    head = ["Δ", "ρ", "Δ/se", "fires safe", "unsafe", "fires most on", "promotes"]
+def features_table(entries: list[dict], most=10) -> str:
+    """The first `most` entries of a layer, one a line; the score is the largest of both sides."""
+    head = ["unit", "score", "Δ", "fires safe", "unsafe", "fires most on", "promotes"]
     rows = []
-    for entry in features[:most]:
-        peaks = dict.fromkeys(peak["tokens"][peak["peak"]].strip() for peak in entry["peaks"])
-        effect = "" if entry["effect"] is None else f"{entry['effect']:+.1f}"
-        rows.append([f"{entry['delta']:+.3f}", f"{entry['rho']:+.3f}", effect,
-                     *(f"{share:.1%}" for share in entry["frequency"].values()), " ".join(peaks),
-                     " ".join(word.strip() for word in entry["promotes"][:5])])
-    if features and "scores" in features[0]:
-        head.insert(0, "score")
-        for row, entry in zip(rows, features):
-            row.insert(0, f"{max(entry['scores'].values(), key=abs):.3f}")
-    unit = "block" if features and "block" in features[0] else "feature"
-    rows = [[entry["index"], *row] for entry, row in zip(features, rows)]
-    return table(rows, [unit, *head], right=range(len(head) - 1))
+    for entry in entries[:most]:
+        # The paper's score is |Δ|
+        scores = entry.get("scores", {"paper": abs(entry["delta"])})
+        peaks = [peak["tokens"][peak["peak"]].strip() for peak in entry["peaks"]]
+        words = [word.strip() for word in entry["promotes"][:5]]
+        rows.append([
+            entry["index"],
+            f"{max(scores.values(), key=abs):.3f}",
+            f"{entry['delta']:+.3f}",
+            *(f"{share:.1%}" for share in entry["frequency"].values()),
+            " ".join(dict.fromkeys(peaks)),
+            " ".join(words)])
+    return table(rows, head, right=range(5))

@@ -91,7 +91,7 @@ def test_statistics_equal_brute_force(gemma, make, tokens):
     delta = shift[:, 0] if sae.block == 1 else shift.norm(dim=1)
     for batch_tokens in (1, 150, 10_000):
         ours = feature_statistics(gemma, {2: sae}, pairs, CONTROL, tokens, batch_tokens)[2]
-        assert ours.num_pairs == 20 and ours.num_tokens.tolist() == n.sum(1).tolist()
+        assert ours.num_pairs == 20
         # Padding changes a rounding: an activation at its threshold may cross it
         same = ((ours.frequency - fired / n.sum(1)[:, None]).abs() < 1e-9).all(0)
         assert same.double().mean() > 0.9
@@ -119,13 +119,14 @@ def test_peaks_are_the_strongest_examples(gemma):
     for feature in ours.frequency.sum(0).topk(3).indices.tolist():
         peaks = []
         for number, pair in enumerate(pairs):
-            for answer, example in zip(("aligned", "unaligned"), pair):
+            for answer, example in enumerate(pair):
                 _, residuals = gemma.hidden(torch.tensor([example.tokens]), capture=(2,))
                 a = sae.encode(residuals[2][0])[:, feature]
                 a[:example.start] = -1
                 a[torch.isin(torch.tensor(example.tokens), torch.tensor(CONTROL))] = -1
                 peaks.append((a.max().item(), answer, number, a.argmax().item()))
-        wanted, strongest = sorted(peaks, reverse=True)[:5], ours.peaks.of(feature)
+        wanted = sorted(peaks, reverse=True)[:5]
+        strongest = ours.peaks.of(feature)
         assert [peak[1:] for peak in strongest] == [peak[1:] for peak in wanted]
         assert wanted[4][0] > 0 and strongest[4][0] == pytest.approx(wanted[4][0], rel=1e-4)
 
@@ -153,8 +154,6 @@ def test_choice_is_by_size_of_the_difference():
     statistics = SimpleNamespace(delta=torch.tensor([0.1, -3.0, 0.0, 2.0, 2.5]))
     assert choose_features(statistics, 3).tolist() == [1, 4, 3]
     assert choose_features(statistics, 5).tolist() == [1, 4, 3, 0]      # one that never differs
-    with pytest.raises(InputError, match="--top-k 6"):
-        choose_features(statistics, 6)
 
 
 def test_subspace_by_hand():
@@ -166,8 +165,8 @@ def test_subspace_by_hand():
     U, explained, limit = subspace(rows, 0.8, 16)
     assert limit == "tau" and explained == pytest.approx(1) and U.shape == (3, 2)
     assert subspace(rows, 0.8, 1)[2] == "rank"
-    with pytest.raises(InputError, match="--tau 0"):
-        subspace(rows, 0, 1)
+    with pytest.raises(InputError, match="no feature differs"):
+        subspace(rows[:0], 0.8, 1)
 
 
 def test_directions_of_a_block_are_those_that_carry_the_difference(gemma):

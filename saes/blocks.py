@@ -1,0 +1,42 @@
+"""The units of a SASA: blocks of b features, which differ by a vector and write a whole subspace.
+
+features.py and saes/gradient.py call this where b > 1 (docs/saes.md). Of a single feature the same
+is one signed number and one decoder row.
+Letters: K units, k chosen ones, b features of a block, D hidden size.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def lengths(mean: Tensor, shift: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(‖mean‖ (2, K), Δ = ‖shift‖ (K), variance of Δ (K)), the last along `shift`.
+
+    mean (2, K, b): mean codes; shift (K, b): their difference; covariance (K, b, b) of `shift`.
+    """
+    along = normalize(shift, dim=1)
+    variance = torch.einsum("ki,kij,kj->k", along, covariance, along)
+    return mean.norm(dim=2), shift.norm(dim=1), variance
+
+
+def carrying_rows(M: Tensor, rows: Tensor, tau: float) -> Tensor:
+    """(m, D) directions: the leading right singular vectors of M^½·D_k, in float32.
+
+    Of each block the fewest that hold a share `tau` of the squared singular values. M (k, b, b):
+    second moments of the codes; rows D_k (k, b, D).
+    """
+    values, V = torch.linalg.eigh(M)
+    root = (V * values.clamp(min=0).sqrt()[:, None]).mT                         # (k, b, b)
+    _, S, directions = torch.linalg.svd(root @ rows, full_matrices=False)
+    power = S.square()
+    share = power.cumsum(1) / power.sum(1, keepdim=True).clamp(min=1e-300)
+    wanted = (share < tau - 1e-12).sum(1, keepdim=True) + 1                     # (k, 1)
+    return directions[torch.arange(S.shape[1]) < wanted].float()
+
+
+def strongest_directions(rows: Tensor, moment: Tensor) -> Tensor:
+    """(K, D) unit directions in the spans of rows (K, b, D) that G carries most, by GᵀG (D, D)."""
+    basis = torch.linalg.svd(rows.double(), full_matrices=False).Vh             # (K, b, D)
+    along = torch.linalg.eigh(basis @ moment @ basis.mT).eigenvectors[..., -1]  # (K, b)
+    return (along[:, None] @ basis)[:, 0].float()
