@@ -128,6 +128,7 @@ class PairSums:
             mean, delta, variance = mean[..., 0], shift[:, 0], covariance[:, 0, 0]
         else:
             mean, delta, variance = blocks.lengths(mean, shift, covariance)
+        # Rounding may leave a variance just below 0
         error = variance.clamp(min=0).sqrt()
         frequency = self.fired / num_tokens[..., 0]
         return Statistics(P, mean, frequency, delta, error, shift, covariance, self.peaks)
@@ -151,13 +152,13 @@ def feature_statistics(model: Gemma2, saes: dict[int, SAE], pairs: Pairs, contro
         raise InputError("no pair has a response token on both sides")
     # A sharded model's forward is one of all processes, so each makes as many
     batches += [[]] * (-len(batches) % parallel.world_size())
-    own_batches = parallel.own_share(batches)
-    for batch in tqdm(own_batches, "selecting", leave=False, delay=1, disable=None):
+    for batch in tqdm(parallel.own_share(batches), "selecting", leave=False, delay=1, disable=None):
         # Pads stand on the right, so no token sees them
         ids = [torch.tensor(example.tokens) for number in batch for example in pairs[number]]
         ids = pad_sequence(ids or [torch.tensor([0])], batch_first=True)
         # Nothing deeper than the last SAE runs
         _, residuals = model.hidden(ids.to(device), capture=layers, stop_after=layers[-1])
+        # Rows 2i and 2i + 1 are the two answers of the batch's pair i
         for layer in layers:
             for number, residual in zip(batch, residuals[layer].split(2)):
                 sums[layer].add(number, residual, counted[number])
@@ -188,6 +189,7 @@ def _batches(pairs, numbers, batch_tokens):
 def choose_features(statistics: Statistics, top_k: int) -> Tensor:
     """Indices (k,) of the units of largest |Δ|, in that order; those with Δ = 0 are left out."""
     strength = statistics.delta.abs()
+    # A stable sort, so that ties fall alike on every machine
     order = strength.sort(descending=True, stable=True).indices[:top_k]
     return order[strength[order] > 0].cpu()
 
@@ -254,6 +256,7 @@ def module_bases(model: Gemma2, subspaces: dict[tuple[int, str], Tensor], norm_a
             parent, side, _ = MODULES[leaf]
             layer = serving_layer(number, side == "writers", layers)
             U = subspaces[layer, side]
+            # The norm stands before a reader and after a writer; its gain is the same diagonal
             if norm_aware:
                 seen = U / norm_gain(block, leaf)[:, None]
                 U = torch.linalg.qr(seen.double()).Q.float()
@@ -378,6 +381,7 @@ def main():
     folder = Path(args.out or default).expanduser()
     if not is_new(folder):
         raise InputError(f"{folder} is there and isn't empty: give another --out")
+    # What one process can't read ends all of them
     with parallel.agreed():
         place = model_folder(settings.model)
         shard = parallel.shard if settings.shard else None
