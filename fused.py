@@ -39,7 +39,8 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (…, T, hd/2), float32, of the rotary embedding at integer positions (…, T)."""
     pair = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[..., None].float() * theta ** (-pair / head_dim)
+    frequency = theta ** (-pair / head_dim)                          # radians a token, (hd/2,)
+    angle = positions[..., None].float() * frequency
     return angle.cos(), angle.sin()
 
 
@@ -52,8 +53,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_plain(x, cos, sin):
+    """As `rotate`, for autograd."""
     x1, x2 = x.to(wide_dtype(x)).chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
+    y1 = x1 * cos - x2 * sin
+    y2 = x2 * cos + x1 * sin
+    return torch.cat((y1, y2), -1).to(x.dtype)
 
 
 class Rotated(torch.autograd.Function):
@@ -65,20 +69,22 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return Rotated.turn(x, cos, sin)
+        return turn(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
-        return Rotated.turn(dy, cos, -sin), None, None
+        return turn(dy, cos, -sin), None, None
 
-    @staticmethod
-    def turn(x, cos, sin):
-        h = x.to(wide_dtype(x))
-        h1, h2 = h.chunk(2, -1)
-        turned = h * torch.cat((cos, cos), -1)
-        turned.addcmul_(torch.cat((h2, h1), -1), torch.cat((-sin, sin), -1))
-        return turned.to(x.dtype)
+
+def turn(x, cos, sin):
+    """y = x ∘ (cos, cos) + (x₂, x₁) ∘ (−sin, sin): two passes, where the plain form makes six."""
+    h = x.to(wide_dtype(x))
+    h1, h2 = h.chunk(2, -1)
+    y = h * torch.cat((cos, cos), -1)
+    swapped = torch.cat((h2, h1), -1)
+    y.addcmul_(swapped, torch.cat((-sin, sin), -1))
+    return y.to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,8 +96,11 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_plain(x, w, eps):
+    """As `rms_norm`, for autograd."""
     h = x.to(wide_dtype(x))
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * (1 + w)).to(x.dtype)
+    mean_square = h.square().mean(-1, keepdim=True)
+    y = h * torch.rsqrt(mean_square + eps) * (1 + w)
+    return y.to(x.dtype)
 
 
 class Normed(torch.autograd.Function):
@@ -105,19 +114,23 @@ class Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, eps):
         h = x.to(wide_dtype(x))
-        r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        mean_square = h.square().mean(-1, keepdim=True)
+        r = torch.rsqrt(mean_square + eps)                           # (…, 1)
         ctx.save_for_backward(x, w, r)
-        return (h * r).mul_(1 + w.to(h.dtype)).to(x.dtype)
+        y = (h * r).mul_(1 + w.to(h.dtype))
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, w, r = ctx.saved_tensors
-        h, g = x.to(r.dtype), dy.to(r.dtype)
+        h = x.to(r.dtype)
+        dy = dy.to(r.dtype)
         dw = None
         if ctx.needs_input_grad[1]:
-            dw = (g * h * r).flatten(0, -2).sum(0).to(w.dtype)
-        g = g * (1 + w.to(r.dtype))
-        shift = (g * h).mean(-1, keepdim=True).mul_(r * r)
+            dw = (dy * h * r).flatten(0, -2).sum(0).to(w.dtype)
+        g = dy * (1 + w.to(r.dtype))
+        # Along x the norm doesn't change: that part of g is taken out
+        shift = (g * h).mean(-1, keepdim=True).mul_(r * r)           # r²·mean(g·x), (…, 1)
         dx = torch.addcmul(g, h, shift, value=-1).mul_(r)
         return dx.to(x.dtype), dw, None
 
@@ -136,6 +149,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def geglu_plain(gate, up):
+    """As `geglu`, for autograd."""
     return F.gelu(gate, approximate="tanh") * up
 
 
@@ -154,26 +168,32 @@ class Gated(torch.autograd.Function):
         out = torch.empty_like(up)
         for g, u, h in pieces(gate, up, out):
             g = g.to(wide_dtype(g))
-            h.copy_(gelu_sigmoid(g).mul_(g).mul_(u))
+            gelu = gelu_sigmoid(g).mul_(g)
+            h.copy_(gelu.mul_(u))
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        d_gate = torch.empty_like(gate)
+        d_up = torch.empty_like(up)
         for g, u, dh, dg, du in pieces(gate, up, d_out, d_gate, d_up):
             g = g.to(wide_dtype(g))
             sigma = gelu_sigmoid(g)
-            slope = torch.mul(g, g).mul_(3 * CUBIC).add_(LINEAR).mul_(g)  # g·k
+            k = torch.mul(g, g).mul_(3 * CUBIC).add_(LINEAR)
+            slope = k.mul_(g)
             slope.addcmul_(slope, sigma, value=-1)                        # (1 − σ) g·k
-            du.copy_(sigma.mul_(dh).mul(g))
-            dg.copy_(sigma.mul_(u).addcmul_(sigma, slope))                # sigma holds dh·σ here
+            d_sigma = sigma.mul_(dh)                                      # dh·σ
+            du.copy_(d_sigma.mul(g))
+            d_sigma.mul_(u)                                               # dh·u·σ
+            dg.copy_(d_sigma.addcmul_(d_sigma, slope))
         return d_gate, d_up
 
 
 def gelu_sigmoid(g):
     """The σ with gelu(g) = g·σ."""
-    return torch.mul(g, g).mul_(CUBIC).add_(LINEAR).mul_(g).sigmoid_()
+    exponent = torch.mul(g, g).mul_(CUBIC).add_(LINEAR).mul_(g)
+    return exponent.sigmoid_()
 
 
 def pieces(*tensors):
@@ -189,7 +209,8 @@ def pieces(*tensors):
 # --------------------------------------------------------------------------------------------------
 # LoRA's addition
 
-def lora_linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def lora_linear(x: Tensor, W: Tensor,
+                A: Tensor, B: Tensor, scale: float) -> Tensor:
     """x·Wᵀ + scale · (x·Aᵀ)·Bᵀ of x (…, in), frozen W (out, in), A (r, in) and B (out, r)."""
     return AddedLowRank.apply(x, W, A, B, scale)
 
@@ -216,23 +237,28 @@ class AddedLowRank(torch.autograd.Function):
         ctx.s = s
         flat = x.flatten(0, -2)                             # (N, in)
         y = F.linear(flat, W)                               # (N, out)
-        y.addmm_(flat @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=s)
+        low = flat @ A.to(x.dtype).T                        # (N, r)
+        y.addmm_(low, B.to(x.dtype).T, alpha=s)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, dy):
         x, W, A, B = ctx.saved_tensors
         x_needs, _, A_needs, B_needs, _ = ctx.needs_input_grad
-        flat, dy = x.flatten(0, -2), dy.flatten(0, -2)      # (N, in), (N, out)
-        low, dx, dA, dB = A.to(x.dtype), None, None, None
+        flat = x.flatten(0, -2)                             # (N, in)
+        dy = dy.flatten(0, -2)                              # (N, out)
+        A_rounded = A.to(x.dtype)
+        dx = dA = dB = None
         if x_needs or A_needs:
-            d_low = dy @ (ctx.s * B).to(x.dtype)            # (N, r)
+            d_low = dy @ (ctx.s * B).to(x.dtype)            # s·dy·B, (N, r)
+        # The first block's x needs none, and a frozen A or B neither
         if x_needs:
-            dx = (dy @ W).addmm_(d_low, low).view_as(x)
+            dx = (dy @ W).addmm_(d_low, A_rounded).view_as(x)
         if A_needs:
             dA = (d_low.T @ flat).to(A.dtype)
         if B_needs:
-            dB = (dy.T @ (flat @ low.T)).to(B.dtype).mul_(ctx.s)
+            low = flat @ A_rounded.T                        # x·Aᵀ, (N, r)
+            dB = (dy.T @ low).to(B.dtype).mul_(ctx.s)
         return dx, None, dA, dB, None
 
 
@@ -244,8 +270,8 @@ LARGE = 1 << 25             # other devices need more to be busy
 TILE = 256                  # no tile is smaller
 
 
-def nll_sum(hidden: Tensor, labels: Tensor, embedding: Tensor, cap: float | None
-            ) -> tuple[Tensor, int]:
+def nll_sum(hidden: Tensor, labels: Tensor,
+            embedding: Tensor, cap: float | None) -> tuple[Tensor, int]:
     """Summed negative log-likelihood, nats, a float32 scalar, and the number of labelled tokens.
 
     hidden (B, T, D) after the final norm; labels (B, T) int64, the id that comes next or IGNORE;
@@ -253,15 +279,17 @@ def nll_sum(hidden: Tensor, labels: Tensor, embedding: Tensor, cap: float | None
     the means of micro-batches would give tokens of short ones more weight.
     """
     labelled = labels != IGNORE
-    h, targets = hidden[labelled], labels[labelled]         # (N, D), (N,)
+    h = hidden[labelled]                                    # (N, D)
+    targets = labels[labelled]                              # (N,)
     # A trained embedding needs a gradient of its own, and exp(88) is float32's largest
     bounded = cap is not None and 2 * cap + math.log(len(embedding)) <= 88
-    if embedding.requires_grad or not bounded:
-        return nll_sum_plain(h, embedding, targets, cap), len(targets)
-    return FusedNLL.apply(h, embedding, targets, cap), len(targets)
+    fits = bounded and not embedding.requires_grad
+    form = FusedNLL.apply if fits else nll_sum_plain
+    return form(h, embedding, targets, cap), len(targets)
 
 
 def nll_sum_plain(h, E, targets, cap):
+    """The sum for h (N, D), E (V, D) and targets (N,), with all logits (N, V) at once."""
     logits = h @ E.T
     capped = softcap(logits.to(wide_dtype(logits)), cap)
     return F.cross_entropy(capped, targets, reduction="sum")
@@ -286,29 +314,35 @@ class FusedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, E, targets, cap):
-        N, dtype = len(h), wide_dtype(h)
-        size = min(len(E), max(TILE, SCRATCH.get(h.device.type, LARGE) // max(1, N)))
-        total = torch.zeros(N, device=h.device, dtype=dtype)         # Σ exp(2cs)
-        pull = torch.zeros(h.shape, device=h.device, dtype=dtype)    # Σ exp(2cs) (s − s²) E
+        N = len(h)
+        dtype = wide_dtype(h)
+        total = h.new_zeros(N, dtype=dtype)                          # Σ exp(2cs)
+        pull = h.new_zeros(h.shape, dtype=dtype)                     # Σ exp(2cs) (s − s²) E
         # Buffers are taken once, since fresh memory is slow; products are made in h's own dtype
-        s_buffer, exp_buffer = torch.empty(2, N * size, device=h.device, dtype=dtype)
-        product_buffer = s_buffer if h.dtype == dtype else h.new_empty(N * size)
+        size = max(TILE, SCRATCH.get(h.device.type, LARGE) // max(1, N))
+        size = min(len(E), size)
+        buffers = h.new_empty(2, N * size, dtype=dtype)
+        products = buffers[0] if h.dtype == dtype else h.new_empty(N * size)
         for tile in E.split(size):
-            s = s_buffer[:N * len(tile)].view(N, len(tile))
-            exp = exp_buffer[:N * len(tile)].view(N, len(tile))
-            product = product_buffer[:N * len(tile)].view(N, len(tile))
-            torch.addmm(h.new_zeros(()), h, tile.T, beta=0, alpha=2 / cap, out=product)  # 2l/c
+            entries = N * len(tile)
+            s, exp = buffers[:, :entries].view(2, N, len(tile))      # (N, V') each
+            product = products[:entries].view(N, len(tile))
+            # s = sigmoid(2l/c), and this tile's part of Σ exp(2cs)
+            torch.addmm(h.new_zeros(()), h, tile.T, beta=0, alpha=2 / cap, out=product)
             s.copy_(product).sigmoid_()
-            total += torch.mul(s, 2 * cap * LOG2E, out=exp).exp2_().sum(1)
+            torch.mul(s, 2 * cap * LOG2E, out=exp).exp2_()
+            total += exp.sum(1)
             if ctx.needs_input_grad[0]:
-                slope = s.addcmul_(s, s, value=-1).mul_(exp)
-                pull += product.copy_(slope) @ tile
+                slope = s.addcmul_(s, s, value=-1)                   # s − s²
+                product.copy_(slope.mul_(exp))
+                pull += product @ tile
         # The target's own term
         rows = E[targets].to(dtype)                                  # (N, D)
         t = (h * rows).sum(1).div_(cap).tanh_()                      # (N,)
         if ctx.needs_input_grad[0]:
             grad = pull.mul_(4 / total[:, None])
-            grad.addcmul_(1 - t.square()[:, None], rows, value=-1)
+            slope = 1 - t.square()[:, None]
+            grad.addcmul_(slope, rows, value=-1)
             ctx.save_for_backward(grad.to(h.dtype))
         return (total.log() - cap * (1 + t)).sum()
 

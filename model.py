@@ -5,11 +5,9 @@
     hidden, residuals = model.hidden(tokens, capture=(5, 10))     # {layer: (B, T, D)}
     ids = model.generate(prompts, max_new_tokens=64)
 
-What differs from Llama (google/gemma_pytorch, gemma/model.py; transformers, modeling_gemma2.py):
-norms stand before AND after attention and MLP, and a stored w means a gain of 1 + w; embeddings are
-scaled by √D; the head is the embedding; tanh softcaps bound attention scores (50) and logits (30);
-even layers see a window of 4096 tokens.
-
+What differs from Llama (google/gemma_pytorch, gemma/model.py): norms stand before AND after
+attention and MLP, and a stored w means a gain of 1 + w; embeddings are scaled by √D; the head is
+the embedding; tanh softcaps bound attention scores and logits; even layers have a window.
 B batch, T tokens, S keys, D hidden size, H query and K key-value heads of size hd, V vocabulary.
 """
 
@@ -23,6 +21,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -75,18 +74,15 @@ class Config:
         for key, expected in FIXED.items():
             if values.get(key, expected) != expected:
                 raise InputError(f"{where}: {key} is {values[key]!r}; Gemma-2's is {expected!r}")
-        values = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        for key, value in values.items():
+        own: dict = {}
+        for key in values.keys() & {field.name for field in fields(cls)}:
+            value = values[key]
             if isinstance(value, str | dict):
                 raise InputError(f"{where}: {key} is {value!r}, not a number")
-            if isinstance(value, list):
-                values[key] = tuple(value)
-        config = cls(**values)
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise InputError(f"{where}: num_key_value_heads must divide num_attention_heads")
-        if (config.num_hidden_layers, config.query_pre_attn_scalar) == (42, 224):
-            print(f"warning: {where}: using query_pre_attn_scalar 256, for the 224 that was first "
-                  "published with the 9b by mistake", file=sys.stderr)
+            own[key] = tuple(value) if isinstance(value, list) else value
+        config = cls(**own)
+        if config.num_hidden_layers == 42 and config.query_pre_attn_scalar == 224:  # 9b, at first
+            print(f"warning: {where}: using query_pre_attn_scalar 256, not 224", file=sys.stderr)
             config = replace(config, query_pre_attn_scalar=256)
         return config
 
@@ -141,7 +137,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")  # what an adapter trains by 
 class RMSNorm(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(config.hidden_size)), config.rms_norm_eps
+        self.weight = nn.Parameter(torch.zeros(config.hidden_size))
+        self.eps = config.rms_norm_eps
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
@@ -161,8 +158,8 @@ class Attention(nn.Module):
         self.cap = config.attn_logit_softcapping
 
     def forward(self, x, rope, visible, cache=None):
-        q, k, v = (rearrange(proj(x), "b t (h hd) -> b h t hd", hd=self.head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, H or K, T, hd)
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H·hd or K·hd)
+        q, k, v = (rearrange(y, "b t (h hd) -> b h t hd", hd=self.head_dim) for y in projected)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v)                               # (B, K, S, hd)
@@ -194,7 +191,8 @@ class Block(nn.Module):
     def forward(self, x, rope, visible, cache=None):
         attended = self.self_attn(self.input_layernorm(x), rope, visible, cache)
         x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        fed = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(fed)
 
 
 class Gemma2(nn.Module):
@@ -209,10 +207,13 @@ class Gemma2(nn.Module):
         self.recompute = False  # blocks keep only their input, and the backward runs them again
 
     @torch.no_grad()
-    def init_weights(self, std=0.02, generator: torch.Generator | None = None) -> "Gemma2":
+    def init_weights(self, std=0.02, generator=None) -> "Gemma2":
         """For training from scratch: matrices from N(0, std²), norms to 0, which is a gain of 1."""
         for weight in self.parameters():
-            weight.normal_(0, std, generator=generator) if weight.dim() > 1 else weight.zero_()
+            if weight.dim() > 1:
+                weight.normal_(0, std, generator=generator)
+            else:
+                weight.zero_()
         return self
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -224,13 +225,14 @@ class Gemma2(nn.Module):
                caches: list[Cache] | None = None) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden states (B, T, D), and the residual stream {layer: (B, T, D)} after `capture`.
 
-        tokens (B, T) int64, or embeddings (B, T, D). documents (B, T) int64: a token sees only keys
-        of its own document, a run of equal numbers, where positions restart; None is one document.
-        The hidden state comes after the final norm or, with `stop_after`, straight after that
-        block, the last that is computed. `caches`, one a layer, are filled for generation.
+        tokens (B, T) int64, or embeddings (B, T, D). documents (B, T): a token sees only keys of
+        its own document, a run of equal numbers, where positions restart; None is one document.
+        Hidden states come after the final norm or, with `stop_after`, straight after that block.
+        `caches`, one a layer, are filled for generation.
         """
         index = torch.arange(tokens.shape[1], device=tokens.device)
         starts = document_starts(tokens, documents)                 # (B or 1, T)
+        # The first key that each token sees, in layers of either kind
         lows = {FULL: starts, SLIDING: starts.maximum(index - self.config.sliding_window + 1)}
         cap = self.config.attn_logit_softcapping
         visible = {kind: visible_keys(low, cap) for kind, low in lows.items()}
@@ -268,51 +270,52 @@ class Gemma2(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Tensor], max_new_tokens=64, temperature=0.0,
-                 stop: Collection[int] = (), generator: torch.Generator | None = None
-                 ) -> list[Tensor]:
+                 stop: Collection[int] = (), generator=None) -> list[Tensor]:
         """Continue int64 prompts (1-D, of any lengths) as one batch: new tokens, 1-D, on the CPU.
 
         temperature 0 is greedy; above, tokens are drawn from softmax(logits / temperature) with
-        `generator`. A row ends before its first token in `stop`.
+        `generator` (torch.Generator). An answer ends before its first token in `stop`.
         """
-        device, B = self.embed_tokens.weight.device, len(prompts)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = int(lengths.max())
+        device = self.embed_tokens.weight.device
         # Pad on the left; the padding is a document of its own
-        tokens = torch.full((B, longest), self.config.pad_token_id, device=device)
-        for row, prompt in zip(tokens, prompts):
-            row[longest - len(prompt):] = torch.as_tensor(prompt)
-        start = longest - lengths                                   # (B,) index of the first token
-        documents = (torch.arange(longest, device=device) >= start[:, None]).long()
-        caches = self._empty_caches(B, longest + max_new_tokens)
-        stop = torch.tensor(sorted(stop), device=device, dtype=torch.long)
-        answers = torch.full((B, max_new_tokens), -1, device=device)
-        rows = torch.arange(B, device=device)                       # those still in the batch
-        running = torch.ones(B, dtype=torch.bool, device=device)    # of these, those not stopped
+        tokens = pad_sequence(list(prompts), batch_first=True, padding_side="left",
+                              padding_value=self.config.pad_token_id).to(device)
+        B, T = tokens.shape
+        start = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
+        documents = torch.arange(T, device=device) >= start[:, None]
+        end = T + max_new_tokens
+        caches = self._empty_caches(B, end)
+        # Layers of one kind see the same keys: any cache of the kind will do
+        cache_of = dict(zip(self.config.layer_types, caches))
         x, _ = self.hidden(tokens, documents, caches=caches)
-        for index in range(longest, longest + max_new_tokens):
-            new = self._next_token(x[:, -1], temperature, generator)
-            running &= ~torch.isin(new, stop)
-            answers[rows, index - longest] = torch.where(running, new, -1)
-            num_running = int(running.sum())
-            if num_running == 0 or index == longest + max_new_tokens - 1:
+        answers: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(B))   # the prompt of each row that is still in the batch
+        running = set(rows)     # the prompts that haven't stopped
+        for index in range(T, end):
+            new = self._next_token(x[:, -1], temperature, generator)  # (B,)
+            for row, token in zip(rows, new.tolist()):
+                if token in stop:
+                    running.discard(row)
+                elif row in running:
+                    answers[row].append(token)
+            if not running or index == end - 1:
                 break
             # Drop finished rows a quarter at a time, since each drop copies the caches
-            if 4 * num_running <= 3 * len(rows):
-                rows, new, start = rows[running], new[running], start[running]
+            if len(running) <= 0.75 * len(rows):
+                unfinished = torch.tensor([row in running for row in rows], device=device)
+                rows = sorted(running)
+                new, start = new[unfinished], start[unfinished]
                 for cache in caches:
-                    cache.keep(running)
-                running = running[running]
-            # Layers of one kind see the same keys: any cache of the kind will do
-            cache_of = dict(zip(self.config.layer_types, caches))
+                    cache.keep(unfinished)
             visible = {kind: cache.visible(index, start) for kind, cache in cache_of.items()}
-            x, _ = self.run_blocks(new[:, None], (index - start)[:, None], visible, caches)
-        return [row[row >= 0] for row in answers.cpu()]
+            positions = (index - start)[:, None]                    # (B, 1)
+            x, _ = self.run_blocks(new[:, None], positions, visible, caches)
+        return [torch.tensor(answer, dtype=torch.long) for answer in answers]
 
     def _empty_caches(self, batch, length):
         config, like = self.config, self.embed_tokens.weight
-        slots = {FULL: length, SLIDING: min(length, config.sliding_window)}
         K, hd = config.num_key_value_heads, config.head_dim
+        slots = {FULL: length, SLIDING: min(length, config.sliding_window)}
         return [Cache(like.new_zeros(2, batch, K, slots[kind], hd)) for kind in config.layer_types]
 
     def _next_token(self, hidden, temperature, generator):
@@ -332,30 +335,28 @@ READ_VALUES = 4 << 20  # of a checkpoint at once: 16 MB in float32
 
 def load_model(source: str | Path, dtype: torch.dtype | None = None, device="cpu",
                shard: Callable | None = None) -> Gemma2:
-    """Load a Gemma-2 from a folder or hub repository, frozen, in bfloat16 or float32.
+    """Load a Gemma-2 from a folder or hub repository, frozen.
 
-    dtype None is float32 on a CPU, else bfloat16. `shard` (model, device) splits the weights over
-    processes before they are read (run.parallel.shard). InputError for what isn't a whole Gemma-2.
+    dtype None is float32 on a CPU, else bfloat16; float16 overflows. `shard` (model, device) splits
+    weights over processes before they are read. InputError for what isn't a whole Gemma-2.
     """
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise InputError(f"{dtype}: Gemma-2 outgrows float16's 65504; use bfloat16 or float32")
     with torch.device("meta"):
         model = Gemma2(load_config(source)).to(dtype).requires_grad_(False)
     files = weight_files(source)
     shapes = {name: shape for names in files.values() for name, shape in names.items()}
     expected = {f"model.{name}": tuple(weight.shape) for name, weight in model.state_dict().items()}
-    for name in sorted(expected.keys() | shapes.keys()):
+    for name in sorted(expected | shapes):
         if shapes.get(name) != expected.get(name):
             raise InputError(f"{source}: {name} has shape {shapes.get(name)}, not "
                              f"{expected.get(name)} as config.json says (None: no such tensor)")
-    if shard is not None:
+    if shard:
         shard(model, device)
     weights = model.to_empty(device=device).state_dict()
-    places = [(path, name) for path, names in files.items() for name in names]
-    for path, name in tqdm(places, f"loading {source}", leave=False, delay=2, disable=None):
-        _read_weight(path, name, weights[name.removeprefix("model.")])
+    for path, names in files.items():
+        for name in tqdm(names, f"loading {path}", leave=False, delay=2, disable=None):
+            _read_weight(path, name, weights[name.removeprefix("model.")])
     return model
 
 
@@ -377,7 +378,7 @@ def weight_files(source: str | Path) -> dict[Path, dict[str, tuple[int, ...]]]:
     """{path: {tensor name: shape}} of a checkpoint's files."""
     index = locate(source, INDEX, optional=True)
     names = {"model.safetensors"}
-    if index is not None:
+    if index:
         names = set(read_json(index).get("weight_map", {}).values())
         if not names or not all(map(is_file_name, names)):
             raise InputError(f"{index}: weight_map must give a plain file name for each tensor")
@@ -388,7 +389,6 @@ def weight_files(source: str | Path) -> dict[Path, dict[str, tuple[int, ...]]]:
 def save_model(model: Gemma2, folder: str | Path, max_shard_bytes=5 << 30) -> None:
     """Write config.json and the weights, in shards; fold adapters in first (lora.fold_lora)."""
     from huggingface_hub import split_torch_state_dict_into_shards  # takes a second to import
-
     weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
     split = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
