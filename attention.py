@@ -347,7 +347,7 @@ attend_spans.register_autograd(_backward, setup_context=_setup_context)
 # Compiling what stands between the matrix products
 
 compiled = False  # whether `pointwise` compiles, and attention on CUDA is flex_attention
-compile_once = cache(torch.compile)  # on first use, since importing the compiler takes seconds
+compile_once: Callable = cache(torch.compile)  # importing the compiler takes seconds
 
 
 def use_compile(on=True) -> bool:
@@ -394,5 +394,5 @@ def attend_flex(q, k, v, spans, scale, cap):
     """
     def capped(score, b, h, i, j):  # the score comes scaled
         return softcap(score, cap)
-    flex: Callable = compile_once(flex_attention) if q.is_cuda else flex_attention
+    flex = compile_once(flex_attention) if q.is_cuda else flex_attention
     return flex(q, k, v, score_mod=capped, block_mask=spans, scale=scale, enable_gqa=True)
