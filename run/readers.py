@@ -42,7 +42,7 @@ class Pair:
 @dataclass(slots=True)
 class Prompt:
     turns: tuple[Turn, ...]   # ends with a user turn
-    fields: dict              # the row's other columns
+    fields: dict              # the row's other columns, by names in lower case
     line: int                 # in its file; the item's number in a .json list
 
 
@@ -89,7 +89,7 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], Counts]:
 def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
     """The prompts of a file; one that occurs again is dropped and counted.
 
-    The prompt is a row's text, a field named as in PROMPT_KEYS in any case (text or messages), or
+    The prompt is a row's text, a field named as in PROMPT_KEYS (text or messages), or
     what the conversations "chosen" and "rejected" begin with. Raises InputError for a malformed
     line, and if no prompt is left.
     """
@@ -152,15 +152,12 @@ def _collect(path, make, kind):
 
 def _prompt(row, place):
     """(its key, text or messages) of a row's prompt; (None, "") if it has none."""
-    keys = {key.strip().lower(): key for key in row}
-    name = next(filter(keys.__contains__, PROMPT_KEYS), None)
-    key = keys.get(name)
+    key = next(filter(row.__contains__, PROMPT_KEYS), None)
     if isinstance(row.get(key), list):
         return key, row[key]
-    texts = [_text(row, key, place).strip()]
     # Rows that differ in their input alone are different prompts.
-    if name == "instruction":
-        texts += [_text(row, keys.get(key), place).strip() for key in INPUT_KEYS]
+    keys = (key, *INPUT_KEYS) if key == "instruction" else (key,)
+    texts = [_text(row, key, place).strip() for key in keys]
     return key, "\n\n".join(filter(None, texts))
 
 
@@ -183,10 +180,7 @@ def _conversation(row, key, place):
 
 
 def _turns(value, role, place):
-    """Turns of messages, of "\\n\\nHuman: …\\n\\nAssistant: …", or of a text that `role` says.
-
-    Text before the first marker has no role.
-    """
+    """Turns of messages, of "Human: …\\n\\nAssistant: …", or of another text, which `role` says."""
     if not isinstance(value, str | None):
         messages = value if isinstance(value, list) else [value]
         return tuple(_message(message, place) for message in messages)
@@ -194,11 +188,10 @@ def _turns(value, role, place):
     turns = [(role, text)] if text else []
     for marker in HH_MARKERS:
         before, *pieces = marker.split(f"\n\n{text}")
-        if not pieces:
+        if before.strip():
             break
-        turns = [("", before.strip())] if before.strip() else []
-        for name, piece in zip(pieces[::2], pieces[1::2]):
-            turns.append((ROLES[name.lower()], piece.strip()))
+        names = [ROLES[name.lower()] for name in pieces[::2]]
+        turns = list(zip(names, map(str.strip, pieces[1::2])))
         # A prompt may end with the user.
         if _alternate(turns) or _alternate(turns[:-1]):
             break
@@ -229,13 +222,12 @@ def _split_answer(turns):
 # ----------------------------------------------------------------- Rows of a file
 
 def _read_rows(path):
-    """("file:number", number, {column: value}) of each row of a file, one at a time.
+    """("file:number", number, {column in lower case: value}) of each row of a file, one at a time.
 
     A folder stands for its .csv files, each of which is a category (as HEx-PHI is published).
     """
     path = Path(path)
-    is_folder = path.is_dir()
-    for file in sorted(path.glob("*.csv")) if is_folder else [path]:
+    for file in sorted(path.glob("*.csv")) or [path]:
         suffix = Path(file.name.lower().removesuffix(".gz")).suffix
         if suffix not in READERS:
             raise InputError(f"{path}: rows are in a file {', '.join(READERS)}, or one with .gz")
@@ -244,7 +236,9 @@ def _read_rows(path):
             row = {"text": row.strip()} if isinstance(row, str) else row
             if not isinstance(row, dict):
                 raise InputError(f"{place}: neither text nor an object")
-            yield place, number, {"category": file.stem} | row if is_folder else row
+            category = {} if file == path else {"category": file.stem}
+            columns = {name.strip().lower(): value for name, value in row.items()}
+            yield place, number, category | columns
 
 
 def _json_rows(path):

@@ -5,7 +5,7 @@
 
 A name stands for every set that begins with it: `xstest` for xstest-safe and xstest-unsafe. A set
 that the Hugging Face hub holds as a plain file is fetched. For the others, --set NAME=FILE gives a
-file.
+file, or a folder of .csv files, each of which is a category.
 """
 
 import random
@@ -51,8 +51,8 @@ NAMED = {
     "xstest-safe": Source("lookalike", 250, "CC-BY-4.0", XSTEST),
     "xstest-unsafe": Source("harmful", 200, "CC-BY-4.0", XSTEST),
     "hex-phi": Source(
-        "harmful", 330, "gated, its own",
-        "https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI (ask there; join its files)"),
+        "harmful", 300, "gated, its own",
+        "https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI (ask there; give the folder)"),
     **{f"toy-{role}": Source(role, 128, "this project's", str(TOY / f"data/{role}.jsonl"))
        for role in ROLES},
 }
@@ -109,20 +109,37 @@ class EvalSet:
     prompts: list[Prompt]
 
 
+def kinds(prompts: list[Prompt]) -> list[str]:
+    """What each row of a file says of its prompt, "safe" or "unsafe", and else anything.
+
+    The second version of XSTest has no label. Its unsafe prompts are contrasts to the safe ones.
+    """
+    labels = [str(prompt.fields.get("label")).strip().lower() for prompt in prompts]
+    types = [str(prompt.fields.get("type")).strip().lower() for prompt in prompts]
+    kinds = ["unsafe" if kind.startswith("contrast_") else "safe" for kind in types]
+    return labels if "safe" in labels or "unsafe" not in kinds else kinds
+
+
 def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=0
               ) -> dict[str, EvalSet]:
     """{name: EvalSet} of {name: (role, file)}, without the prompts (turns) in `trained`.
 
     At most `most` prompts of each set (0: all), the same for every seed. Prints what is left out:
-    rows whose column `label` says that they are of the other kind (XSTest holds both), and
-    HarmBench's rows that need a context. Raises InputError where no prompt remains.
+    rows of the other kind (XSTest holds both), and HarmBench's rows that need a context. Raises
+    InputError where no prompt remains, and where a file's row would count for two roles.
     """
-    sets = {}
+    sets, taken = {}, {}
     for name, (role, file) in places.items():
-        prompts, counts = read_prompts(data_file(file))
+        path = data_file(file)
+        prompts, counts = read_prompts(path)
         other = "unsafe" if role in ("lookalike", "benign") else "safe"
-        fitting = [prompt for prompt in prompts if prompt.fields.get("label") != other
-                   and not prompt.fields.get("ContextString")]
+        fitting = [prompt for prompt, kind in zip(prompts, kinds(prompts))
+                   if kind != other and not prompt.fields.get("contextstring")]
+        for prompt in fitting:
+            first = taken.setdefault((path.resolve(), prompt.turns), role)
+            if first != role:
+                raise InputError(f"{file}:{prompt.line} would be {first} and {role}: give a file "
+                                 "for each, or a column label that says safe or unsafe")
         unseen = [prompt for prompt in fitting if prompt.turns not in trained]
         print(f"{name}: {counts}; of these {len(prompts) - len(fitting)} labelled {other} or in "
               f"need of a context and {len(fitting) - len(unseen)} trained on are left out")

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import (Example, Pair, Tokenizer, load_examples, load_tokenizer, make_example, pack,
+from data import (Example, Pair, Prompt, Tokenizer, load_examples, load_tokenizer, make_example, pack,
                   prompt_tokens, read_items, read_pairs, read_prompts)
 from run.files import InputError
 from safety.judges import shieldgemma_tokens
@@ -273,30 +273,18 @@ FORMS = {
 def test_forms_of_a_pair(tmp_path, row):
     path = write(tmp_path / "p.jsonl", row | {"n": 3})
     assert read_pairs(path)[0] == [Pair(chat("a", "b", "c"), "e\n\nf", "g", 1)]
-    assert read_prompts(path)[0][0].turns == chat("a", "b", "c")
+    assert read_prompts(path)[0] == [Prompt(chat("a", "b", "c"), {"n": 3}, 1)]
     assert list(read_items(path)) == [chat("a", "b", "c", "e\n\nf"), chat("a", "b", "c", "g")]
 
 
 def test_markers_inside_a_text_make_no_turns(tmp_path):
     """A prompt is one text, and so is an answer with a dialogue in it."""
-    text = "go on:\nHuman: x\nAssistant: y"
-    rows = [{"prompt": "write", "chosen": text, "rejected": "no"},
-            {"prompt": "p", "chosen": "before" + HI + "x", "rejected": "no"}]
-    pairs, counts = read_pairs(write(tmp_path / "p.jsonl", *rows))
-    assert pairs == [Pair(chat("write"), text, "no", 1)] and counts.read == 2
+    text = f"go on:{HI}x\nHuman: y"
+    path = write(tmp_path / "p.jsonl", {"prompt": "write", "chosen": text, "rejected": "no"})
+    assert read_pairs(path)[0] == [Pair(chat("write"), text, "no", 1)]
     path = write(tmp_path / "q.jsonl", {"prompt": HI + "sure"}, {"prompt": messages("a", "b", "c")})
     assert [prompt.turns for prompt in read_prompts(path)[0]] == [
         chat((HI + "sure").strip()), chat("a", "b", "c")]
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"chosen": 3, "rejected": "b"}, ":1: expected text, or an object whose 'role' is text"),
-    ({"prompt": "p", "response_0": "a", "response_1": "b"}, "no usable pair (chosen and"),
-    ({"chosen": "### Human: a", "rejected": "### Human: a"}, "or turns that don't alternate")])
-def test_what_is_no_pair_names_the_forms(tmp_path, row, message):
-    with pytest.raises(InputError) as error:
-        read_pairs(write(tmp_path / "p.jsonl", row))
-    assert message in str(error.value) and str(tmp_path / "p.jsonl") in str(error.value)
 
 
 def test_prompts_by_hand(tmp_path):
@@ -313,11 +301,7 @@ def test_prompts_by_hand(tmp_path):
             assert [prompt.turns for prompt in prompts] == [chat("one"), chat("two"), chat("three")]
             assert counts.dropped == {"with a prompt seen before": 1}
     last = read_prompts(tmp_path / "d.csv")[0][-1]
-    assert (last.fields, last.line) == ({"id": "5", "Goal": "g"}, 5)
-    prompts, _ = read_prompts(write(tmp_path / "e.jsonl", pair(), pair(kind="k"), "", pair(
-        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", kind="k")))
-    assert [(prompt.turns, prompt.fields) for prompt in prompts] == [
-        (chat("hi"), {}), (chat("a", "b", "c"), {"kind": "k"})]
+    assert (last.fields, last.line) == ({"id": "5", "goal": "g"}, 5)
 
 
 def test_an_instruction_goes_with_its_input(tmp_path):
@@ -340,13 +324,13 @@ def test_items_for_saes(tmp_path):
 def test_parquet_and_lists_and_lines_of_json(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    row = {key: messages("hi", text) for key, text in (("chosen", "yes"), ("rejected", "no"))}
+    row = {"prompt": ABC} | sides(lambda text: messages(text, first=1))
     table = pyarrow.Table.from_pylist([row | {"when": datetime.date(2024, 1, 1)}])
     parquet.write_table(table, tmp_path / "p.parquet")
     write(tmp_path / "p.json", row, {"chosen": "a"})
     write(tmp_path / "list.jsonl", json.dumps([row, {"chosen": "a"}], indent=1))
     for name in ("p.parquet", "p.json", "list.jsonl"):
-        assert read_pairs(tmp_path / name)[0] == [Pair(chat("hi"), "yes", "no", 1)]
+        assert read_pairs(tmp_path / name)[0] == [Pair(chat("a", "b", "c"), "e\n\nf", "g", 1)]
     assert read_prompts(tmp_path / "p.parquet")[0][0].fields == {"when": "2024-01-01"}
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match="p.parquet: parquet needs .* JSON lines"):
@@ -365,6 +349,9 @@ def test_a_folder_of_csv_files_without_headers(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, message", [
+    ("pairs.jsonl", b'{"chosen": 3}', ":1: expected text, or an object whose 'role' is text"),
+    ("pairs.jsonl", b'{"prompt": "p", "response_0": "a"}', "no usable pair (chosen and"),
+    ("pairs.jsonl", b'{"chosen": "USER: a", "rejected": "USER: a"}', "turns that don't alternate"),
     ("x.jsonl", b'"a"\n{]', ":2: not valid JSON"), ("x.jsonl", b'{"chosen": 3}', ":1: "),
     ("x.jsonl", b'{"prompt": "\\ud800"}', ":1: not valid JSON"),
     ("x.txt", b"a\n\xc3", ":2: not UTF-8"), ("x.txt", b"\n", "0 read"), ("x.xlsx", b"", ".csv"),
@@ -380,7 +367,7 @@ def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
-        read_prompts(tmp_path / name)
+        (read_pairs if name == "pairs.jsonl" else read_prompts)(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and message in str(error.value)
 
 

@@ -53,3 +53,27 @@ def test_a_sample_is_the_same_each_time(tmp_path):
     first, again = (load_sets(place, most=7)["a"].prompts for _ in range(2))
     assert first == again and len(first) == 7
     assert len(load_sets(place, most=60)["a"].prompts) == len(load_sets(place)["a"].prompts) == 50
+
+
+CONTRASTS = [{"type": "homonyms"}, {"type": "Contrast_homonyms"}]
+
+
+@pytest.mark.parametrize("safe, unsafe", [
+    ({"Label": "Safe"}, {"Label": "UNSAFE "}), CONTRASTS,
+    (CONTRASTS[0] | {"label": ""}, CONTRASTS[1]),
+    (CONTRASTS[1] | {"label": "safe"}, CONTRASTS[0] | {"label": "unsafe"})])
+def test_rows_of_two_kinds_are_told_apart(tmp_path, safe, unsafe):
+    file = write(tmp_path / "x.jsonl", [{"prompt": "nut?"} | safe, {"prompt": "lock?"} | unsafe])
+    sets = load_sets(places(["xstest"], {"xstest": file}))
+    texts = {name: [prompt.turns[0][1] for prompt in sets[name].prompts] for name in sets}
+    assert texts == {"xstest-safe": ["nut?"], "xstest-unsafe": ["lock?"]}
+
+
+@pytest.mark.parametrize("row", [{}, {"label": "0"}, {"type": "homonyms"}])
+def test_no_row_counts_for_two_roles(tmp_path, row):
+    file = write(tmp_path / "x.jsonl", [{"prompt": "nut?", "label": "safe"}, {"prompt": "a"} | row])
+    (tmp_path / "link.jsonl").symlink_to(file)
+    load_sets({"a": ("lookalike", file), "b": ("lookalike", file)})
+    for other in (file, str(tmp_path / "link.jsonl")):
+        with pytest.raises(InputError, match="jsonl:2 would be lookalike and harmful"):
+            load_sets({"a": ("lookalike", file), "b": ("harmful", other)})
