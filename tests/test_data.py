@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import (Example, Pair, Prompt, Tokenizer, load_examples, load_tokenizer, make_example, pack,
-                  prompt_tokens, read_items, read_pairs, read_prompts)
+from data import (Example, Pair, Prompt, Tokenizer, load_examples, load_tokenizer, make_example,
+                  pack, prompt_tokens, read_items, read_pairs, read_prompts)
 from run.files import InputError
 from safety.judges import shieldgemma_tokens
 from saes.stream import encode_item
