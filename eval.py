@@ -63,8 +63,8 @@ def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_n
             for i, tokens in zip(batch, new):
                 texts[i] = tokenizer.decode(tokens.tolist())
     # Each process has the answers to its own share: put all in the order of the prompts
-    for part in parallel.gather(texts):
-        texts |= part
+    for part in parallel.gather(list(texts.items())):
+        texts |= dict(part)
     return [texts[i] for i in range(len(ids))]
 
 
