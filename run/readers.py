@@ -26,7 +26,7 @@ ANSWER_KEYS = ("chosen", "rejected", "response", "output", "messages")
 # What messages say that a file lacks.
 PAIR = ("usable pair (chosen and rejected, each \"Human: … Assistant: …\", messages of role and "
         "content, or an answer to the row's prompt)")
-PROMPT = f"usable prompt (text, {', '.join(PROMPT_KEYS)}, or chosen and rejected)"
+PROMPT = f"usable prompt (a column or key {', '.join(PROMPT_KEYS)}, or chosen and rejected)"
 
 Turn = tuple[str, str]  # ("user" | "model", text)
 
@@ -230,7 +230,8 @@ def _read_rows(path):
     for file in sorted(path.glob("*.csv")) or [path]:
         suffix = Path(file.name.lower().removesuffix(".gz")).suffix
         if suffix not in READERS:
-            raise InputError(f"{path}: rows are in a file {', '.join(READERS)}, or one with .gz")
+            raise InputError(f"{path}: rows are in a {', '.join(READERS)} file, or one with .gz, "
+                             "or in a folder's .csv files")
         for number, row in READERS[suffix](file):
             place = f"{file}:{number}"
             row = {"text": row.strip()} if isinstance(row, str) else row

@@ -1,6 +1,5 @@
 """data.py and run/readers.py: ids as transformers has them, no text that steers, masks, packing."""
 
-import datetime
 import gzip
 import html
 import json
@@ -251,14 +250,12 @@ def messages(*texts, first=0):
 
 
 def sides(make):
-    """The answers of one pair, each in the form that `make` gives it."""
     return {"chosen": make("e\n\nf"), "rejected": make("g")}
 
 
 ABC = messages("a", "b", "c")
 HH_PROMPT = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
 FORMS = {
-    "answers as messages": {"prompt": ABC} | sides(lambda text: messages(text, first=1)),
     "answers as texts": {"prompt": ABC} | sides(str),
     "conversations": {"prompt": "a"} | sides(lambda text: messages("a", "b", "c", text)),
     "a prompt of HH-RLHF's": {"prompt": HH_PROMPT} | sides(str),
@@ -277,16 +274,6 @@ def test_forms_of_a_pair(tmp_path, row):
     assert list(read_items(path)) == [chat("a", "b", "c", "e\n\nf"), chat("a", "b", "c", "g")]
 
 
-def test_markers_inside_a_text_make_no_turns(tmp_path):
-    """A prompt is one text, and so is an answer with a dialogue in it."""
-    text = f"go on:{HI}x\nHuman: y"
-    path = write(tmp_path / "p.jsonl", {"prompt": "write", "chosen": text, "rejected": "no"})
-    assert read_pairs(path)[0] == [Pair(chat("write"), text, "no", 1)]
-    path = write(tmp_path / "q.jsonl", {"prompt": HI + "sure"}, {"prompt": messages("a", "b", "c")})
-    assert [prompt.turns for prompt in read_prompts(path)[0]] == [
-        chat((HI + "sure").strip()), chat("a", "b", "c")]
-
-
 def test_prompts_by_hand(tmp_path):
     texts = {
         "a.txt": "one\ntwo\n\none\n\n three \n",
@@ -300,17 +287,28 @@ def test_prompts_by_hand(tmp_path):
             prompts, counts = read_prompts(path)
             assert [prompt.turns for prompt in prompts] == [chat("one"), chat("two"), chat("three")]
             assert counts.dropped == {"with a prompt seen before": 1}
-    last = read_prompts(tmp_path / "d.csv")[0][-1]
-    assert (last.fields, last.line) == ({"id": "5", "goal": "g"}, 5)
+    assert read_prompts(tmp_path / "d.csv")[0][-1].fields == {"id": "5", "goal": "g"}
 
 
-def test_an_instruction_goes_with_its_input(tmp_path):
+def test_what_is_one_prompt(tmp_path):
+    text = f"go on:{HI}x\nHuman: y"
+    path = write(tmp_path / "p.jsonl", {"prompt": "write", "chosen": text, "rejected": "no"})
+    assert read_pairs(path)[0] == [Pair(chat("write"), text, "no", 1)]
     rows = [{"instruction": "mend", "input": text, "output": "o"} for text in ("a ", "b", "", None)]
-    path = write(tmp_path / "a.jsonl", *rows, {"Instruction": "mend", "Context": "c"})
-    prompts, counts = read_prompts(path)
-    assert [prompt.turns for prompt in prompts] == [
-        chat("mend\n\na"), chat("mend\n\nb"), chat("mend"), chat("mend\n\nc")]
-    assert counts.dropped == {"with a prompt seen before": 1}
+    path = write(tmp_path / "q.jsonl", {"prompt": HI + "sure"}, {"prompt": ABC}, *rows,
+                 {"Instruction": "mend", "Context": "c"})
+    texts = [prompt.turns[-1][1] for prompt in read_prompts(path)[0]]
+    assert texts == [(HI + "sure").strip(), "c", "mend\n\na", "mend\n\nb", "mend", "mend\n\nc"]
+
+
+def test_a_folder_of_csv_files_without_headers(tmp_path):
+    """As HEx-PHI is published: a file for each category."""
+    (tmp_path / "b 1.csv").write_bytes('\ufeff"how, do i ""x""?"\r\n\r\nhow do i y\r\n'.encode())
+    write(tmp_path / "a.csv", "prompt", "z")
+    assert read_prompts(tmp_path)[0] == [
+        Prompt(chat("z"), {"category": "a"}, 2),
+        Prompt(chat('how, do i "x"?'), {"category": "b 1"}, 1),
+        Prompt(chat("how do i y"), {"category": "b 1"}, 3)]
 
 
 def test_items_for_saes(tmp_path):
@@ -325,27 +323,16 @@ def test_parquet_and_lists_and_lines_of_json(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     row = {"prompt": ABC} | sides(lambda text: messages(text, first=1))
-    table = pyarrow.Table.from_pylist([row | {"when": datetime.date(2024, 1, 1)}])
+    table = pyarrow.Table.from_pylist([row | {"image": b"\xff"}])  # no JSON has bytes
     parquet.write_table(table, tmp_path / "p.parquet")
     write(tmp_path / "p.json", row, {"chosen": "a"})
     write(tmp_path / "list.jsonl", json.dumps([row, {"chosen": "a"}], indent=1))
     for name in ("p.parquet", "p.json", "list.jsonl"):
         assert read_pairs(tmp_path / name)[0] == [Pair(chat("a", "b", "c"), "e\n\nf", "g", 1)]
-    assert read_prompts(tmp_path / "p.parquet")[0][0].fields == {"when": "2024-01-01"}
+    assert read_prompts(tmp_path / "p.parquet")[0][0].fields == {"image": "b'\\xff'"}
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match="p.parquet: parquet needs .* JSON lines"):
         read_pairs(tmp_path / "p.parquet")
-
-
-def test_a_folder_of_csv_files_without_headers(tmp_path):
-    """As HEx-PHI is published: a file for each category."""
-    (tmp_path / "b 1.csv").write_bytes('\ufeff"how, do i ""x""?"\r\n\r\nhow do i y\r\n'.encode())
-    (tmp_path / "a.csv").write_text("prompt\nz\n")
-    (tmp_path / "README.md").write_text("no prompts")
-    prompts, _ = read_prompts(tmp_path)
-    assert [(prompt.turns[0][1], prompt.fields, prompt.line) for prompt in prompts] == [
-        ("z", {"category": "a"}, 2), ('how, do i "x"?', {"category": "b 1"}, 1),
-        ("how do i y", {"category": "b 1"}, 3)]
 
 
 @pytest.mark.parametrize("name, content, message", [

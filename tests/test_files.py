@@ -95,8 +95,8 @@ def test_tensors_come_back(tmp_path):
 
 @pytest.mark.parametrize("name, load", [
     ("a.safetensors", files.read_tensors), ("tokenizer.json", load_tokenizer),
-    ("a.jsonl.gz", read_pairs), ("a.csv", read_prompts), ("a.txt", read_prompts),
-    ("a.parquet", read_pairs), ("a.npz", lambda path: read_array(path, "W_enc"))])
+    ("a.jsonl.gz", read_pairs), ("a.csv", read_prompts), ("a.parquet", read_pairs),
+    ("a.npz", lambda path: read_array(path, "W_enc"))])
 def test_a_git_lfs_pointer_is_named(tmp_path, name, load):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
     with pytest.raises(InputError, match=f"{name} is a git-lfs pointer, fetch the file"):
