@@ -103,7 +103,7 @@ for layer in recipe["layers"]:
     $raw/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv
   fetch xstest.csv $raw/paul-rottger/xstest/main/xstest_prompts.csv
   # Not HH-RLHF's own test prompts, the default: many are harmless. HEx-PHI is gated by hand: add
-  # --set hex-phi=FILE once it is yours
+  # --set hex-phi=FOLDER once it is yours
   ROLES=(--set "harmful=$FILES/harmbench.csv" --set "lookalike=$FILES/xstest.csv"
          --set benign=hf://datasets/Anthropic/hh-rlhf/helpful-base/test.jsonl.gz)
   SETS=(--sets hh-rlhf jailbreakbench --set "advbench=$FILES/advbench.csv"

@@ -73,7 +73,8 @@ GROUPS: dict[str, list[Setting]] = {
                 low=0, rare=True),
     ],
     "data and selection (SAILS section 3)": [
-        Setting("data", None, str, 'pairs, JSON lines with "chosen" and "rejected", plain or .gz; '
+        Setting("data", None, str, 'pairs, rows with "chosen" and "rejected" (conversations, or '
+                "answers to a prompt), as .jsonl, .json, .csv or .parquet, plain or .gz; "
                 "hf://datasets/OWNER/NAME/PATH is fetched", "FILE"),
         Setting("format", "chat", str, "chat: Gemma's turns, put in by id; plain: Human: and "
                 "Assistant: as text", choices=("chat", "plain")),

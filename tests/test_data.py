@@ -238,10 +238,9 @@ def test_pairs_by_hand(tmp_path):
         pair("hello", "hello you"), pair("\n\nHuman: hi", "\n\nHuman: hi")))
     assert pairs == [Pair(chat("hi"), "yes", "no", 1),
                      Pair(chat("a", "b", "c d"), "e\n\nf", "g", 3)]
-    assert (counts.read, counts.kept) == (10, 2)
-    assert counts.dropped == {
-        "whose sides don't share a prompt": 1, "with an empty answer": 1, "without both sides": 3,
-        "with a system turn, or turns that don't alternate": 3}
+    assert str(counts) == (
+        "10 read, 2 kept, 3 dropped without both sides, 3 dropped with a system turn, or turns that "
+        "don't alternate, 1 dropped whose sides don't share a prompt, 1 dropped with an empty answer")
 
 
 def messages(*texts, first=0):
@@ -294,11 +293,11 @@ def test_what_is_one_prompt(tmp_path):
     text = f"go on:{HI}x\nHuman: y"
     path = write(tmp_path / "p.jsonl", {"prompt": "write", "chosen": text, "rejected": "no"})
     assert read_pairs(path)[0] == [Pair(chat("write"), text, "no", 1)]
-    rows = [{"instruction": "mend", "input": text, "output": "o"} for text in ("a ", "b", "", None)]
-    path = write(tmp_path / "q.jsonl", {"prompt": HI + "sure"}, {"prompt": ABC}, *rows,
-                 {"Instruction": "mend", "Context": "c"})
+    rows = [{"instruction": "mend", "input": text} for text in ("a ", "b", "", None)]
+    rows += [{"prompt": HI + "sure"}, {"prompt": ABC}, {"Instruction": "mend", "Context": "c"}]
+    path = write(tmp_path / "q.jsonl", *rows)
     texts = [prompt.turns[-1][1] for prompt in read_prompts(path)[0]]
-    assert texts == [(HI + "sure").strip(), "c", "mend\n\na", "mend\n\nb", "mend", "mend\n\nc"]
+    assert texts == ["mend\n\na", "mend\n\nb", "mend", (HI + "sure").strip(), "c", "mend\n\nc"]
 
 
 def test_a_folder_of_csv_files_without_headers(tmp_path):
