@@ -239,8 +239,9 @@ def test_pairs_by_hand(tmp_path):
     assert pairs == [Pair(chat("hi"), "yes", "no", 1),
                      Pair(chat("a", "b", "c d"), "e\n\nf", "g", 3)]
     assert str(counts) == (
-        "10 read, 2 kept, 3 dropped without both sides, 3 dropped with a system turn, or turns that "
-        "don't alternate, 1 dropped whose sides don't share a prompt, 1 dropped with an empty answer")
+        "10 read, 2 kept, 3 dropped without both sides, 3 dropped with a system turn, or turns "
+        "that don't alternate, 1 dropped whose sides don't share a prompt, 1 dropped with an "
+        "empty answer")
 
 
 def messages(*texts, first=0):
@@ -322,13 +323,12 @@ def test_parquet_and_lists_and_lines_of_json(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     row = {"prompt": ABC} | sides(lambda text: messages(text, first=1))
-    table = pyarrow.Table.from_pylist([row | {"image": b"\xff"}])  # no JSON has bytes
-    parquet.write_table(table, tmp_path / "p.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([row | {"n": b"\xff"}]), tmp_path / "p.parquet")
     write(tmp_path / "p.json", row, {"chosen": "a"})
     write(tmp_path / "list.jsonl", json.dumps([row, {"chosen": "a"}], indent=1))
     for name in ("p.parquet", "p.json", "list.jsonl"):
         assert read_pairs(tmp_path / name)[0] == [Pair(chat("a", "b", "c"), "e\n\nf", "g", 1)]
-    assert read_prompts(tmp_path / "p.parquet")[0][0].fields == {"image": "b'\\xff'"}
+    assert read_prompts(tmp_path / "p.parquet")[0][0].fields == {"n": "b'\\xff'"}
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match="p.parquet: parquet needs .* JSON lines"):
         read_pairs(tmp_path / "p.parquet")
@@ -347,8 +347,8 @@ def test_parquet_and_lists_and_lines_of_json(tmp_path, monkeypatch):
     ("x.json", b"{}", ":1: no usable prompt"), ("x.json", b'["a", 3]', ":2: "),
     ("x.json", b"[3", "not valid"), ("x.csv", b"Topic\nb\n", ":2: no usable prompt"),
     ("x.parquet", b"PAR1", "not a complete parquet"), ("x.txt.gz", b"plain", "can't be read"),
-    ("x.json", b'[""]', "1 dropped with an empty prompt"),
-    ("x.txt.gz", gzip.compress(b"a" * 999)[:-9], "can't be read"), ("none/x.txt", None, "can't")])
+    ("x.json", b'[""]', "1 dropped with an empty prompt"), ("none/x.txt", None, "can't be read"),
+    ("x.txt.gz", gzip.compress(b"a" * 999)[:-9], "can't be read")])
 def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
