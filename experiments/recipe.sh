@@ -146,11 +146,11 @@ for seed in $SEEDS; do
 done
 
 # --------------------------------------------------------------------------------------------------
-# 5. The field's sets, of base and adapter. For another JUDGE take asked/*/scores.json away: the
+# 5. The field's sets, of base and adapter. For another JUDGE take sets/*/scores.json away: the
 # answers stay
 
 for run in "${runs[@]}"; do
-  here=$OUT/asked/${run##*/}
+  here=$OUT/sets/${run##*/}
   once "$here/scores.json" \
     python eval.py "$run" "${SETS[@]}" --prompts "$PROMPTS" $JUDGE --out "$here"
 done
@@ -160,8 +160,8 @@ done
 
 for arm in $ARMS; do
   run=$arm-${SEEDS%% *}
-  once "$OUT/attacked/$run/scores.json" python eval.py "$OUT/$run" "${ATTACK[@]}" --attack gcg \
-    --prompts "$ATTACKED" --out "$OUT/attacked/$run"
+  once "$OUT/attacks/$run/scores.json" python eval.py "$OUT/$run" "${ATTACK[@]}" --attack gcg \
+    --prompts "$ATTACKED" --out "$OUT/attacks/$run"
 done
 
 # --------------------------------------------------------------------------------------------------

@@ -242,10 +242,10 @@ def test_the_recipe_goes_all_the_way_on_the_toy(tmp_path):
              "TRAIN": "--steps 1 --more max-new-tokens=4", "CHOOSE": "--more pairs=8"}
     # The attack runs eval.py too, so its other run may count as done
     out = tmp_path / "out"
-    (out / "asked/gradient-0").mkdir(parents=True)
-    (out / "asked/gradient-0/scores.json").touch()
+    (out / "sets/gradient-0").mkdir(parents=True)
+    (out / "sets/gradient-0/scores.json").touch()
     recipe(tmp_path, "toy", **short)
-    assert "attacks" in read_json(out / "attacked/gradient-0/scores.json")
+    assert "attacks" in read_json(out / "attacks/gradient-0/scores.json")
     assert (out / "select-gradient/features.json").exists()
     assert (out / "gradient-0/report.html").exists()
     assert load_model(out / "merged").config.hidden_size == 64
