@@ -121,11 +121,14 @@ def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
 
         A, B = make_factors(base.weight, basis, module_rank, writer, generator)
         layers[name] = LoRALinear(base, A, B, alpha / rank, writer)
-        # The factor that isn't zero holds the basis
         if freeze_basis:
-            frozen = layers[name].B if B.any() else layers[name].A
-            frozen.requires_grad_(False)
+            basis_factor(layers[name]).requires_grad_(False)
     return place_layers(model, layers)
+
+
+def basis_factor(layer: LoRALinear) -> nn.Parameter:
+    """The factor that holds a basis of the residual stream: A of a reader, B of a writer."""
+    return layer.B if layer.writer else layer.A
 
 
 def place_layers(model, layers):

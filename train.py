@@ -1,6 +1,6 @@
 """Fine-tune Gemma-2 with LoRA that begins in the safety subspace which SAE features span.
 
-    python train.py --rank 16                              # the built-in toy, 15 s on one core
+    python train.py --rank 16                              # the built-in toy, about 20 s
     python train.py --model google/gemma-2-2b --rank 16    # the paper's; a GPU and Gemma's licence
     python train.py --model DIR --sae DIR --data FILE --rank 16 --steps 100
     python train.py --model google/gemma-2-9b --dry-run    # what would run, and what it would take
@@ -52,20 +52,10 @@ class Diverged(InputError):
 def row_loss(model: Gemma2, row: Row) -> torch.Tensor:
     """Summed negative log-likelihood, in nats, of a row's labelled tokens: the loss of training.
 
-    row: tokens, documents and labels, each (B, T). An ablation passes `fit` another such function.
+    row: tokens, documents and labels, each (B, T). An ablation puts another function in its place.
     """
     hidden, _ = model.hidden(row.tokens, row.documents)
     return model.nll_sum(hidden, row.labels)[0]
-
-
-def compiled_row_loss(model: Gemma2) -> Callable:
-    """`row_loss` with the model's forward compiled, as one graph for rows of one shape.
-
-    So what is compiled doesn't depend on which rows come first, and a run resumes to the same bits.
-    """
-    forward = torch.compile(lambda tokens, documents: model.hidden(tokens, documents)[0],
-                            dynamic=False)
-    return lambda model, row: model.nll_sum(forward(row.tokens, row.documents), row.labels)[0]
 
 
 def fit(model: Gemma2, optimizer: torch.optim.Optimizer, batches: Iterable[list[Row]],
@@ -178,14 +168,15 @@ def train(settings, model, layers, examples, folder, log, signals):
     log.keep(first)
 
     model.recompute = settings.recompute
-    compiled = settings.compile and not settings.shard and use_compile()
-    loss = compiled_row_loss(model) if compiled else row_loss
+    if settings.compile and not settings.shard and use_compile():
+        # One graph for rows of one shape: what is compiled doesn't hang on which rows come first
+        model.hidden = torch.compile(model.hidden, dynamic=False)
     batches = itertools.islice(batches_of(aligned, settings), first, steps)
     schedule = cosine(settings.lr, steps, settings.warmup)
     done = first
     signals.wait = True
     try:
-        for metrics in fit(model, optimizer, batches, schedule, settings.clip, first, loss):
+        for metrics in fit(model, optimizer, batches, schedule, settings.clip, first, row_loss):
             done = metrics["step"]
             log.add(metrics)
             print(progress_line(metrics, steps), flush=True)
@@ -199,6 +190,8 @@ def train(settings, model, layers, examples, folder, log, signals):
         if done:
             parallel.on_rank_zero(save_checkpoint, folder, done, named, optimizer)
         raise
+    finally:
+        vars(model).pop("hidden", None)         # generation runs uncompiled
     signals.wait = False
     parallel.on_rank_zero(lora.save_adapter, model, folder, settings.model)
 
@@ -241,17 +234,16 @@ def dry_run(settings):
     config = PRESETS.get(settings.model) or load_config(model_folder(settings.model))
     check_sizes(settings, config)
     rows = size_rows(settings, config, TARGETS)
-    steps = settings.steps
+    num_rows = settings.accumulate * parallel.world_size()
     try:
         tokenizer = load_tokenizer(model_folder(settings.model))
         examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
                                         settings.format)
         evaluation_sets(settings, pairs)
         steps = count_steps([pair[0] for pair in examples], settings)
+        rows.append(["steps", f"{steps:,} of {num_rows} × {settings.batch_tokens:,} tokens"])
     except InputError as error:                 # the data may lie on a hub that can't be reached
-        steps = steps or f"unknown: {error}"
-    num_rows = settings.accumulate * parallel.world_size()
-    rows.append(["steps", f"{steps} of {num_rows} × {settings.batch_tokens:,} tokens"])
+        rows.append(["steps", settings.steps or f"unknown: {error}"])
     print(table(rows))
 
 
@@ -299,7 +291,7 @@ def main():
             start = f"torchrun --nproc-per-node {parallel.world_size()}"
         go_on = ""
         if folder and folder.exists():
-            go_on = f": go on with `{start} train.py --resume {folder}`"
+            go_on = f": go on with `{start} {sys.argv[0]} --resume {folder}`"
         if parallel.last_word():
             print(f"\nstopped by {signal.Signals(stop.args[0]).name}{go_on}", file=sys.stderr)
         return 128 + stop.args[0]
@@ -343,9 +335,8 @@ def conclude(settings, folder, model, bases, log):
     layers = lora.lora_layers(model).values()
     num_adapter = sum(layer.A.numel() + layer.B.numel() for layer in layers)
     num_trained = num_adapter
-    if settings.freeze_basis:                   # only the factor that isn't the basis
-        factors = [layer.A if layer.writer else layer.B for layer in layers]
-        num_trained = sum(factor.numel() for factor in factors)
+    if settings.freeze_basis:
+        num_trained -= sum(lora.basis_factor(layer).numel() for layer in layers)
     num_parameters = sum(parameter.numel() for parameter in model.parameters()) - num_adapter
     if torch.cuda.is_initialized():
         peak_bytes = torch.cuda.max_memory_allocated()
@@ -360,9 +351,10 @@ def conclude(settings, folder, model, bases, log):
     print(f"\n{result_table(scores)}\n")
     if scores["sets"]["adapter"]:
         print(f"{samples(folder)}\n")
+    more = "toy-harmful" if settings.model == "toy" else "jailbreakbench"
     print(f"run: {folder}\n"
           f"what it learned, as a page: python -m report {folder}\n"
-          f"ask it more:                python eval.py {folder} --sets jailbreakbench --out more")
+          f"ask it more:                python eval.py {folder} --sets {more} --out more")
 
 
 if __name__ == "__main__":

@@ -106,6 +106,9 @@ def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],
                           "versions": versions})
         return True
     config = read_json(path)
+    script = Path(config["command"][0]).name
+    if script != Path(sys.argv[0]).name:        # a fork's run goes on with the fork
+        raise InputError(f"{folder} holds an unfinished run of {script}, not {sys.argv[0]}")
     if config["processes"] != parallel.world_size():
         raise InputError(f"{folder} holds an unfinished run of {config['processes']} processes, "
                          f"not {parallel.world_size()}: start as many, by torchrun")

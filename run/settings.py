@@ -151,8 +151,10 @@ PLACES = ("model", "sae", "data", "sets")          # may move between two sessio
 # Flags
 
 def flag(name: str) -> str:
-    """A setting's name as a flag."""
-    return "--set" if name == "sets" else "--" + name.replace("_", "-")
+    """How the command line gives a setting."""
+    if name == "sets":
+        return "--set"
+    return ("--more " if name in RARE else "--") + name.replace("_", "-")
 
 
 def add_flags(parser: argparse.ArgumentParser, names=tuple(SETTINGS)):
@@ -168,10 +170,10 @@ def add_flags(parser: argparse.ArgumentParser, names=tuple(SETTINGS)):
                 group.add_argument(flag(setting.name), dest=setting.name, default=None,
                                    **_argument(setting))
     rare = [setting for name, setting in RARE.items() if name in names]
-    listing = "; ".join(f"{setting.name.replace('_', '-')}: {setting.help}{_default(setting)}"
-                        for setting in rare)
+    lines = [[setting.name.replace("_", "-"), setting.help + _default(setting)] for setting in rare]
+    parser.epilog = f"settings of --more, which are rarely changed:\n{table(lines)}"
     group.add_argument("--more", metavar="NAME=VALUE", nargs="+", action="extend", default=None,
-                       help=f"settings that are rarely changed. {listing}")
+                       help="settings that are rarely changed, listed below")
     return group
 
 
@@ -307,8 +309,8 @@ def _check(values):
     for setting in numbers:
         name, value = setting.name, values[setting.name]
         if value is not None and not setting.low <= value <= setting.high:
-            raise InputError(f"{flag(name)} {value}: give a number from {setting.low:g} to "
-                             f"{setting.high:g}")
+            at_most = "" if setting.high == math.inf else f" and at most {setting.high:g}"
+            raise InputError(f"{flag(name)} {value}: give at least {setting.low:g}{at_most}")
     if values["freeze_basis"] and values["init"] == "random":
         raise InputError("--freeze-basis keeps the update in the basis that --init puts in; random "
                          "puts in none: take sails or orthonormal")

@@ -129,7 +129,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(runs, mini, tmp_path):
     os.kill(worker(process, 1), signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and err.count("stopped by SIGTERM") == 1
-    assert f"go on with `torchrun --nproc-per-node 2 train.py --resume {folder}`" in err
+    assert "go on with `torchrun --nproc-per-node 2 " in err and f"--resume {folder}`" in err
     assert 2 <= int(read_metadata(folder / session.CHECKPOINT)["step"]) < 7
     alone = start("train.py", ["--resume", str(folder)])
     assert "of 2 processes, not 1" in alone.communicate()[1] and alone.returncode == 2

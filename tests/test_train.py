@@ -231,7 +231,7 @@ def run_until(arguments, line, number):
 def test_ctrl_c_saves_and_says_how_to_go_on(whole, mini, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     code, err = run_until(command(mini, folder, sets=SETS), "step 2/7", signal.SIGINT)
-    assert code == 130 and f"go on with `python train.py --resume {folder}`" in err
+    assert code == 130 and f"train.py --resume {folder}`" in err
     assert 2 <= int(read_metadata(folder / session.CHECKPOINT)["step"]) < 7
     assert call(train.main, ["--resume", folder], monkeypatch) == 0
     assert adapter(folder) == adapter(whole.folder)
@@ -298,6 +298,14 @@ def test_compiled_runs_resume_to_the_same_bits(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", session.save_checkpoint)
     assert call(train.main, ["--resume", tmp_path / "broken"], monkeypatch) == 0
     assert adapter(tmp_path / "whole") == adapter(tmp_path / "broken")
+
+    # A fork's loss is taken, compiled or not
+    monkeypatch.setattr(train, "row_loss", lambda model, row, plain=train.row_loss:
+                        2 * plain(model, row))
+    assert call(train.main, ["--compile", *command(mini, tmp_path / "fork")], monkeypatch) == 0
+    losses = [line["loss"] for run in ("whole", "fork")
+              for line in read_jsonl(tmp_path / run / "metrics.jsonl") if line.get("step") == 1]
+    assert losses[1] == pytest.approx(2 * losses[0])
 
 
 def test_a_diverged_run_keeps_the_weights_of_the_step_before(mini, tmp_path, monkeypatch, capsys):
@@ -418,7 +426,7 @@ SAE = "sae/layer_1/width_96/average_l0_9/params.npz"
     ("tokenizer.json", lambda b: b[:-100], ["tokenizer.json"]),
     (SAE, lambda b: b[:-100], ["params.npz"]),
     (SAE, lambda b: None, ["params.npz"]),
-    ("train.jsonl", lambda b: b"", ["train.jsonl", "no pair"]),
+    ("train.jsonl", lambda b: b"", ["train.jsonl", "no "]),
     ("train.jsonl", lambda b: b + b'{"chosen": \n', ["train.jsonl:61"]),
 ])
 def test_broken_files(mini, tmp_path, monkeypatch, capsys, name, change, words):
@@ -476,6 +484,9 @@ def test_output_folders(whole, mini, tmp_path, monkeypatch, capsys):
     assert "--lr 0.01, not 0.02" in refused(other_lr, monkeypatch, capsys)
     assert "--lr" in refused(["--resume", folder, "--lr", "2e-2"], monkeypatch, capsys)
     assert "nosuch" in refused(["--resume", tmp_path / "nosuch"], monkeypatch, capsys)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"command": ["fork.py"]})
+    assert "run of fork.py" in refused(["--resume", folder], monkeypatch, capsys)
     both = ["--resume", folder, "--out", tmp_path / "other"]
     assert "--out" in refused(both, monkeypatch, capsys)
 
