@@ -23,10 +23,9 @@ from pathlib import Path
 import tokenizers
 import torch
 
+from fused import IGNORE
 from run.files import ROOT, InputError, Parser, data_file, locate, read_json, run_command
-# Others import what a file holds, and how it is read, from here.
-from run.readers import (  # noqa: F401
-    Counts, Pair, Prompt, Turn, read_items, read_pairs, read_prompts)
+from run.readers import Pair, Turn, read_pairs
 
 # ----------------------------------------------------------------- Tokenizer
 
@@ -227,7 +226,7 @@ def load_examples(path: str | Path, tokenizer: Tokenizer, max_length: int, forma
 class Row:
     tokens: torch.Tensor     # (T) int64
     documents: torch.Tensor  # (T) int64: 1, 2, … numbers the row's examples, 0 is padding
-    labels: torch.Tensor     # (T) int64: the id of token t+1 where it is trained on, else -100
+    labels: torch.Tensor     # (T) int64: the id of token t+1 where it is trained on, else IGNORE
 
 
 def pack(examples: Sequence[Example], length: int, seed: int, epoch: int) -> list[Row]:
@@ -259,7 +258,7 @@ def pack(examples: Sequence[Example], length: int, seed: int, epoch: int) -> lis
 def _make_row(examples, length):
     tokens = torch.zeros(length, dtype=torch.int64)  # nobody sees document 0: any id will do there
     documents = torch.zeros_like(tokens)
-    labels = torch.full_like(tokens, -100)
+    labels = torch.full_like(tokens, IGNORE)
     begin = 0
     for number, example in enumerate(examples, 1):
         ids = torch.tensor(example.tokens)

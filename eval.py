@@ -20,11 +20,12 @@ import torch
 from tqdm import tqdm
 
 import lora
-from data import Prompt, Tokenizer, load_tokenizer, prompt_tokens, read_pairs
+from data import Tokenizer, load_tokenizer, prompt_tokens
 from model import Gemma2, load_model
 from run import parallel
 from run.files import (InputError, Parser, data_file, is_new, printable, read_json, read_jsonl,
                        table, write_json, write_jsonl)
+from run.readers import Prompt, read_pairs
 from run.session import FINISHED, limit_threads
 from run.settings import ROLES, absolute, check_device, model_folder, saved_settings
 from safety import attack

@@ -87,7 +87,8 @@ class SAE:
         raise NotImplementedError
 
     def activations(self, codes: torch.Tensor) -> torch.Tensor:
-        """(..., K) of codes (..., F): how active each unit is. A feature is as its code."""
+        """(..., K) of codes (..., F): how active each unit is. For a JumpReLU this is the code
+        itself."""
         return codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -190,40 +191,26 @@ def strongest(p: torch.Tensor, active: int) -> torch.Tensor:
 # Reading
 
 
-def load_sae(
-    source: str | Path,
-    layer: int,
-    width: str | int = "16k",
-    l0: int | None = None,
-    device="cpu",
-) -> SAE:
+def load_sae(source: str | Path, layer: int, width: str | int | None = None,
+             l0: int | None = None, device="cpu") -> SAE:
     """The SAE of `layer` from a folder or a hub repository in Gemma Scope's layout.
 
     width: "16k", "65k", "131k", ... or a plain number of features ("512"). l0: the X of
-    average_l0_X; None takes the canonical one of a known repository, or the only one in a folder.
+    average_l0_X. None takes the only ones in a folder; of a repository 16k and the canonical L0.
     Raises InputError where the file is missing (and lists what is there), is damaged, or holds
     another width than its name says.
     """
-    # The number of features that the width names
-    width = str(width)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        width, l0 = place_in_folder(folder, layer, width, l0)
+    else:
+        width = str(width or "16k")
+        l0 = canonical_l0(str(source), layer, width) if l0 is None else l0
     num_features = WIDTHS.get(width) or int(width if width.isdecimal() else 0)
     if not num_features:
         raise InputError(f"width {width}: known are {', '.join(WIDTHS)}, or a number of features")
-    if Path(source).name.endswith(("-att", "-mlp", "-transcoders")):
-        raise InputError(f"{source}: not SAEs of the residual stream; take the one ending in -res")
-    # A folder says which L0 it has; of a repository the canonical ones are known
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        l0 = l0_in_folder(folder, layer, width, l0)
-    elif l0 is None:
-        l0 = canonical_l0(str(source), layer, width)
     place = f"layer_{layer}/width_{width}/average_l0_{l0}"
-    where = {
-        "source": source,
-        "layer": layer,
-        "width": width,
-        "l0": l0,
-    }
+    where = {"source": source, "layer": layer, "width": width, "l0": l0}
 
     # A folder with a sasa.json holds a SASA, every other one a JumpReLU
     is_sasa = (folder / place / "sasa.json").is_file()
@@ -257,7 +244,11 @@ def read_sizes(path, num_features):
 
 
 def load_saes(source, layers, width, l0, device, config) -> dict[int, SAE]:
-    """{layer: SAE} of the layers. Raises InputError where one doesn't fit the model's Config."""
+    """{layer: SAE} of the layers, or of all in a folder where `layers` is None.
+
+    Raises InputError where one doesn't fit the model's Config.
+    """
+    layers = layers or dict.fromkeys(layer for layer, _, _ in saes_in(source))
     saes = {layer: load_sae(source, layer, width, l0, device) for layer in layers}
     for layer, sae in saes.items():
         if layer >= config.num_hidden_layers or sae.d_model != config.hidden_size:
@@ -303,7 +294,7 @@ def canonical_l0(repository, layer, width):
     if layer not in table:
         layers = ", ".join(map(str, table)) or "none"
         raise InputError(f"{repository}: no folder here, and no canonical SAE of layer {layer}, "
-                         f"width {width} (layers known: {layers}): say the L0")
+                         f"width {width} (layers known: {layers}): give --more l0=N")
     return table[layer]
 
 
@@ -314,21 +305,23 @@ def saes_in(folder) -> list[tuple[int, str, int]]:
         layer, width, l0 = (part.rsplit("_", 1)[1] for part in path.parts[-3:])
         places.append((int(layer), width, int(l0)))
     if not places:
-        raise InputError(f"{folder} holds no SAE: layer_N/width_W/average_l0_X/params.npz")
+        raise InputError(f"{folder}: give --layers of a repository, or a folder that holds "
+                         "layer_N/width_W/average_l0_X/params.npz")
     return sorted(places)
 
 
-def l0_in_folder(folder, layer, width, l0):
-    """The average L0 to take. Raises InputError that lists the SAEs where that isn't clear."""
+def place_in_folder(folder, layer, width, l0):
+    """(width, average L0) of the SAE to take. Raises InputError that lists all if it isn't one."""
     places = saes_in(folder)
-    matches = [place for place in places if place[:2] == (layer, width) and l0 in (None, place[2])]
-    # None or several: the listing says what to ask for
+    matches = [place for place in places if place[0] == layer
+               and (width is None or place[1] == str(width))
+               and (l0 is None or place[2] == l0)]
     if len(matches) != 1:
         listing = ", ".join("layer_{}/width_{}/average_l0_{}".format(*place) for place in places)
         problem = "several SAEs" if matches else "no SAE"
-        raise InputError(f"{folder} holds {problem} of layer {layer}, width {width}, "
+        raise InputError(f"{folder} holds {problem} of layer {layer}, width {width or 'any'}, "
                          f"L0 {l0 or 'any'}; there are {listing}")
-    return matches[0][2]
+    return matches[0][1:]
 
 
 def neuronpedia_url(source, layer: int, width: str, index: int, l0=None) -> str | None:

@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from bench.common import add_flags, prepare, publish, race
 from bench.shapes import CONFIGS, RATE
 from bench.step import KeepGradients, our_model
-from data import Example, load_tokenizer, make_example, pack, read_pairs
+from data import Example, load_tokenizer, make_example, pack
 from fused import IGNORE, nll_sum
 from run.files import ROOT, Parser
+from run.readers import read_pairs
 from train import fit
 
 SHOWN = {"part": "", "dtype": "", "side": "", "ms": ",.0f", "times ours": ".2f", "tokens": ",",

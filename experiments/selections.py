@@ -100,7 +100,7 @@ def sampled(prompts, count):
 
 
 def decision_prompts(tokenizer, pairs, prompts, format="chat"):
-    """(harmful, harmless) lists of token ids, as many of each: of pairs, and of data.Prompts."""
+    """(harmful, harmless) lists of token ids, as many of each: of pairs, and of readers.Prompts."""
     harmful = [aligned.tokens[:aligned.start] for aligned, _ in pairs]
     harmless = [prompt_tokens(tokenizer, prompt.turns, format) for prompt in prompts]
     count = min(len(harmful), len(harmless))

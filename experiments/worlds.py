@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import torch
 from torch.nn.functional import normalize
 
+from run.readers import read_pairs, read_prompts
 import train
-from data import load_tokenizer, make_example, read_pairs, read_prompts
+from data import load_tokenizer, make_example
 from features import contrast_gradients, feature_statistics, gradient_moments
 from lora import linears
 from model import TARGETS, load_model

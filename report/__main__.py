@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 import lora
-from data import load_tokenizer, read_pairs
+from data import load_tokenizer
 from features import load_subspaces
 from model import load_config, load_model
 from report.explain import NUM_PROMPTS, explain
 from report.page import write_page
 from run import parallel
 from run.files import ROOT, InputError, Parser, data_file, is_new, read_json, table, write_json
+from run.readers import read_pairs
 from run.session import limit_threads
 from run.settings import (add_flags, base_of, check_device, model_folder, resolve,
                           saved_settings)

@@ -68,7 +68,8 @@ GROUPS: dict[str, list[Setting]] = {
         Setting("sae", None, str, "hub repository or folder in Gemma Scope's layout", "REPO|DIR"),
         Setting("layers", None, list, "SAE layers (default: the recipe's, or all of a folder)",
                 "N"),
-        Setting("width", None, str, "SAE width as Gemma Scope names it: 16k, 65k, …", rare=True),
+        Setting("width", None, str, "SAE width as Gemma Scope names it: 16k, 65k, … (default: the "
+                "folder's only one, or 16k)", rare=True),
         Setting("l0", None, int, "average L0 in the SAE's folder name (default: the canonical)",
                 low=0, rare=True),
     ],
@@ -267,11 +268,6 @@ def _derive(values, source):
         if values[name] is None:
             values[name], source[name] = value, origin
 
-    folder = Path(values["sae"] or "")
-    if values["sae"] and not values["layers"]:
-        derive("layers", _layers_in(folder), "SAE folder")
-    if values["sae"] and not values["width"]:
-        derive("width", _width_in(folder, values["layers"]), "SAE folder")
     derive("device", "cuda" if torch.cuda.is_available() else "cpu", "this machine")
     on_cpu = values["device"] == "cpu"
     derive("dtype", "float32" if on_cpu else "bfloat16", values["device"])
@@ -279,29 +275,6 @@ def _derive(values, source):
     by_gradient = values["select"] == "gradient"
     derive("top_k", 2 * values["rank"] if by_gradient else TOP_K,
            "twice the rank" if by_gradient else "default")
-
-
-def _layers_in(folder):
-    names = [path.name.removeprefix("layer_") for path in folder.glob("layer_*")]
-    layers = sorted(int(name) for name in names if name.isdecimal())
-    if not layers:
-        raise InputError(f"{folder}: give --layers, or a folder with "
-                         "layer_N/width_W/average_l0_X/params.npz")
-    return layers
-
-
-def _width_in(folder, layers):
-    if not folder.is_dir():
-        return "16k"
-    for layer in layers:
-        if not (folder / f"layer_{layer}").is_dir():
-            raise InputError(f"--layers {layer}: {folder} holds layers "
-                             f"{', '.join(map(str, _layers_in(folder)))}")
-    paths = (folder / f"layer_{layers[0]}").glob("width_*")
-    widths = sorted(path.name.removeprefix("width_") for path in paths)
-    if len(widths) != 1:
-        raise InputError(f"{folder}: say --more width=W; it holds {', '.join(widths) or 'none'}")
-    return widths[0]
 
 
 def _check(values):

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Tokenizer, load_tokenizer, read_items
+from data import Tokenizer, load_tokenizer
 from fused import IGNORE
 from model import Gemma2, load_model
 from run.files import InputError, Parser, data_file, run_command, table, write_json
+from run.readers import read_items
 from run.session import limit_threads
 from run.settings import TOY, model_folder
 from sae import SAE, load_saes, saes_in

@@ -25,9 +25,10 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from data import load_tokenizer, read_items
+from data import load_tokenizer
 from model import load_model
 from run.files import InputError, Parser, data_file, read_json, run_command, write_json
+from run.readers import read_items
 from run.session import (Log, Signals, Stopped, limit_threads, read_checkpoint, run_folder,
                          write_checkpoint)
 from run.settings import RECIPES, TOY, check_device, model_folder

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import Prompt, Tokenizer
+from data import Tokenizer
 from model import Gemma2
 from run.files import InputError, read_jsonl, write_jsonl
+from run.readers import Prompt
 from safety.figures import grouped, share
 from safety.gcg import Plan, search, vocabulary
 from safety.sets import HARMFUL, EvalSet

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Prompt, Tokenizer, prompt_tokens
+from data import Tokenizer, prompt_tokens
 from model import FULL, SLIDING, Gemma2
 from run.files import InputError
+from run.readers import Prompt
 from safety.rules import judge
 
 TOP = 256                   # tokens that a position of the suffix draws from

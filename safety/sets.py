@@ -12,8 +12,8 @@ import random
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
-from data import Prompt, read_prompts
 from run.files import InputError, data_file, table
+from run.readers import Prompt, read_prompts
 from run.settings import HH_RLHF, ROLES, TOY
 
 HARMFUL = ("harmful", "jailbreak")      # roles of sets to refuse; the others are to be answered

@@ -10,10 +10,11 @@ import torch
 from conftest import TOY, random_gemma
 from gemma_like import gemma_like_tokenizer
 
-from data import Prompt, load_tokenizer, prompt_tokens, read_prompts
+from data import load_tokenizer, prompt_tokens
 from eval import answer
 from model import load_model
 from run.files import InputError, read_jsonl
+from run.readers import Prompt, read_prompts
 from safety import attack, gcg
 from safety.attack import PREFIX, read_templates, success, target_of, wrapped
 from safety.gcg import Plan, SharedCache, Slot, candidate_losses, gradient, search, vocabulary

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import (Example, Pair, Prompt, Tokenizer, load_examples, load_tokenizer, make_example,
-                  pack, prompt_tokens, read_items, read_pairs, read_prompts)
+from data import (Example, Tokenizer, load_examples, load_tokenizer, make_example, pack,
+                  prompt_tokens)
 from run.files import InputError
+from run.readers import Pair, Prompt, read_items, read_pairs, read_prompts
 from safety.judges import shieldgemma_tokens
 from saes.stream import encode_item
 

@@ -13,11 +13,12 @@ from gemma_like import gemma_like_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import load_tokenizer, read_items, read_pairs, read_prompts
+from data import load_tokenizer
 from lora import add_lora, load_adapter, lora_layers, save_adapter, trainable_parameters
 from model import load_config, load_model, save_model
 from run import files
 from run.files import InputError
+from run.readers import read_items, read_pairs, read_prompts
 from run.session import CHECKPOINT, load_checkpoint, save_checkpoint
 from sae import load_sae, read_array, save_sae
 

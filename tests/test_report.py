@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import TOY, random_gemma
 
 import lora
-from data import Example, Prompt, load_tokenizer
+from data import Example, load_tokenizer
 from features import serving_layer
 from model import MODULES, load_model
 from report.__main__ import main, runs_table
@@ -22,6 +22,7 @@ from report.directions import (FALSE_NAMES, Update, directions_used, random_dire
 from report.explain import activity, explain, removed
 from report.page import page, write_page
 from run.files import InputError
+from run.readers import Prompt
 from safety.sets import EvalSet
 from sae import JumpReLU, load_sae
 

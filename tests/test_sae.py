@@ -163,7 +163,7 @@ def test_a_folder_lists_what_it_holds(tmp_path):
     assert load_sae(tmp_path, 1, N, l0=30).l0 == 30
     for arguments, message in [((1, N), "several SAEs of layer 1.*0_7,.*0_30"),
                                ((2, N), "no SAE of layer 2.*layer_0/.*layer_11/"),
-                               ((0, "16k"), f"no SAE.*width_{N}"), ((0, "../x"), "known are 4k")]:
+                               ((0, "16k"), f"no SAE.*width_{N}"), ((0, "../x"), "no SAE")]:
         with pytest.raises(InputError, match=message):
             load_sae(tmp_path, *arguments)
     with pytest.raises(InputError, match="layer_N/width_W"):
@@ -186,9 +186,10 @@ def test_hub_names(tmp_path, monkeypatch):
     for source, layer, width, message in [
             (repository, 26, "16k", "no canonical SAE of layer 26"),
             ("google/gemma-scope-9b-it-res", 10, "131k", "layers known: 9, 20, 31"),
-            ("google/gemma-scope-9b-pt-res", 10, "131k", "none.: say the L0"),
-            ("someone/saes", 10, "16k", "say the L0"),
-            ("google/gemma-scope-2b-pt-mlp", 10, "16k", "not SAEs of the residual stream")]:
+            ("google/gemma-scope-9b-pt-res", 10, "131k", "none.: give --more l0=N"),
+            ("someone/saes", 10, "16k", "give --more l0=N"),
+            ("google/gemma-scope-2b-pt-mlp", 10, "16k", "no canonical SAE"),
+            (repository, 20, "../x", "no canonical SAE")]:
         with pytest.raises(InputError, match=message):
             load_sae(source, layer, width)
     assert len(requests) == 2

@@ -9,9 +9,10 @@ import re
 import pytest
 from conftest import TOY
 
-from data import load_tokenizer, make_example, prompt_tokens, read_pairs, read_prompts
+from data import load_tokenizer, make_example, prompt_tokens
 from model import load_model
 from run.files import InputError, read_json
+from run.readers import read_pairs, read_prompts
 from safety.rules import verdict
 from toy import build, world
 from toy.world import HARM_VERBS, PHRASINGS, PREAMBLES, SENSITIVE_NOUNS, SETS, World

@@ -387,7 +387,7 @@ def test_a_small_model_takes_one_thread(monkeypatch):
     (["--model", "google/gemma-2-3b"], ["google/gemma-2-3b"]),
     (["--data", "nosuch.jsonl"], ["nosuch.jsonl", "no such file"]),
     (["--sae", "nosuchsae"], ["nosuchsae"]),
-    (["--layers", "0", "7"], ["7", "0, 1"]),
+    (["--layers", "0", "7"], ["layer 7", "layer_0/", "layer_1/"]),
     (["--more", "width=16k"], ["16k", "96"]),
     (["--more", "nosuch=1"], ["nosuch", "accumulate"]),
     (["--more", "clip=much"], ["clip"]),
@@ -452,7 +452,7 @@ def test_sae_of_another_model(mini, tmp_path, monkeypatch, capsys):
 
 def test_missing_flags_are_asked_for_by_name(mini, monkeypatch, capsys):
     assert "--sae and --data" in refused(["--model", mini, "--rank", "8"], monkeypatch, capsys)
-    arguments = ["--model", "someone/gemma", "--sae", "someone/saes", "--data", "pairs.jsonl"]
+    arguments = ["--model", mini, "--sae", "someone/saes", "--data", mini / "train.jsonl"]
     assert "--layers" in refused(arguments, monkeypatch, capsys)
 
 

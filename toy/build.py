@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Example, Row, load_tokenizer, make_example, pack, read_items, read_prompts
+from data import Example, Row, load_tokenizer, make_example, pack
 from eval import answer
 from model import Config, Gemma2, load_model, save_model
 from run.files import ROOT, InputError, Parser, run_command, table, write_json
+from run.readers import read_items, read_prompts
 from sae import load_sae
 from safety.rules import verdict
 from saes import measure as sae_measure
