@@ -5,11 +5,9 @@
 low_i is the first key that query i sees: the start of its document or, on a sliding layer, the
 first key of its window, whichever comes later. There are three forms:
 
-`attention_plain` takes any mask and makes all scores at once. Tests compare the others with it.
-
-`attend_spans` is the form for a CPU: blocks of 128 queries, whose scores a cache holds.
-
-`attend_flex` is the form for CUDA: PyTorch's flex_attention with the same scores and spans.
+    attention_plain    any mask, all scores at once; on CUDA whatever needs no gradient
+    attend_spans       on a CPU: blocks of 128 queries, whose scores a cache holds
+    attend_flex        on CUDA with gradients: PyTorch's flex_attention
 
 Letters: B batch, T queries, S keys, H query heads, K key-value heads, G = H/K, hd head size,
 n queries of a block.
@@ -30,22 +28,12 @@ from fused import LOG2E, softcap, wide_dtype
 BLOCK = 128    # queries
 SHORT = 64     # rows up to this length take the plain form, which is as fast there
 SAFE_CAP = 60  # T·exp(60) is far from float32's largest number, exp(88)
+BLOCK_SIZES = ("fwd_BLOCK_M", "fwd_BLOCK_N",  # flex_attention's kernel options
+               "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
 
 
 # --------------------------------------------------------------------------------------------------
 # Which query sees which keys
-
-def document_starts(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Index (B or 1, T) of the first token of each token's document.
-
-    A document is a run of equal numbers in `documents` (B, T); None is one document a row.
-    """
-    index = torch.arange(tokens.shape[1], device=tokens.device)
-    if documents is None:
-        return torch.zeros_like(index)[None]
-    is_first = documents[:, 1:] != documents[:, :-1]
-    return torch.nn.functional.pad(is_first * index[1:], (1, 0)).cummax(1).values
-
 
 def span_mask(low: Tensor) -> Tensor:
     """Mask (B or 1, 1, T, T) of the keys from low (B or 1, T) to the query itself."""
@@ -65,16 +53,18 @@ def span_blocks(low: Tensor) -> BlockMask:
 
 def visible_keys(low: Tensor, cap: float | None) -> Tensor | BlockMask:
     """The spans low (B or 1, T) as `attention` takes them: a BlockMask, low itself, or a mask."""
-    if low.is_cuda and compiled:
+    T = low.shape[1]
+    # Flex is for a backward, which would keep T × T scores. It compiles anew for lengths of
+    # prompts, and PyTorch 2.13 gives rows under 128 to a kernel that refuses some shapes
+    if low.is_cuda and T >= BLOCK and torch.is_grad_enabled():
         return span_blocks(low)
     bounded = cap is not None and cap <= SAFE_CAP
-    if low.is_cpu and low.shape[1] > SHORT and bounded:
+    if low.is_cpu and T > SHORT and bounded:
         return low
     return span_mask(low)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor,
-              visible: Tensor | BlockMask,
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | BlockMask,
               scale: float, cap: float | None) -> Tensor:
     """Attention (B, H, T, hd) of q (B, H, T, hd) to k and v (B, K, S, hd).
 
@@ -346,8 +336,8 @@ attend_spans.register_autograd(_backward, setup_context=_setup_context)
 # --------------------------------------------------------------------------------------------------
 # Compiling what stands between the matrix products
 
-compiled = False  # whether `pointwise` compiles, and attention on CUDA is flex_attention
-compile_once: Callable = cache(torch.compile)  # importing the compiler takes seconds
+compiled = False  # whether `pointwise` compiles
+compile_once: Callable = cache(torch.compile)  # the same function is compiled once
 
 
 def use_compile(on=True) -> bool:
@@ -374,8 +364,7 @@ def _compiler_works() -> bool:
     x = torch.zeros(1, 6, 160, 8, requires_grad=True)
     low = torch.zeros(1, 160, dtype=torch.long)
     try:
-        out = attention(x, x, x, low, scale=1.0, cap=50.0)
-        out.sum().backward()
+        attention(x, x, x, low, scale=1.0, cap=50.0).sum().backward()
     except Exception as error:  # no compiler, no Python.h, ...
         reason = str(error).strip().splitlines()[0]
         print(f"warning: torch.compile fails here, running without it: {reason}", file=sys.stderr)
@@ -386,13 +375,26 @@ def _compiler_works() -> bool:
 # --------------------------------------------------------------------------------------------------
 # CUDA
 
-def attend_flex(q, k, v, spans, scale, cap):
-    """flex_attention with softcapped scores; `spans` from `span_blocks`. Compiled on CUDA.
+@torch.compiler.assume_constant_result  # so that a graph doesn't break here
+def is_small_card(device):
+    """Whether flex_attention's own blocks don't fit: up to 148 KiB at a head size of 256.
 
-    Shapes as in `attention`. On a CPU it has no backward: there, tests check scores and spans with
-    its uncompiled forward. No GPU has run this yet.
+    An A100 has 163 KiB of shared memory for a block, an L40S or RTX 40 has 99.
     """
-    def capped(score, b, h, i, j):  # the score comes scaled
-        return softcap(score, cap)
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin < 160 << 10
+
+
+def attend_flex(q, k, v, spans, scale, cap):
+    """flex_attention with softcapped scores, shapes as in `attention`, `spans` from `span_blocks`.
+
+    On a CPU tests check its uncompiled forward; it has no backward there. No GPU has run it yet.
+    """
+    capped = lambda score, *_: softcap(score, cap)  # the score comes scaled
+    # Uncompiled it would hold T × T scores, so it is compiled whether or not the model is
     flex = compile_once(flex_attention) if q.is_cuda else flex_attention
-    return flex(q, k, v, score_mod=capped, block_mask=spans, scale=scale, enable_gqa=True)
+    options = None
+    if q.is_cuda and is_small_card(q.device):  # these blocks take about 70 KiB
+        options = dict.fromkeys(BLOCK_SIZES, 64 // q.element_size()) | {"num_stages": 1}
+    return flex(q, k, v, score_mod=capped, block_mask=spans, scale=scale, enable_gqa=True,
+                kernel_options=options)

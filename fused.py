@@ -22,6 +22,9 @@ from torch import Tensor
 IGNORE = -100   # the label of a token without loss
 LOG2E = 1.4426950408889634  # exp(x) = 2^(x·log₂e), and exp2 is four times as fast on a CPU
 
+# Products of bfloat16 sum in float32 here; by default CUDA may round partial sums
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
 
 def wide_dtype(x: Tensor) -> torch.dtype:
     """The dtype to compute in: float32, or float64 if x is."""
@@ -42,6 +45,18 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
     frequency = theta ** (-pair / head_dim)                          # radians a token, (hd/2,)
     angle = positions[..., None].float() * frequency
     return angle.cos(), angle.sin()
+
+
+def document_starts(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Index (B or 1, T) of the first token of each token's document.
+
+    A document is a run of equal numbers in `documents` (B, T); None is one document a row.
+    """
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    if documents is None:
+        return torch.zeros_like(index)[None]
+    is_first = documents[:, 1:] != documents[:, :-1]
+    return F.pad(is_first * index[1:], (1, 0)).cummax(1).values
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

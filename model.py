@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import fused
-from attention import Cache, attention, document_starts, visible_keys
-from fused import geglu, rms_norm, rotary, rotate, softcap
+from attention import Cache, attention, visible_keys
+from fused import document_starts, geglu, rms_norm, rotary, rotate, softcap
 from run.files import (InputError, is_file_name, locate, open_tensors, read_json, tensor_shapes,
                        write_json, write_tensors)
 
@@ -225,10 +225,9 @@ class Gemma2(nn.Module):
                caches: list[Cache] | None = None) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden states (B, T, D), and the residual stream {layer: (B, T, D)} after `capture`.
 
-        tokens (B, T) int64, or embeddings (B, T, D). documents (B, T): a token sees only keys of
-        its own document, a run of equal numbers, where positions restart; None is one document.
-        Hidden states come after the final norm or, with `stop_after`, straight after that block.
-        `caches`, one a layer, are filled for generation.
+        tokens (B, T) int64, or embeddings (B, T, D). documents (B, T): positions restart, and keys
+        are seen, within runs of equal numbers; None is one run. Hidden states are past the final
+        norm or, with `stop_after`, that block's output. `caches`, one a layer, are filled.
         """
         index = torch.arange(tokens.shape[1], device=tokens.device)
         starts = document_starts(tokens, documents)                 # (B or 1, T)
@@ -285,14 +284,13 @@ class Gemma2(nn.Module):
         documents = torch.arange(T, device=device) >= start[:, None]
         end = T + max_new_tokens
         caches = self._empty_caches(B, end)
-        # Layers of one kind see the same keys: any cache of the kind will do
-        cache_of = dict(zip(self.config.layer_types, caches))
+        cache_of = dict(zip(self.config.layer_types, caches))   # any of a kind: they see the same
         x, _ = self.hidden(tokens, documents, caches=caches)
         answers: list[list[int]] = [[] for _ in prompts]
         rows = list(range(B))   # the prompt of each row that is still in the batch
         running = set(rows)     # the prompts that haven't stopped
         for index in range(T, end):
-            new = self._next_token(x[:, -1], temperature, generator)  # (B,)
+            new = self._next_token(x[:, -1], temperature, generator).to(device)  # (B,)
             for row, token in zip(rows, new.tolist()):
                 if token in stop:
                     running.discard(row)
@@ -320,10 +318,12 @@ class Gemma2(nn.Module):
 
     def _next_token(self, hidden, temperature, generator):
         """Tokens (B,) that follow hidden states (B, D)."""
-        if temperature > 0:
-            probabilities = (self.unembed(hidden) / temperature).softmax(-1)
-            return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        return (hidden @ self.embed_tokens.weight.T).float().argmax(-1)  # a softcap keeps the order
+        if temperature == 0:  # a softcap keeps the order
+            return (hidden @ self.embed_tokens.weight.T).float().argmax(-1)
+        probabilities = (self.unembed(hidden) / temperature).softmax(-1)
+        if generator:  # PyTorch draws only where the generator is
+            probabilities = probabilities.to(generator.device)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import attention
 import fused
-from attention import (BLOCK, attend_flex, attend_spans, attention_plain, document_starts,
-                       span_blocks, span_mask, use_compile)
-from fused import IGNORE, FusedNLL
+from attention import (BLOCK, attend_flex, attend_spans, attention_plain, span_blocks, span_mask,
+                       use_compile)
+from fused import IGNORE, FusedNLL, document_starts
 from lora import add_lora, lora_layers
 from model import TARGETS, Config, Gemma2
 
