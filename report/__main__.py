@@ -5,7 +5,7 @@
     python -m report --adapter DIR --model google/gemma-2-2b --out explained
                                        # any LoRA adapter for Gemma-2 in PEFT's layout
 
-Explaining answers prompts a dozen times and reads them twice; on the toy it takes 5 seconds.
+Explaining answers prompts a dozen times; on the toy it takes 5 seconds.
 """
 
 import statistics
@@ -71,6 +71,22 @@ def explain_run(run, num_prompts, device=None):
         features = read_json(run / "features.json", list)
         subspaces = load_subspaces(run / "subspace.safetensors")
     explain_to(run / "explain.json", run, settings, num_prompts, trained, features, subspaces)
+
+
+def findings(explanation) -> str | None:
+    """One line: how many features are named, and what the one that costs most is worth."""
+    num_named = sum(len(part["features"]) for part in explanation["layers"])
+    trained, *others = explanation["removal"]
+    without = [row for row in others if row["feature"]]
+    if not without:
+        return None
+    line = f"features named: {num_named}"
+    # Without harmful prompts nothing can be refused
+    if trained["safe"]:
+        worst = min(without, key=lambda row: row["change"])
+        line += (f"; harmful prompts refused: {trained['safe']['rate']:.1%}, "
+                 f"without {worst['feature']} {worst['safe']['rate']:.1%}")
+    return line
 
 
 # ------------------------------------------------------------------------------
@@ -151,6 +167,9 @@ def main():
         explain_to(folder / "explain.json", args.adapter, settings, args.prompts)
     elif not (folder / "explain.json").exists():
         explain_run(folder, args.prompts, args.device)
+    explanation = read_json(folder / "explain.json")
+    if line := findings(explanation):
+        print(line)
     print(f"page: {write_page(folder)}")
 
 

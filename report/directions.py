@@ -199,21 +199,6 @@ class Update:
             ordered[best] = float(share[best]), limit
         return ordered
 
-    def describe(self, U: torch.Tensor | None, level: float) -> dict:
-        """Shares in the subspace U (D, r̂) and in the named features' span, beside chance."""
-        named = self.name(level)
-        described = {
-            "subspace": None,
-            "subspace_random": None,
-            "explained": self.inside(span(self.decoder[list(named)])),
-            "explained_random": self.inside_random(len(named)),
-            "features": [{"index": index, "share_left": share, "left_max": limit}
-                         for index, (share, limit) in named.items()]}
-        if U is not None:
-            described["subspace"] = self.inside(U)
-            described["subspace_random"] = self.inside_random(U.shape[1])
-        return described
-
 
 def directions_used(model, saes, subspaces=None, norm_aware=False) -> list[dict]:
     """explain.json's "layers": the update of the modules that one SAE serves, on each side.
@@ -230,7 +215,7 @@ def directions_used(model, saes, subspaces=None, norm_aware=False) -> list[dict]
     sizes = {key: sum(map(norm2, rows)) for key, rows in updates.items()}
     level = FALSE_NAMES / len(updates)
 
-    described = []
+    parts = []
     for sae_layer in sorted(saes):
         # One decoder is in memory at a time
         decoder = unit_decoder(saes[sae_layer])
@@ -241,10 +226,17 @@ def directions_used(model, saes, subspaces=None, norm_aware=False) -> list[dict]
             if sizes.get(key, 0) == 0:
                 continue
             update = Update(torch.cat(updates[key]), decoder, random_rows)
-            about = {
+            named = update.name(level)
+            part = {
                 "layer": sae_layer,
                 "side": side,
-                "share_of_update": sizes[key] / sum(sizes.values())}
-            U = (subspaces or {}).get(key)
-            described.append(about | update.describe(U, level))
-    return described
+                "share_of_update": sizes[key] / sum(sizes.values()),
+                "explained": update.inside(span(decoder[list(named)])),
+                "explained_random": update.inside_random(len(named)),
+                "features": [{"index": index, "share_left": share, "left_max": limit}
+                             for index, (share, limit) in named.items()]}
+            if subspaces:
+                part["subspace"] = update.inside(subspaces[key])
+                part["subspace_random"] = update.inside_random(subspaces[key].shape[1])
+            parts.append(part)
+    return parts

@@ -17,7 +17,6 @@ from run.files import read_json, read_jsonl, write_text
 
 TEMPLATE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 VERDICTS = {"full": "refused", "partial": "partly refused", "comply": "complied", "empty": "blank"}
-MAX_MOVED = 8          # features in one table of those that fire differently
 
 # ------------------------------------------------------------------------------
 # Markup
@@ -62,10 +61,6 @@ def small(*words) -> Html:
 
 def note(*words) -> Html:
     return tag("p", *words, class_="note")
-
-
-def details(summary, *content, **attributes) -> Html:
-    return tag("details", tag("summary", summary), *content, **attributes)
 
 
 def table(head, rows) -> Html:
@@ -115,8 +110,8 @@ def features(run):
     layers = {}
     for key, feature in run.words.items():
         link = None
-        url = feature["neuronpedia"] or ""
-        if url.startswith("https://www.neuronpedia.org/"):
+        url = feature["neuronpedia"]
+        if url and url.startswith("https://www.neuronpedia.org/"):
             link = tag("a", "Neuronpedia", href=url, rel="noreferrer")
         # Many peaks may lie in one sentence
         contexts = {}
@@ -130,11 +125,13 @@ def features(run):
             id=f"feature-{key}",
             class_="card")
         layers.setdefault(key.partition("/")[0], []).append(card)
+    parts = [note("The tokens on which each feature fires most, in context, with its activation "
+                  "and the kind of text. Promotes: the tokens that its direction favours.")]
     # A link to what is inside a closed <details> opens it
-    return [note("The tokens on which each feature fires most, in context, with its activation "
-                 "and the kind of text. Promotes: the tokens that its direction favours."),
-            [details(f"Layer {layer}: {len(cards)} features", cards)
-             for layer, cards in layers.items()]]
+    for layer, cards in layers.items():
+        summary = tag("summary", f"Layer {layer}: {len(cards)} features")
+        parts.append(tag("details", summary, cards))
+    return parts
 
 
 # ------------------------------------------------------------------------------
@@ -156,7 +153,7 @@ def update(run):
 
     # Parts add up by their size
     def whole(key):
-        shares = [part["share_of_update"] * (part[key] or 0) for part in parts]
+        shares = [part["share_of_update"] * part[key] for part in parts]
         return f"{sum(shares):.1%}"
 
     lead = "The update uses no feature clearly more than chance: features do not explain it."
@@ -164,7 +161,7 @@ def update(run):
     if num_named:
         lead = (f"{whole('explained')} of the update lies along the {num_named} directions named "
                 f"below; as many random directions hold {whole('explained_random')}.")
-    if parts[0]["subspace"] is not None:
+    if "subspace" in parts[0]:
         lead += (f" {whole('subspace')} lies in the subspace that was chosen before training; "
                  f"random subspaces of that size hold {whole('subspace_random')}.")
     if run.settings.get("init") == "sails":
@@ -199,28 +196,6 @@ def removal(run):
     return [table(head, rows),
             note("A direction is projected out of the update, and the same prompts, plain and "
                  "behind a jailbreak, are answered again.")]
-
-
-def inside(run):
-    """The features whose mean activation moved most before the first word of the answer."""
-    tables = []
-    head = ["feature, fires most on", "change", "base model", "with adapter"]
-    for part in run.explain["inside"]:
-        moved = sorted(part["features"], key=lambda feature: -abs(feature["change"]))
-        rows = []
-        for feature in moved[:MAX_MOVED]:
-            change = f"{feature['change']:+.2f}"
-            # One prompt has no spread
-            error = small(f" ± {feature['error']:.2f}") if part["prompts"] > 1 else None
-            rows.append([
-                feature_link(run, f"{feature['layer']}/{feature['index']}"),
-                join(change, error),
-                f"{feature['base']:.2f}",
-                f"{feature['adapter']:.2f}"])
-        summary = f"{part['role']}: {part['prompts']} prompts"
-        tables.append(details(summary, table(head, rows), open=not tables))
-    lead = "Features whose mean activation moved most, before the first word of the answer."
-    return [tag("p", lead, class_="lead"), tables]
 
 
 # ------------------------------------------------------------------------------
@@ -305,7 +280,6 @@ def training(run):
 SECTIONS = [  # title, the file that it needs, function
     ("What changed", "scores", changed),
     ("What the update is made of", "explain", update),
-    ("What changed inside", "explain", inside),
     ("Answers side by side", "judged", answers),
     ("Features", "explain", features),
     ("Training loss", "metrics", training)]

@@ -1,7 +1,6 @@
 """What an adapter learned: shares against plain sums, planted updates, removal, and the page."""
 
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from features import serving_layer
 from model import MODULES, load_model
 from report.__main__ import main, runs_table
 from report.directions import (FALSE_NAMES, Update, directions_used, random_directions)
-from report.explain import activity, explain, removed
+from report.explain import describe, explain, removed
 from report.page import page, write_page
 from run.files import InputError
 from run.readers import Prompt
@@ -157,41 +156,33 @@ def test_removal_equals_a_dense_projection_and_leaves_no_trace(norm_aware):
     assert torch.equal(model(tokens), logits)
 
 
-def test_activity_equals_a_plain_loop():
-    model, saes, control = random_gemma(), random_saes(), {0, 1, 2}
-    add_random_adapter(model)
+def test_peaks_are_where_the_base_fires_most(toy):
+    tokenizer, saes = toy
+    model = planted_adapter(saes)
     generator = torch.Generator().manual_seed(3)
     texts = []
-    for i, length in enumerate((9, 30, 14, 21, 17)):
-        tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
-        tokens[0], tokens[length // 2 - 1], tokens[-1] = 2, 1, 1        # control tokens
-        texts.append(("benign" if i % 2 else "harmful", Example(tokens, length // 2, True)))
-    activities = activity(model, saes, texts, control, batch_tokens=64)
-
-    def codes(example, layer, factor):
-        with lora.scaled(model, factor):
-            _, residuals = model.hidden(torch.tensor([example.tokens]), capture=(layer,))
-        return saes[layer].encode(residuals[layer][0]).double()         # (T, F)
-
-    for layer in saes:
-        rows = torch.stack([
-            torch.stack([codes(example, layer, factor)[example.start - 1] for factor in (0, 1)])
-            for role, example in texts if role == "harmful"])           # (prompts, 2, F)
-        change = rows[:, 1] - rows[:, 0]
-        moved = activities[layer].moved("harmful", len(rows))
-        assert moved[0]["index"] == change.mean(0).abs().argmax().item()
-        for feature in moved:
-            i = feature["index"]
-            base, adapter = rows.mean(0)[:, i].tolist()
-            error = change[:, i].std().item() / math.sqrt(len(change))
-            assert feature["base"] == pytest.approx(base, abs=1e-5)
-            assert feature["adapter"] == pytest.approx(adapter, abs=1e-5)
-            assert feature["error"] == pytest.approx(error, abs=1e-5)
-        # A feature's peak is where the base, not the adapter, is most active
-        values = [codes(example, layer, 0)[t, 80].item() for _, example in texts
-                  for t in range(len(example.tokens))
-                  if example.tokens[t] not in control or t == example.start - 1]
-        assert activities[layer].peaks.of(80)[0][0] == pytest.approx(max(values), abs=1e-4)
+    for line, length in enumerate((9, 30, 14, 21, 17), start=1):
+        tokens = torch.randint(8, 200, (length,), generator=generator).tolist()
+        tokens[0], tokens[length // 2 - 1], tokens[-1] = tokenizer.bos, tokenizer.bos, tokenizer.bos
+        role = "lookalike" if line % 2 else "harmful"
+        texts.append((role, line, Example(tokens, length // 2, True)))
+    strongest = []                          # of each text, (F)
+    for _, _, example in texts:
+        with lora.scaled(model, 0):
+            _, residuals = model.hidden(torch.tensor([example.tokens]), capture=(2,))
+        codes = saes[2].encode(residuals[2][0])
+        kept = [t for t, token in enumerate(example.tokens)
+                if t == example.start - 1 or token not in tokenizer.control]
+        strongest.append(codes[kept].max(0).values)
+    strongest = torch.stack(strongest)
+    features = strongest.sum(0).topk(3).indices.tolist()
+    described = describe(model, saes[2], tokenizer, features, texts)
+    for index in features:
+        best = strongest[:, index].argmax().item()
+        role, line, _ = texts[best]
+        peak = described[f"2/{index}"]["peaks"][0]
+        assert (peak["side"], peak["line"]) == (role, line)
+        assert peak["activation"] == pytest.approx(strongest[best, index].item(), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +214,7 @@ def test_a_planted_adapter_is_explained(toy):
     explanation = explain(model, saes, tokenizer, toy_sets(), SETTINGS)
     for part in explanation["layers"]:
         named = {feature["index"] for feature in part["features"]}
-        assert named == {40, 217, 300} and part["explained"] > 0.999 and part["subspace"] is None
+        assert named == {40, 217, 300} and part["explained"] > 0.999 and "subspace" not in part
 
     # Nothing else is in the update: without its features the adapter is the base
     rows = {row["what"]: row for row in explanation["removal"]}
@@ -247,7 +238,9 @@ def test_the_command_explains_an_adapter(toy, tmp_path, monkeypatch, capsys):
                f"--out {tmp_path}/out --prompts 2")
     monkeypatch.setattr("sys.argv", command.split())
     main()
-    assert "out/report.html" in capsys.readouterr().out
+    findings, place = capsys.readouterr().out.splitlines()[-2:]
+    assert re.fullmatch(r"features named: \d+; .*: [\d.]+%, without ./\d+ [\d.]+%", findings)
+    assert "out/report.html" in place
     assert 'id="feature-2/217"' in (tmp_path / "out/report.html").read_text()
     with pytest.raises(InputError, match="isn't empty"):
         main()
@@ -273,10 +266,8 @@ def write_run(folder, text=str, prompts=8):
     removal = [{"what": text(what), "feature": feature, "safe": figure(0.5), "change": -0.125,
                 "p": 0.25, "over_refusal": None}
                for what, feature in (("as trained", None), ("without it", "1/7"))]
-    moved = {"layer": 1, "index": 7, "base": 0.4, "adapter": 1.9, "change": 1.5, "error": 0.2}
     explanation = {
-        "model": text("toy"), "layers": [part], "words": {"1/7": words}, "removal": removal,
-        "inside": [{"role": "harmful", "prompts": 8, "features": [moved]}]}
+        "model": text("toy"), "layers": [part], "words": {"1/7": words}, "removal": removal}
     paired = {"safe": {"change": 0.5, "p": 0.01}}
     sets = {model: {text("harmful"): {"role": "harmful", "n": 8, "safe": figure(rate),
                                       "partial": figure(0), "empty": figure(0)}}
@@ -328,7 +319,7 @@ def test_the_page_shows_what_the_files_say(tmp_path):
     shown = " ".join(reader.text.split())
     for words in ("75.0% [37.5%, 75.0%]", "+50.0 p 0.01", "30.0% of the update lies along the 1",
                   "hold 10.0%", "say little about what training did", "read from layer 1: 100.0%",
-                  "without it cannot 50.0%", "-12.5 p 0.25", "1/7 cannot+1.50 ± 0.20",
+                  "without it cannot 50.0%", "-12.5 p 0.25", "1/7 cannot30.0%9.0%",
                   "Promotes sorry", "compliedbase says 1", "refusedadapter says 1",
                   "step 8: 0.25", "python train.py --data"):
         assert words in shown, words
@@ -342,7 +333,9 @@ def test_an_adapter_of_another_origin_has_a_page_too(tmp_path):
     for name in ("config.json", "scores.json", "judged.jsonl", "metrics.jsonl"):
         (run / name).unlink()
     explanation = json.loads((run / "explain.json").read_text())
-    explanation["layers"][0] |= {"subspace": None, "subspace_random": None, "features": []}
+    part = explanation["layers"][0]
+    del part["subspace"], part["subspace_random"]
+    part["features"] = []
     (run / "explain.json").write_text(json.dumps(explanation))
     text = Reader(page(run)).text
     assert "features do not explain it" in text and "subspace that was chosen" not in text
