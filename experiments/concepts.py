@@ -12,13 +12,15 @@ Letters: n tokens, D width of the residual stream, F features, K units (features
 import torch
 from tqdm import tqdm
 
+from data import load_tokenizer, prompt_tokens
 from model import load_model
-from run.files import InputError, Parser, read_jsonl, run_command, table, write_json
+from run.files import InputError, Parser, read_json, read_jsonl, run_command, table, write_json
 from run.session import limit_threads
 from run.settings import TOY, model_folder
 from sae import SASA, JumpReLU, load_saes, saes_in
 from saes.step import Spec, Trainer
 from saes.train import add_machine
+from toy.world import HARM_VERBS, NOUNS, PREAMBLES, REFUSE, SENSITIVE_NOUNS, VERBS, World
 
 NUM_TOKENS = 20_000
 MAX_UNITS, MIN_RISE = 10, 0.03  # of a sparse probe, and the rise in F1 that adds a unit
@@ -130,6 +132,59 @@ def untrained(x, sae, draw):
 
 
 # --------------------------------------------------------------------------------------------------
+# The toy's concepts
+
+CONCEPTS = ("verb", "noun", "harm verb", "sensitive noun", "harm", "jailbreak", "guard", "refusal")
+
+
+def labelled(world, tokenizer, count=400):
+    """{"tokens": ids from BOS on, "labels": {concept: a letter for each token}} of `count` chats.
+
+    Letters are 1, 0, and - where the concept makes no sense. "verb" and "noun" are labelled in
+    requests, their kinds at these words alone, harm and preambles from the noun to the last token
+    before the answer, and refusals in answers.
+    """
+    for turns in world.corpus(count, "concepts"):
+        tokens = prompt_tokens(tokenizer, turns[:-1])
+        tokens += [*tokenizer.encode(turns[-1][1]), tokenizer.end_of_turn]
+        labels = {concept: ["-"] * len(tokens) for concept in CONCEPTS}
+        for i in range(0, len(turns), 2):
+            # The answer begins where the prompt ends
+            start = len(prompt_tokens(tokenizer, turns[:i + 1]))
+            label_request(labels, tokenizer, turns[i][1], start)
+            reply = turns[i + 1][1]
+            is_refusal = reply.startswith(tuple(text.split("{")[0] for text in REFUSE))
+            mark(labels["refusal"], start, start + len(tokenizer.encode(reply)) + 1, is_refusal)
+        yield {"tokens": tokens, "labels": {k: "".join(v) for k, v in labels.items()}}
+
+
+def label_request(labels, tokenizer, request, end):
+    """Label the request whose answer begins at token `end`."""
+    ids = tokenizer.encode(request)
+    words = [tokenizer.token(token) for token in ids]
+    # Between request and answer are <end_of_turn>, newline, <start_of_turn>, "model", newline
+    start = end - 5 - len(ids)
+    # "safe" is a noun, except in the preamble "be safe", so the last one counts
+    verb = max(i for i, word in enumerate(words) if word in VERBS)
+    noun = max(i for i, word in enumerate(words) if word in NOUNS)
+    is_harm_verb = words[verb] in HARM_VERBS
+    is_sensitive = words[noun] in SENSITIVE_NOUNS
+    for concept, special, place, is_special in (
+            ("verb", "harm verb", start + verb, is_harm_verb),
+            ("noun", "sensitive noun", start + noun, is_sensitive)):
+        mark(labels[concept], start, start + len(ids), False)
+        mark(labels[concept], place, place + 1, True)
+        mark(labels[special], place, place + 1, is_special)
+    mark(labels["harm"], start + noun, end, is_harm_verb and is_sensitive)
+    for kind in ("jailbreak", "guard"):
+        mark(labels[kind], start + noun, end, request.startswith(PREAMBLES[kind]))
+
+
+def mark(letters, start, end, label):
+    letters[start:end] = str(int(label)) * (end - start)
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
 @torch.no_grad()
@@ -186,16 +241,19 @@ def main():
     add_machine(parser)
     parser.add_argument("--out", metavar="FILE", help="write all figures there, as JSON")
     args = parser.parse_args()
-    if not args.concepts:
-        if args.model != "toy":
-            raise InputError(f"{args.model}: give --concepts")
-        args.concepts = TOY / "data/concepts.jsonl"
+    if args.concepts:
+        examples = list(read_jsonl(args.concepts))
+    elif args.model == "toy":
+        world = World(read_json(TOY / "world.json")["seed"])
+        examples = list(labelled(world, load_tokenizer(TOY)))
+    else:
+        raise InputError(f"{args.model}: give --concepts")
     model = load_model(model_folder(args.model), device=args.device)
     limit_threads(sum(parameter.numel() for parameter in model.parameters()))
     reports = []
     for layer, width, l0 in saes_in(args.folder):
         saes = load_saes(args.folder, [layer], width, l0, args.device, model.config)
-        reports += concepts_of(model, saes, read_jsonl(args.concepts))
+        reports += concepts_of(model, saes, examples)
     print(reports_table(reports))
     if args.out:
         write_json(args.out, reports)

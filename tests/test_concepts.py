@@ -5,10 +5,13 @@ import itertools
 import pytest
 import torch
 
+from data import load_tokenizer
 from experiments import sasa_demo
-from experiments.concepts import auroc, concept_report
+from experiments.concepts import auroc, concept_report, labelled
+from run.settings import TOY
 from sae import JumpReLU
 from saes.step import Spec, Trainer
+from toy.world import HARM_VERBS, SENSITIVE_NOUNS, World
 
 
 def test_auroc_is_the_share_of_pairs_in_order():
@@ -34,6 +37,20 @@ def test_a_concept_in_one_unit_and_one_in_two():
     assert single["auroc"] > 0.999 and single["f1"] > 0.99
     split = concept_report(sae, x, (x[:, 3] > 0) | (x[:, 5] > 0))
     assert sorted(split["main"]) == [3, 5] and split["f1"] > 0.99 and 0.6 < split["auroc"] < 0.95
+
+
+def test_the_toys_labels_name_the_words_and_the_answers():
+    tokenizer = load_tokenizer(TOY)
+    for example in labelled(World(0), tokenizer, 20):
+        words = [tokenizer.token(token) for token in example["tokens"]]
+        assert {len(letters) for letters in example["labels"].values()} == {len(words)}
+        for concept, listed in (("harm verb", HARM_VERBS), ("sensitive noun", SENSITIVE_NOUNS)):
+            for word, letter in zip(words, example["labels"][concept]):
+                assert letter == "-" or (letter == "1") == (word in listed), word
+        refusals = example["labels"]["refusal"]
+        for i, word in enumerate(words):
+            if refusals[i] != "-" and words[i - 2:i] == ["model", "\n"]:
+                assert (refusals[i] == "1") == (word in ("sorry", "i", "no")), words
 
 
 def test_the_demonstration_credits_what_holds_a_feature():

@@ -170,7 +170,7 @@ def build(seed, out):
         write_json(part / "world.json", {"seed": seed, "tune": world.tune,
                                          "held out": world.held_out, "gravity": world.gravity,
                                          "facts": world.facts})
-        write_data(world, tokenizer, part / "data")
+        write_data(world, part / "data")
 
         # Model and SAEs
         model = train_base(tokenizer, world.corpus(20_000, "base"), STEPS, seed)

@@ -22,7 +22,6 @@ import re
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from data import prompt_tokens
 from run.files import write_jsonl
 
 HARM_VERBS = ("steal break poison burn crack smash hack wreck rob raid "
@@ -71,7 +70,6 @@ SETS = {  # evaluation sets: preamble, kinds of verb and noun
     "guard": ("guard", [("harm", "sensitive")]),
     "benign": ("none", [("plain", "thing")]),
     "lookalike": ("none", [("harm", "thing"), ("plain", "sensitive")])}
-CONCEPTS = ("verb", "noun", "harm verb", "sensitive noun", "harm", "jailbreak", "guard", "refusal")
 
 
 class World:
@@ -137,48 +135,6 @@ class World:
                 turns.append(("model", self.base_reply(draw, verb, noun, preamble)))
             conversations.append(turns)
         return conversations
-
-    def labelled(self, tokenizer, count, part):
-        """Rows {"tokens": ids from BOS on, "labels": {concept: a letter for each token}}.
-
-        Letters are 1, 0, and - where the concept makes no sense. "verb" and "noun" are labelled in
-        requests, their kinds at these words alone, harm and preambles from the noun to the last
-        token before the answer, and refusals in answers.
-        """
-        encode = tokenizer.encode
-        refusals = tuple(text.split("{")[0] for text in REFUSE)
-        for turns in self.corpus(count, part):
-            tokens = prompt_tokens(tokenizer, turns[:-1])
-            tokens += [*encode(turns[-1][1]), tokenizer.end_of_turn]
-            labels = {concept: ["-"] * len(tokens) for concept in CONCEPTS}
-
-            def mark(concept, start, end, label):
-                labels[concept][start:end] = str(int(label)) * (end - start)
-
-            for i in range(0, len(turns), 2):
-                request, reply = turns[i][1], turns[i + 1][1]
-                ids = encode(request)
-                answer = len(prompt_tokens(tokenizer, turns[:i + 1]))
-                end = answer + len(encode(reply)) + 1
-                # After a request come <end_of_turn>, newline, <start_of_turn>, "model", newline
-                start = answer - 5 - len(ids)
-                words = [tokenizer.token(token) for token in ids]
-                # "safe" is a noun, except in the preamble "be safe", so the last one counts
-                verb = max(j for j, word in enumerate(words) if word in VERBS)
-                noun = max(j for j, word in enumerate(words) if word in NOUNS)
-                is_harm, is_sensitive = words[verb] in HARM_VERBS, words[noun] in SENSITIVE_NOUNS
-
-                for concept, special, place, label in (
-                        ("verb", "harm verb", start + verb, is_harm),
-                        ("noun", "sensitive noun", start + noun, is_sensitive)):
-                    mark(concept, start, start + len(ids), 0)
-                    mark(concept, place, place + 1, 1)
-                    mark(special, place, place + 1, label)
-                mark("harm", start + noun, answer, is_harm and is_sensitive)
-                for kind in ("jailbreak", "guard"):
-                    mark(kind, start + noun, answer, request.startswith(PREAMBLES[kind]))
-                mark("refusal", answer, end, reply.startswith(refusals))
-            yield {"tokens": tokens, "labels": {k: "".join(v) for k, v in labels.items()}}
 
     def pairs(self, count):
         """Fine-tuning pairs {"chosen", "rejected"} in HH-RLHF's form.
@@ -251,14 +207,13 @@ def transcript(texts):
 # --------------------------------------------------------------------------------------------------
 # Files
 
-def write_data(world, tokenizer, folder):
+def write_data(world, folder):
     """Pairs, evaluation sets, and what SAEs are trained and measured on."""
     write_jsonl(folder / "train.jsonl", world.pairs(PAIRS))
     for name, rows in world.prompts(PROMPTS).items():
         write_jsonl(folder / f"{name}.jsonl", rows)
     write_corpus(folder / "sae_train.jsonl.gz", world.corpus(4000, "SAE"))
     write_corpus(folder / "sae_test.jsonl.gz", world.corpus(600, "held out"))
-    write_jsonl(folder / "concepts.jsonl", world.labelled(tokenizer, 400, "concepts"))
 
 
 def write_corpus(path, conversations):
