@@ -382,7 +382,7 @@ def is_small_card(device):
     An A100 has 163 KiB of shared memory for a block, an L40S or RTX 40 has 99.
     """
     properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin < 160 << 10
+    return getattr(properties, "shared_memory_per_block_optin", math.inf) < 160 << 10
 
 
 def attend_flex(q, k, v, spans, scale, cap):

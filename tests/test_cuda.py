@@ -8,22 +8,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_gemma
+from conftest import SETS, command, random_gemma
+from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
 
 import attention
+import train
 from lora import add_lora
 
 
-class OnCard(torch.Tensor):
+class SaysCuda(torch.Tensor):
     """A tensor of the CPU that says it is on a card."""
-    is_cuda = True
-    is_cpu = False
+    is_cuda, is_cpu = True, False
 
 
 def low(T):
     """Spans of two rows, each one document."""
-    return torch.zeros(2, T, dtype=torch.long).as_subclass(OnCard)
+    return torch.zeros(2, T, dtype=torch.long).as_subclass(SaysCuda)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,7 +53,7 @@ def test_one_compiled_flex_with_blocks_that_fit_the_card(kib, is_small, monkeypa
     once = attention.cache(lambda function: compiled.append(function) or function)
     monkeypatch.setattr(attention, "compile_once", once)
     monkeypatch.setattr(attention, "flex_attention", lambda *_, **named: named["kernel_options"])
-    q = torch.zeros(1, 2, 8, 4, dtype=torch.bfloat16).as_subclass(OnCard)
+    q = torch.zeros(1, 2, 8, 4, dtype=torch.bfloat16).as_subclass(SaysCuda)
     for _ in range(2):
         options = attention.attend_flex(q, q, q, None, 1.0, 50.0)
     assert compiled == [attention.flex_attention] and bool(options) == is_small
@@ -71,3 +74,135 @@ def test_one_graph(monkeypatch):
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
     names = [str(node.target) for node in explained.graphs[0].graph.nodes]
     assert sum("flex_attention" in name for name in names) >= 3
+
+
+# --------------------------------------------------------------------------------------------------
+# A pretended card
+#
+# A tensor on it is a wrapper around one of the CPU, which does the work. Below Python the wrapper
+# is a "meta" tensor, since autograd wants a device that this PyTorch was built with.
+
+CARD = torch.device("cuda:0")
+TAKE_BOTH = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_")
+
+
+class Card(torch.Tensor):
+    """A tensor of the pretended card. `twin` holds its values, on the CPU."""
+    device = property(lambda self: CARD)
+    is_cuda, is_cpu, is_meta = True, False, False
+
+    @staticmethod
+    def __new__(cls, twin):
+        card = cls._make_wrapper_subclass(cls, twin.size(), twin.stride(), twin.storage_offset(),
+                                          dtype=twin.dtype, device="meta")
+        card.twin = twin
+        return card
+
+    def tolist(self):
+        return self.twin.tolist()
+
+    def new_tensor(self, values, dtype=None):
+        return Card(self.twin.new_tensor(values, dtype=dtype))
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        return call_on_card(operator, args, kwargs or {})
+
+
+class PretendedCard(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        return call_on_card(operator, args, kwargs or {})
+
+
+def unwrap(x):
+    return x.twin if isinstance(x, Card) else x
+
+
+def call_on_card(operator, args, kwargs):
+    """The operator's result on the CPU, wrapped if CUDA would have it on the card.
+
+    Raises AssertionError where CUDA would refuse to mix devices.
+    """
+    name = operator.name()
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    on_card = [x for x in tensors if isinstance(x, Card)]
+    wraps = bool(on_card)
+    device = kwargs.get("device")
+    if device is not None:
+        # A move to "meta" is autograd's or C++'s name for the wrapper's own device
+        moves_back = device.type == "meta" and (on_card or name == "aten::_to_copy")
+        wraps = device.type == "cuda" or moves_back
+        kwargs = kwargs | {"device": torch.device("cpu") if wraps else device}
+    refused = [x for x in tensors if not isinstance(x, Card) and x.dim()]
+    if wraps and name not in TAKE_BOTH:
+        assert not on_card or not refused, f"{name} mixes the card with the CPU"
+        generator = kwargs.get("generator")
+        assert generator is None, f"{name} draws on the card by a generator of the CPU"
+    if name in TAKE_BOTH[2:]:
+        assert isinstance(args[0], Card) or not on_card, f"{name}: a CPU's tensor by the card's"
+
+    result = operator(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+    if name == "aten::copy_" and not isinstance(args[0], Card):
+        return args[0]
+    if not wraps:
+        return result
+    wrap = lambda x: Card(x) if type(x) is torch.Tensor else x
+    return return_and_correct_aliasing(operator, args, kwargs, tree_map(wrap, result))
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Device "cuda:0", for the length of a test."""
+    make, choose = torch.tensor, torch.where
+
+    # Two functions whose C++ makes tensors past every mode
+    def tensor(*args, device=None, **kwargs):
+        return make(*tree_map(unwrap, args), **kwargs).to(device or "cpu")
+
+    def where(condition, *values):
+        like = next(value for value in values if isinstance(value, torch.Tensor))
+        return choose(condition, *(value if isinstance(value, torch.Tensor)
+                                   else like.new_tensor(value) for value in values))
+    monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(torch, "where", where)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    # Inference mode hands over whole functions such as `to`, not the operators that they call
+    monkeypatch.setattr(torch, "inference_mode", lambda _=True: torch.no_grad())
+    # Flex can't be compiled here: the plain form stands in
+    monkeypatch.setattr(attention, "span_blocks", attention.span_mask)
+    with PretendedCard():
+        yield CARD
+
+
+def test_the_card_refuses_what_cuda_refuses(card):
+    x = torch.ones(3, 3, device=card)
+    assert torch.equal((2 * x @ x).cpu(), torch.full((3, 3), 6.0))
+    with pytest.raises(AssertionError, match="mixes"):
+        x + torch.ones(3)
+    with pytest.raises(AssertionError, match="by the card's"):
+        torch.ones(3)[torch.zeros(1, dtype=torch.long, device=card)]
+    with pytest.raises(AssertionError, match="generator"):
+        x.multinomial(1, generator=torch.Generator())
+
+
+def test_a_run_on_the_card_is_that_on_the_cpu(mini, tmp_path, monkeypatch, card):
+    for device in ("cuda:0", "cpu"):
+        arguments = command(mini, tmp_path / device[:3], "--device", device, "--dtype", "float32",
+                            "--batch-tokens", "160", "--steps", "3", sets=SETS[:1])
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+        assert not train.main()
+    ours, truth = (load_file(tmp_path / name / "adapter_model.safetensors")
+                   for name in ("cud", "cpu"))
+    for name, factor in truth.items():
+        assert torch.allclose(ours[name], factor, atol=1e-4), name
+
+
+def test_a_cpu_s_generator_samples_on_the_card(gemma, card):
+    prompts = [torch.arange(5, 15)] * 4
+    draws = [model.generate(prompts, 6, 1.0, generator=torch.Generator().manual_seed(0))
+             for model in (gemma, gemma.to(card))]
+    assert torch.equal(*map(torch.stack, draws))
+
+
+def test_products_of_bfloat16_sum_in_float32():
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
