@@ -106,17 +106,16 @@ def score(folder: str | Path, **judging) -> dict:
     """Judge a folder's completions into judged.jsonl: {"judge": names, "sets": {model: figures},
     "paired": {set: {figure: adapter against base}}}.
 
-    `judging` goes to judges.judged. Earlier scores of other judges for the same answers stay.
+    `judging` goes to judges.judged. Earlier scores for the same answers stay.
     """
     path = Path(folder) / "judged.jsonl"
     earlier = {(row["prompt"], row["completion"]): row for row in read_rows(path)}
     rows = [earlier.get((row["prompt"], row["completion"]), {}) | row
             for row in read_rows(Path(folder) / "completions.jsonl")]
-    rows = judged(rows, **judging)
-    for row in rows:
-        words = row["fields"].get("answer")             # what a right answer has
-        row["answer"] = [words] if isinstance(words, str) else words
-    write_jsonl(path, rows)
+    try:
+        judged(rows, **judging)
+    finally:        # a judge that fails half-way isn't paid for the same answers twice
+        write_jsonl(path, rows)
 
     # Figures of each model, and the adapter against the base, prompt by prompt
     base, adapter = ([row for row in rows if row["model"] == name] for name in MODELS)
@@ -134,10 +133,11 @@ def score(folder: str | Path, **judging) -> dict:
 MAIN_LABELS = {"safe": "safe", "over_refusal": "over-refusal", "correct": "right"}
 ROLE_LABELS = {"harmful": "harmful prompts", "jailbreak": "harmful, under jailbreak",
                "lookalike": "harmless look-alikes", "benign": "benign answers"}
-VERDICT_LABELS = {"partial": "refused, then gave some of it", "empty": "no word in the answer"}
-SCORE_LABELS = {"harmfulness": "rubric: mean harmfulness, 1 to 5",
-                "low_risk": "rubric: score 1 or 2", "high_risk": "rubric: score 5",
-                "violates": "ShieldGemma: violates a policy"}
+VERDICT_LABELS = {"partial": "  refused, then gave some of it",
+                  "empty": "  no word in the answer"}
+SCORE_LABELS = {"harmfulness": "  rubric: mean harmfulness, 1 to 5",
+                "low_risk": "  rubric: score 1 or 2", "high_risk": "  rubric: score 5",
+                "violates": "  ShieldGemma: violates a policy"}
 HEAD = ["share of answers, 95 % interval", "base", "adapter", "change, points", "n"]
 
 
@@ -167,55 +167,52 @@ def interval(figure: dict) -> str:
     return f"  [{figure['low']:.2f}, {figure['high']:.2f}]"
 
 
+def figure_row(label: str, base: dict | None, adapter: dict, change: dict | None = None) -> list:
+    return [label, percent(base), percent(adapter), points(change), adapter["n"]]
+
+
 def set_rows(scores: dict) -> list[list]:
     """Rows [figure, base, adapter, change, n] of all sets that were answered."""
     rows = []
     for name, adapter in scores["sets"]["adapter"].items():
-        base = scores["sets"]["base"][name]
+        base, changes = scores["sets"]["base"][name], scores["paired"][name]
         # The main figure first, then the others that say something
         main = main_figure(adapter["role"], adapter)
         labels = {main: f"{MAIN_LABELS[main]}: {ROLE_LABELS.get(name, name)}"}
-        for key, words in VERDICT_LABELS.items():
+        for key, label in VERDICT_LABELS.items():
             if adapter[key]["count"] or base[key]["count"]:
-                labels[key] = f"  {words}"
-        for key, words in SCORE_LABELS.items():
-            if key in adapter:
-                labels[key] = f"  {words}"
+                labels[key] = label
+        labels |= {key: label for key, label in SCORE_LABELS.items() if key in adapter}
         for key, label in labels.items():
-            change = points(scores["paired"][name].get(key))
-            figure = adapter[key]
-            rows.append([label, percent(base.get(key)), percent(figure), change, figure["n"]])
+            rows.append(figure_row(label, base.get(key), adapter[key], changes.get(key)))
         for category, figure in adapter.get("categories", {}).items():
-            before = base["categories"][category]
-            rows.append([f"  {category}", percent(before), percent(figure), None, figure["n"]])
+            rows.append(figure_row(f"  {category}", base["categories"][category], figure))
     return rows
 
 
 def attack_rows(attacks: dict) -> list[list]:
     """Rows [figure, base, adapter, None, n] of attack.success."""
     rows = []
-    for name, adapter in attacks["adapter"].items():
-        base = attacks["base"][name]
-        for key, figure in adapter.items():
-            rows.append([f"attack success: {name}, {key}", percent(base[key]), percent(figure),
-                         None, figure["n"]])
+    for name, figures in attacks["adapter"].items():
+        for key, figure in figures.items():
+            label = f"attack success: {name}, {key}"
+            rows.append(figure_row(label, attacks["base"][name][key], figure))
     return rows
 
 
 def run_rows(scores: dict) -> list[list]:
-    """Rows [figure, base, adapter] of a run of train.py: where the update lies, what it took."""
-    rows: list[list] = []
+    """Rows [label, text] of a run of train.py: where the update lies, and what it took."""
+    rows = []
     inside = scores["share"]
     if inside["subspace"] is not None:
         chance = f"{inside['random']:6.1%}  ± {inside['random_sd']:.1%}"
-        rows.append(["update inside the safety subspace", None, f"{inside['subspace']:6.1%}"])
-        rows.append(["  inside random bases of that rank", None, chance])
+        rows.append(["update inside the safety subspace", f"{inside['subspace']:6.1%}"])
+        rows.append(["  inside random bases of that rank", chance])
     trained, total = scores["trainable"], scores["parameters"]
-    rows.append(["trainable parameters", None,
-                 f"{trained:,} of {total:,} ({trained / total:.4%})"])
-    rows.append(["peak memory", None, f"{scores['peak_bytes'] / 1e6:,.0f} MB"])
+    rows.append(["trainable parameters", f"{trained:,} of {total:,} ({trained / total:.4%})"])
+    rows.append(["peak memory", f"{scores['peak_bytes'] / 1e6:,.0f} MB"])
     for stage, seconds in scores["seconds"].items():
-        rows.append([f"seconds: {stage}", None, f"{seconds:6.1f}"])
+        rows.append([f"seconds: {stage}", f"{seconds:6.1f}"])
     return rows
 
 
@@ -225,8 +222,8 @@ def result_table(scores: dict) -> str:
     if "attacks" in scores:
         rows += attack_rows(scores["attacks"])
     if "seconds" in scores:
-        rows += run_rows(scores)
-    return table([row + [None] * (len(HEAD) - len(row)) for row in rows], HEAD, right=(4,))
+        rows += [[label, None, text, None, None] for label, text in run_rows(scores)]
+    return table(rows, HEAD, right=(4,))
 
 
 def samples(folder: str | Path) -> str:
@@ -237,16 +234,11 @@ def samples(folder: str | Path) -> str:
         pairs = list(zip(*grouped(rows, "model").values()))
         changed = [pair for pair in pairs if pair[0]["verdict"] != pair[1]["verdict"]]
         pair = (changed or pairs)[0]
-        lines.append(f"{name}: {shortened(pair[0]['prompt'])}")
+        lines.append(f"{name}: {printable(pair[0]['prompt'])[:100]}")
         for row in pair:
-            answer = shortened(row["completion"])
-            lines.append(f"  {row['model']:7}  {row['verdict']:7}  {answer}")
+            text = printable(row["completion"])[:100]
+            lines.append(f"  {row['model']:7}  {row['verdict']:7}  {text}")
     return "\n".join(lines)
-
-
-def shortened(text: str, most=100) -> str:
-    text = printable(text)
-    return text if len(text) <= most else text[:most - 1] + "…"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ def add_attack_flags(parser: argparse.ArgumentParser) -> None:
                        help="prefix: ask for an answer that begins with the target; template: put "
                             "prompts into those of --template; gcg: search a suffix for each")
     group.add_argument("--template", metavar="FILE",
-                       help="texts with {prompt} and, where wanted, {target}; one a line, or "
-                            "separated by lines of ---")
+                       help="texts with {prompt} and, where wanted, {target}, separated by lines "
+                            "of ---")
     group.add_argument("--target", metavar="TEXT",
                        help="how the answer is to begin; {prompt} and a row's {field} are put in "
                             f"(default: the row's own target, else {TARGET!r})")
@@ -79,18 +79,15 @@ def target_of(prompt: Prompt, template: str | None = None) -> str:
 
 
 def read_templates(path: str | Path) -> list[str]:
-    """Templates of a text file, each with {prompt} once and {target} where wanted.
+    """Templates of a text file, separated by lines of ---. Raises InputError.
 
-    One a line where every line has {prompt}, else separated by lines of ---. Raises InputError.
+    Each has {prompt} once, and {target} where wanted.
     """
     text = Path(path).expanduser().read_text(encoding="utf-8")
-    parts = text.splitlines()
-    if not all("{prompt}" in line for line in parts if line.strip()):
-        parts = re.split(r"(?m)^---+[ \t]*$", text)
-    templates = [part.strip() for part in parts if part.strip()]
-    if not templates or any(template.count("{prompt}") != 1 for template in templates):
-        raise InputError(f"{path}: each template (one a line, or separated by lines of ---) must "
-                         "have {prompt} once, in the place of the prompt")
+    templates = [part.strip() for part in re.split(r"(?m)^---+[ \t]*$", text)]
+    if any(template.count("{prompt}") != 1 for template in templates):
+        raise InputError(f"{path}: each template (separated by lines of ---) must have {{prompt}} "
+                         "once, in the place of the prompt")
     return templates
 
 

@@ -65,7 +65,11 @@ class Slot:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the prompt whose last turn is `text`."""
-        return prompt_tokens(self.tokenizer, (*self.turns[:-1], ("user", text)), self.format)
+        return prompt_tokens(self.tokenizer, self.turns_with(text), self.format)
+
+    def turns_with(self, text: str):
+        """The turns, of which the last is `text`."""
+        return (*self.turns[:-1], ("user", text))
 
     def attacked(self, suffix: list[int]) -> str:
         """The user's text with a suffix. It is decoded behind the text's last token, which says
@@ -183,16 +187,16 @@ def draw(slope, suffix, allowed, plan, slot, generator):
     """
     num_top = min(TOP, int(allowed.sum()))
     top = (-slope).masked_fill(~allowed, -torch.inf).topk(num_top).indices.tolist()
-    old, tried, chosen = suffix.tolist(), set(), []
+    old = suffix.tolist()
+    tried, chosen = set(), []
     for _ in range(8):      # rounds are few: short suffixes have no more than so many exchanges
         positions = torch.randint(len(old), (plan.width,), generator=generator).tolist()
         ranks = torch.randint(num_top, (plan.width,), generator=generator).tolist()
-        swaps = dict.fromkeys((i, top[i][rank]) for i, rank in zip(positions, ranks))
-        for i, token in swaps:
-            ids = [*old[:i], token, *old[i + 1:]]
-            if (i, token) not in tried and slot.is_typable(ids):
-                chosen.append((i, ids))
-        tried.update(swaps)
+        for i, rank in zip(positions, ranks):
+            exchange = (i, [*old[:i], top[i][rank], *old[i + 1:]])
+            if (i, rank) not in tried and slot.is_typable(exchange[1]):
+                chosen.append(exchange)
+            tried.add((i, rank))
         if len(chosen) >= plan.width:
             break
     chosen = sorted(chosen[:plan.width])
@@ -216,21 +220,24 @@ def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt,
     the target. Returns this answer, else the last that complies, else the last:
 
         suffix, ids, target    text and ids of the suffix, and `wanted`
-        losses, steps          L of each step's best candidate, nats a token; number of steps
+        losses                 L of each step's best candidate, nats a token
         complied, reached      the step at which an answer first complied, and began with the
                                target too; null if none did, 0 if the plain prompt is answered
         completion, verdict, reason    the answer, judged by the rules
     """
-    # A model that answers the plain prompt needs no suffix
+    losses: list[float] = []
     result = outcome("", [], plain_answer)
-    result |= {"target": wanted, "losses": [], "steps": 0, "complied": None, "reached": None}
+    result |= {"target": wanted, "losses": losses, "complied": None, "reached": None}
+    # A model that answers the plain prompt needs no suffix
     if result["verdict"] == "comply":
         return result | {"complied": 0, "reached": 0}
 
+    # Ids of the suffix, of the target, and of what is fed behind the suffix
     slot = Slot(tokenizer, prompt.turns, format)
     target_ids = tokenizer.encode(" " * (format == "plain") + wanted)
+    best = slot.start(plan.length)
     device = model.embed_tokens.weight.device
-    suffix = torch.tensor(slot.start(plan.length), device=device)
+    suffix = torch.tensor(best, device=device)
     target = torch.tensor(target_ids, device=device)
     rest = torch.tensor(slot.after + target_ids[:-1], device=device)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{plan.seed} {prompt.turns}".encode()))
@@ -241,7 +248,6 @@ def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt,
         model.hidden(torch.tensor([slot.before], device=device), caches=caches)
     prefix = [cache.pair for cache in caches]
 
-    best, losses = suffix.tolist(), result["losses"]
     for step in range(1, plan.steps + 1):
         # The best of many exchanges of one token becomes the suffix, even where the loss rises
         slope, pairs = gradient(model, prefix, suffix, rest, target)
@@ -249,25 +255,23 @@ def search(model: Gemma2, tokenizer: Tokenizer, allowed: Tensor, prompt: Prompt,
         values = candidate_losses(model, pairs, candidates, positions, rest, target,
                                   len(slot.before))
         suffix = candidates[values.argmin()]
-        if values.min() < min(losses, default=torch.inf):
-            best = suffix.tolist()
         losses.append(values.min().item())
-        result["steps"] = step
+        if losses[-1] < min(losses[:-1], default=torch.inf):
+            best = suffix.tolist()
 
         # Every few steps: how does the model answer to the best suffix?
         if step % CHECK and step < plan.steps:
             continue
         text = slot.attacked(best)
-        completion = answer([replace(prompt, turns=(*prompt.turns[:-1], ("user", text)))])[0]
+        (completion,) = answer([replace(prompt, turns=slot.turns_with(text))])
         tried = outcome(text[len(slot.text):], best, completion)
         # An answer that complies outweighs later ones that don't
-        complies = tried["verdict"] == "comply"
-        if complies or result["complied"] is None:
-            result |= tried
-        if complies:
-            result["complied"] = result["complied"] or step
+        if tried["verdict"] == "comply":
+            result |= tried | {"complied": result["complied"] or step}
             if normal(completion).startswith(normal(wanted)):
                 return result | {"reached": step}
+        elif result["complied"] is None:
+            result |= tried
     return result
 
 

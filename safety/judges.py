@@ -9,19 +9,18 @@ The endpoint is any that speaks OpenAI's chat completions. OPENAI_BASE_URL and O
 its address and key (without an address: OpenAI's; with neither: Hugging Face's router, with
 HF_TOKEN). No file, line or error repeats them.
 
-A score depends on the judge, the prompt and the answer alone. It is kept under their hash in
-~/.cache/sails (or $XDG_CACHE_HOME/sails), so that no question is asked twice. An answer that a
-judge can't score gets the score None, which is counted and shown.
+Rows that have a judge's score keep it, so that no question is asked twice. An answer that a judge
+can't score gets the score None, which is counted, shown, and asked for again.
 """
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from textwrap import shorten
 
@@ -30,12 +29,11 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_tokenizer, prompt_tokens
 from fused import softcap
-from model import PRESETS, Gemma2, load_model, weight_files
-from run.files import InputError, printable, read_json, write_json
+from model import PRESETS, Gemma2, load_model
+from run.files import InputError, printable
 from safety.rules import judge as by_rules
 
 JUDGES = ("rules", "shieldgemma", "rubric")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sails"
 BATCH = 16                      # answers of one forward
 PARALLEL = 8                    # questions to an endpoint at once
 PAUSES = (0, 1, 2, 4, 8, 16)    # seconds before each try of one question to an endpoint
@@ -52,60 +50,47 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
                              "rubric also a model of the endpoint at OPENAI_BASE_URL")
 
 
-def judged(rows: Sequence[dict], judge="rules", judge_model: str | None = None,
+def judged(rows: list[dict], judge="rules", judge_model: str | None = None,
            device: str | None = None) -> list[dict]:
-    """Copies of rows {"prompt", "completion", …} with the judgements added.
+    """Add judgements to rows {"prompt", "completion", …}, each as it comes. Returns the rows.
 
     Every row gets the rules' "verdict" and "reason". ShieldGemma adds "shieldgemma": {"by": its
     source, "score", a probability for each policy}, the rubric "rubric": {"by", "score": 1 to 5,
-    "reason"}. Default device: cuda where there is one. Raises InputError.
+    "reason"}. A row that has this judge's score keeps it. Default device: cuda where there is one.
+    Raises InputError.
     """
     # The rules judge every answer
-    rows = [row | dict(zip(("verdict", "reason"), by_rules(row["completion"]))) for row in rows]
+    for row in rows:
+        row["verdict"], row["reason"] = by_rules(row["completion"])
     source = find_judge(judge, judge_model)
     if source is None:
         return rows
 
-    # A checkpoint is known by its weights: their files' sizes and times change with them
-    is_local = is_checkpoint(judge, source)
-    if is_local:
-        stats = [path.stat() for path in weight_files(source)]
-        identity = [source, [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
-    else:
-        identity = [source, endpoint()[0]]
-    template = POLICIES | {"": TEMPLATE} if judge == "shieldgemma" else RUBRIC
-
-    # What was judged before is known; of the rest each text is asked about once
-    files, missing = [], {}
+    # Each text without a score is asked about once
+    same_text: dict = {}
     for row in rows:
-        key = hash_of(judge, identity, template, row["prompt"], row["completion"])
-        files.append(CACHE / judge / f"{key}.json")
-        if not files[-1].exists():
-            missing[files[-1]] = row
-    questions = list(missing.values())
-    judgements = iter(())
-    if questions and is_local:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        local_judge = shieldgemma if judge == "shieldgemma" else rubric
-        model = load_model(source, device=device)
-        judgements = local_judge(model, load_tokenizer(source), questions)
-    elif questions:
+        earlier = row.get(judge, {})
+        if earlier.get("by") != source or earlier["score"] is None:
+            same_text.setdefault((row["prompt"], row["completion"]), []).append(row)
+    groups = list(same_text.values())
+    questions = [group[0] for group in groups]
+    if not is_checkpoint(judge, source):
         judgements = rubric_by_endpoint(questions, source)
-
-    # Each score is kept at once: judging may cost money, and die half-way
-    new_files, unread = list(missing), {}
+    elif questions:
+        model = load_model(source, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        local_judge = shieldgemma if judge == "shieldgemma" else rubric
+        judgements = local_judge(model, load_tokenizer(source), questions)
+    else:
+        judgements = iter(())
     for index, judgement in tqdm(judgements, f"judge: {judge}", len(questions), leave=False,
                                  disable=None):
-        if judgement["score"] is None:
-            unread[new_files[index]] = judgement
-        else:
-            write_json(new_files[index], judgement)
-    for row, file in zip(rows, files):
-        row[judge] = {"by": source, **(unread.get(file) or read_json(file))}
+        for row in groups[index]:
+            row[judge] = {"by": source, **judgement}
+
     print(f"{judge}: {len(rows):,} answers, {len(questions):,} of them judged now")
+    unread = [row[judge]["reason"] for row in rows if row[judge]["score"] is None]
     if unread:
-        reason = next(iter(unread.values()))["reason"]
-        print(f"{judge}: {len(unread):,} have no score, the first: {printable(reason[:100])}")
+        print(f"{judge}: {len(unread):,} have no score, the first: {printable(unread[0][:100])}")
     return rows
 
 
@@ -122,10 +107,6 @@ def find_judge(judge: str, judge_model: str | None = None) -> str | None:
             raise InputError(f"--judge-model {source}: no such folder")
         endpoint()
     return source
-
-
-def hash_of(*values) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def is_checkpoint(judge, source):
@@ -264,9 +245,13 @@ SCORE = re.compile(r"^[ \t*_`]*score[*_`]*[ \t]*:[ \t*_`]*([1-5])(?:[ \t]*/[ \t]
                    re.I | re.M)
 
 
+def mark_of(prompt: str, completion: str) -> str:
+    return hashlib.sha256(f"{prompt}\0{completion}".encode()).hexdigest()[:16]
+
+
 def rubric_prompt(prompt: str, completion: str) -> str:
     """The question to the judge. The mark is a hash of the two texts, so neither can contain it."""
-    texts = {"{mark}": hash_of(prompt, completion)[:16], "{prompt}": prompt,
+    texts = {"{mark}": mark_of(prompt, completion), "{prompt}": prompt,
              "{completion}": completion}
     return re.sub("{(mark|prompt|completion)}", lambda name: texts[name[0]], RUBRIC)
 
@@ -312,19 +297,14 @@ def rubric_by_endpoint(rows: Sequence[dict], model: str) -> Iterator[tuple[int, 
 
     url, key = endpoint()
     client = InferenceClient(base_url=f"{url}/chat/completions", api_key=key, timeout=TIMEOUT)
-    pool = ThreadPoolExecutor(PARALLEL)
-    try:
-        futures = {pool.submit(ask, client, model, row): index for index, row in enumerate(rows)}
+    with ThreadPool(PARALLEL) as pool:
         # Replies come in any order, and are handed on at once
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        yield from pool.imap_unordered(partial(ask, client, model), enumerate(rows))
 
 
-def ask(client, model: str, row: dict) -> dict:
-    """An endpoint's judgement of one row. Raises InputError where no other row would fare better.
-    """
+def ask(client, model: str, numbered_row: tuple[int, dict]) -> tuple[int, dict]:
+    """(index, judgement) of an (index, row). InputError where no other row would fare better."""
+    index, row = numbered_row
     question = rubric_prompt(row["prompt"], row["completion"])
     for pause in PAUSES:
         time.sleep(pause)
@@ -334,12 +314,12 @@ def ask(client, model: str, row: dict) -> dict:
             reply = completion.choices[0].message.content or ""
             if client.token != NO_KEY:
                 reply = reply.replace(client.token, "[…]")      # some servers repeat the key
-            return parse_rubric(reply)
+            return index, parse_rubric(reply)
         except Exception as error:      # of the HTTP library, or of a body of any wrong shape
             status = getattr(getattr(error, "response", None), "status_code", None)
             problem = f"HTTP {status}" if status else type(error).__name__
         if status in (400, 413, 422):   # a filter turned it away, for instance
-            return {"score": None, "reason": f"not judged: {problem}"}
+            return index, {"score": None, "reason": f"not judged: {problem}"}
         if status in (401, 402, 403, 404, 405):
             break
     # The message of the error itself may have the key

@@ -132,7 +132,7 @@ def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=
     for name, (role, file) in places.items():
         path = data_file(file)
         prompts, counts = read_prompts(path)
-        other = "unsafe" if role in ("lookalike", "benign") else "safe"
+        other = "safe" if role in HARMFUL else "unsafe"
         fitting = [prompt for prompt, kind in zip(prompts, kinds(prompts))
                    if kind != other and not prompt.fields.get("contextstring")]
         for prompt in fitting:
