@@ -75,18 +75,15 @@ def explain_run(run, num_prompts, device=None):
 
 def findings(explanation) -> str | None:
     """One line: how many features are named, and what the one that costs most is worth."""
-    num_named = sum(len(part["features"]) for part in explanation["layers"])
     trained, *others = explanation["removal"]
     without = [row for row in others if row["feature"]]
-    if not without:
+    # An adapter may be explained on harmless prompts alone
+    if not without or not trained["safe"]:
         return None
-    line = f"features named: {num_named}"
-    # Without harmful prompts nothing can be refused
-    if trained["safe"]:
-        worst = min(without, key=lambda row: row["change"])
-        line += (f"; harmful prompts refused: {trained['safe']['rate']:.1%}, "
-                 f"without {worst['feature']} {worst['safe']['rate']:.1%}")
-    return line
+    num_named = sum(len(part["features"]) for part in explanation["layers"])
+    worst = min(without, key=lambda row: row["change"])
+    return (f"features named: {num_named}; harmful prompts refused: {trained['safe']['rate']:.1%}, "
+            f"without {worst['feature']} {worst['safe']['rate']:.1%}")
 
 
 # ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from features import norm_gain, serving_layer
+from features import SIDES, norm_gain, serving_layer
 from model import MODULES
 
 FALSE_NAMES = 0.02  # chance that an update of random directions gets any feature named
@@ -26,7 +26,6 @@ MIN_SHARE = 1e-3    # of an update: a smaller share isn't worth a name
 MAX_NAMED = 10      # features of each layer and side
 NUM_RANDOM = 8192   # random directions of each layer
 MIN_NEW = 0.1       # of a direction, squared, lies outside those named before it: no near copies
-SIDES = "readers", "writers"
 
 
 def update_norm(model) -> float:

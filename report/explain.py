@@ -18,9 +18,10 @@ from tqdm import tqdm
 import lora
 from data import Tokenizer, make_example
 from eval import answer
+from features import SIDES
 from model import Gemma2
-from report.directions import (SIDES, directions_used, random_directions, sae_key, span,
-                               stream_gain, unit_decoder, update_norm)
+from report.directions import (directions_used, random_directions, sae_key, span, stream_gain,
+                               unit_decoder, update_norm)
 from run.files import InputError
 from sae import SAE, neuronpedia_url
 from saes.words import Peaks, in_context, promoted
@@ -49,15 +50,13 @@ def removed(model, directions, sae_layers, norm_aware=False):
             rows = directions.get(sae_key(name, sae_layers))
             if rows is None:
                 continue
-            factor = layer.B if layer.writer else layer.A
-            before.append((factor, factor.detach().clone()))
+            factor = layer.B.T if layer.writer else layer.A                # (r, D)
+            before.append((factor, factor.clone()))
             # In the residual stream's coordinates: Z (r, D) becomes Z (1 − QQᵀ)
             gain = stream_gain(model, name, norm_aware)
             Q = span(rows.cpu()).double()                                  # (D, k)
-            Z = factor.detach().cpu().double()
-            Z = (Z.T if layer.writer else Z) * gain
-            Z = (Z - Z @ Q @ Q.T) / gain
-            factor.copy_(Z.T if layer.writer else Z)
+            Z = factor.cpu().double() * gain
+            factor.copy_((Z - Z @ Q @ Q.T) / gain)
         yield
     finally:
         for factor, value in before:
@@ -197,14 +196,14 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
             drawn = random.Random(0).sample(eval_set.prompts, count)
             questions += [(eval_set.role, prompt) for prompt in drawn]
 
-    def answers(label):
+    def answers():
         prompts = [prompt for _, prompt in questions]
         return answer(model, tokenizer, prompts, settings.max_new_tokens, settings.eval_batch,
-                      settings.format, label)
+                      settings.format, "answers")
 
     def refusals():
         flags = {"safe": [], "over_refusal": []}
-        for (role, _), text in zip(questions, answers("removal")):
+        for (role, _), text in zip(questions, answers()):
             key = "safe" if role in HARMFUL else "over_refusal"
             flags[key].append(refused(role, text))
         return flags
@@ -224,7 +223,7 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
     texts = []
     if others:
         longest = model.config.max_position_embeddings
-        for (role, prompt), text in zip(questions, answers("adapter")):
+        for (role, prompt), text in zip(questions, answers()):
             example = make_example(tokenizer, prompt.turns, text, longest, settings.format)
             # A prompt may be longer than the model's context
             if example:

@@ -106,8 +106,8 @@ def in_context(peak) -> Html:
 
 
 def features(run):
-    """What is known of every feature that the page mentions, by layer."""
-    layers = {}
+    """What is known of every feature that the page mentions."""
+    cards = []
     for key, feature in run.words.items():
         link = None
         url = feature["neuronpedia"]
@@ -117,21 +117,16 @@ def features(run):
         contexts = {}
         for peak in feature["peaks"]:
             contexts.setdefault(tuple(peak["tokens"]), peak)
-        card = tag(
+        cards.append(tag(
             "div",
             tag("h4", key, " ", small(fires_on(feature))),
             tag("p", "Promotes ", dotted(feature["promotes"]), ". ", link),
             [in_context(peak) for peak in contexts.values()],
             id=f"feature-{key}",
-            class_="card")
-        layers.setdefault(key.partition("/")[0], []).append(card)
-    parts = [note("The tokens on which each feature fires most, in context, with its activation "
-                  "and the kind of text. Promotes: the tokens that its direction favours.")]
-    # A link to what is inside a closed <details> opens it
-    for layer, cards in layers.items():
-        summary = tag("summary", f"Layer {layer}: {len(cards)} features")
-        parts.append(tag("details", summary, cards))
-    return parts
+            class_="card"))
+    return [note("The tokens on which each feature fires most, in context, with its activation "
+                 "and the kind of text. Promotes: the tokens that its direction favours."),
+            cards]
 
 
 # ------------------------------------------------------------------------------
@@ -281,8 +276,8 @@ SECTIONS = [  # title, the file that it needs, function
     ("What changed", "scores", changed),
     ("What the update is made of", "explain", update),
     ("Answers side by side", "judged", answers),
-    ("Features", "explain", features),
-    ("Training loss", "metrics", training)]
+    ("Training loss", "metrics", training),
+    ("Features", "explain", features)]
 
 
 def read_run(folder: Path) -> SimpleNamespace:
