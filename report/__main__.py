@@ -65,7 +65,7 @@ def explain_run(run, num_prompts, device=None):
     # Prompts that it was trained on are not asked
     pairs, _ = read_pairs(data_file(settings.data))
     trained = {pair.turns for pair in pairs}
-    # `--init random` without an SAE selects nothing
+    # A run that chose no features has no such files
     features, subspaces = (), None
     if (run / "subspace.safetensors").exists():
         features = read_json(run / "features.json", list)

@@ -16,7 +16,7 @@ import lora
 from data import Example, load_tokenizer
 from features import serving_layer
 from model import MODULES, load_model
-from report.__main__ import main, runs_table
+from report.__main__ import findings, main, runs_table
 from report.directions import (FALSE_NAMES, Update, directions_used, random_directions)
 from report.explain import describe, explain, removed
 from report.page import page, write_page
@@ -238,9 +238,12 @@ def test_the_command_explains_an_adapter(toy, tmp_path, monkeypatch, capsys):
                f"--out {tmp_path}/out --prompts 2")
     monkeypatch.setattr("sys.argv", command.split())
     main()
-    findings, place = capsys.readouterr().out.splitlines()[-2:]
-    assert re.fullmatch(r"features named: \d+; .*: [\d.]+%, without ./\d+ [\d.]+%", findings)
+    line, place = capsys.readouterr().out.splitlines()[-2:]
+    assert re.fullmatch(r"features named: \d+; .*: [\d.]+%, without ./\d+ [\d.]+%", line)
     assert "out/report.html" in place
+    explanation = json.loads((tmp_path / "out/explain.json").read_text())
+    explanation["removal"] = [row for row in explanation["removal"] if not row["feature"]]
+    assert findings(explanation) is None            # where no feature is named
     assert 'id="feature-2/217"' in (tmp_path / "out/report.html").read_text()
     with pytest.raises(InputError, match="isn't empty"):
         main()
