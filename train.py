@@ -33,7 +33,7 @@ from features import (SELECTIONS, load_subspaces, module_bases, sample_pairs, sa
 from fused import IGNORE
 from model import PRESETS, TARGETS, Gemma2, load_config, load_model
 from run import parallel
-from run.estimate import size_rows
+from run.estimate import derive_recompute, size_rows
 from run.files import InputError, Parser, table, write_json, write_text
 from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads, load_checkpoint,
                          model_card, open_run, run_folder, save_checkpoint)
@@ -272,6 +272,7 @@ def main():
         raise InputError("--resume DIR goes on in that folder: leave --out away")
     saved = vars(saved_settings(args.resume)) if args.resume else None
     settings, source = resolve(args, saved)
+    derive_recompute(settings, source)
     for name, known in ((settings.select, SELECTIONS), (settings.init, lora.INITS)):
         if name not in known:
             raise InputError(f"{name} is unknown: known are {', '.join(known)}")

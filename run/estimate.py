@@ -5,8 +5,28 @@ from types import SimpleNamespace
 
 import torch
 
-from model import Config, Gemma2
+from model import PRESETS, Config, Gemma2, load_config
 from run import parallel
+from run.settings import model_folder
+
+LARGE = 20e9    # parameters
+
+
+def count_parameters(config: Config) -> int:
+    """Parameters of a model, which isn't made."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Gemma2(config).parameters())
+
+
+def derive_recompute(settings: SimpleNamespace, source: dict[str, str]) -> None:
+    """Where --recompute wasn't given: on for a large model under --shard, so that 27b fits 40 GB.
+
+    A row of 2,048 tokens keeps 21 GB there, beside 18 GB of weights on each of four cards.
+    """
+    if settings.recompute is None:
+        config = PRESETS.get(settings.model) or load_config(model_folder(settings.model))
+        settings.recompute = settings.shard and count_parameters(config) > LARGE
+        source["recompute"] = "the model's size"
 
 
 def size_rows(settings: SimpleNamespace, config: Config, targets: Collection[str]
@@ -14,7 +34,7 @@ def size_rows(settings: SimpleNamespace, config: Config, targets: Collection[str
     """Rows [what, size] of a table: parameters, those that are trained, and memory."""
     with torch.device("meta"):
         model = Gemma2(config)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = count_parameters(config)
     shapes = [layer.weight.shape for name, layer in model.named_modules()
               if name.endswith(tuple(targets))]
     num_trained = sum(settings.rank * (rows + columns) for rows, columns in shapes)

@@ -138,8 +138,9 @@ GROUPS: dict[str, list[Setting]] = {
                 "processes: for one that no card can hold; turns --compile off"),
         Setting("compile", False, bool, "torch.compile the forward and backward; needs a C++ "
                 "compiler and Python.h"),
-        Setting("recompute", False, bool, "run each block again in the backward instead of keeping "
-                "what it needs: less memory for a third more time"),
+        Setting("recompute", None, bool, "run each block again in the backward instead of keeping "
+                "what it needs: less memory for a third more time (default: off, but on for "
+                "--shard of a model of more than 20 billion parameters)"),
         Setting("log", None, str, "tensorboard: write scalars there too", choices=("tensorboard",)),
     ],
 }
@@ -272,6 +273,8 @@ def _derive(values, source):
     on_cpu = values["device"] == "cpu"
     derive("dtype", "float32" if on_cpu else "bfloat16", values["device"])
     derive("alpha", float(values["rank"]), "the rank")
+    if not values["shard"]:                          # else by size: run/estimate.py
+        derive("recompute", False, "default")
     by_gradient = values["select"] == "gradient"
     derive("top_k", 2 * values["rank"] if by_gradient else TOP_K,
            "twice the rank" if by_gradient else "default")

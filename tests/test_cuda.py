@@ -4,6 +4,7 @@ Which form of attention it takes, one graph, what it keeps for the backward, and
 pretended card.
 """
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,20 @@ def test_one_graph(monkeypatch):
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
     names = [str(node.target) for node in explained.graphs[0].graph.nodes]
     assert sum("flex_attention" in name for name in names) >= 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+@pytest.mark.parametrize("name, flags, recompute", [
+    ("27b", [], False), ("27b", ["--shard"], True), ("9b", ["--shard"], False),
+    ("27b", ["--shard", "--no-recompute"], False)])
+def test_shard_of_a_large_model_recomputes(name, flags, recompute, monkeypatch, capsys):
+    monkeypatch.setattr("run.parallel.world_size", lambda: 4)
+    model = f"google/gemma-2-{name}"
+    monkeypatch.setattr("sys.argv", ["train.py", "--model", model, "--dry-run", *flags])
+    train.main()
+    assert re.search(rf"^recompute +{recompute} ", capsys.readouterr().out, re.M)
 
 
 # --------------------------------------------------------------------------------------------------
