@@ -47,8 +47,8 @@ from saes.gradient import Pairs, candidates, contrast_gradients, greedy, rotated
 from saes.words import Peaks, describe_features, features_table
 
 SIDES = ("readers", "writers")
-FLAGS = ("model", "sae", "layers", "width", "l0", "format", "data", "pairs", "tokens", "select",
-         "top_k", "tau", "norm_aware", "rank", "batch_tokens", "seed", "device", "dtype", "shard")
+FLAGS = ("model sae layers width l0 format data pairs tokens select top_k tau norm_aware rank "
+         "batch_tokens seed device dtype shard recompute").split()
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def paper(model, saes, pairs, statistics, settings):
 
 def gradient(model, saes, pairs, statistics, settings):
     """Matching pursuit in the gradient of the loss, for readers and writers apart."""
-    gradients = contrast_gradients(model, pairs, settings.batch_tokens)
+    gradients = contrast_gradients(model, pairs, settings.batch_tokens, settings.recompute)
     moments = gradient_moments(model, gradients, saes, settings.norm_aware)
     choices = {}
     for seed, (layer, side) in enumerate(moments):

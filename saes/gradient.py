@@ -24,12 +24,13 @@ Pairs = Sequence[tuple[Example, Example]]     # (aligned, unaligned)
 NEW = 1e-3      # of a unit row, squared: what must lie outside the span so far for it to be chosen
 
 
-def contrast_gradients(model: Gemma2, pairs: Pairs, batch_tokens=2048) -> dict[str, Tensor]:
+def contrast_gradients(model: Gemma2, pairs: Pairs, batch_tokens=2048, recompute=False
+                       ) -> dict[str, Tensor]:
     """{module name: ∂L/∂W (out, in)} of the q, k, v and o of a frozen model, at least float32.
 
     L = NLL(aligned) − NLL(unaligned), per token; it counts the turn's end, as in training. Rows
     have `batch_tokens` tokens, or those of the longest example; of many processes each takes a
-    share. Raises InputError for a sharded model.
+    share. `recompute` as in Gemma2. Raises InputError for a sharded model.
     """
     if parallel.is_sharded(model):
         raise InputError("--select gradient needs whole weights on each card: leave --shard out")
@@ -38,6 +39,7 @@ def contrast_gradients(model: Gemma2, pairs: Pairs, batch_tokens=2048) -> dict[s
     for sign, examples in zip((1, -1), zip(*pairs)):
         num_tokens = sum(len(example.tokens) - example.start for example in examples)
         rows += [(sign / num_tokens, row) for row in pack(examples, length, 0, 0)]
+    model.recompute = recompute
     # Each gradient joins its sum as soon as the backward has made it, so that one is held at a time
     sums, hooks = {}, []
     weights = {name: module.weight for name, module in model.named_modules()

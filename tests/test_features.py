@@ -280,6 +280,22 @@ def test_one_gradient_at_a_time_in_float32_sums(gemma, monkeypatch):
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+def test_gradient_selection_honours_recompute(gemma):
+    calls = []
+    for block in gemma.layers:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    kept = contrast_gradients(gemma, random_pairs(2))
+    num_calls = len(calls)
+    selection(gemma, "paper")
+    assert not gemma.recompute
+    calls.clear()
+    again = contrast_gradients(gemma, random_pairs(2), recompute=True)
+    assert len(calls) == 2 * num_calls                      # the backward ran each block again
+    assert all(torch.equal(kept[name], G) for name, G in again.items())
+    selection(gemma, "gradient")
+    assert gemma.recompute                                  # as selection's settings say
+
+
 @pytest.mark.parametrize("norm_aware", [False, True])
 def test_moments_are_of_the_modules_that_a_layer_serves(gemma, norm_aware):
     """uᵀ(GᵀG)u is the sum of ‖G·u‖² over them; norm-aware, along u/(1 + w)."""
@@ -357,7 +373,7 @@ WORDS = SimpleNamespace(control=CONTROL, token=str)       # a tokenizer of numbe
 def selection(model, select, make=random_sae):
     saes = {layer: make(layer) for layer in LAYERS}
     settings = SimpleNamespace(select=select, top_k=8, tau=0.8, rank=4, tokens="response",
-                               batch_tokens=256, norm_aware=False)
+                               batch_tokens=256, norm_aware=False, recompute=True)
     return select_features(model, saes, WORDS, random_pairs(12), settings)
 
 
