@@ -57,12 +57,13 @@ def run_command(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch's error for it is a plain RuntimeError on a CPU.
-        message = str(error).partition("\n")[0]
-        no_memory = re.search("out of memory|can't allocate memory", message)
-        if not (no_memory or isinstance(error, MemoryError)):
+    except Exception as error:
+        # A plain RuntimeError on a CPU. "out of resource" is a kernel's, of any class, on a small
+        # GPU; the compiler may put lines of its own before it.
+        found = re.search(".*(out of memory|can't allocate memory|out of resource).*", str(error))
+        if not (found or isinstance(error, MemoryError)):
             raise
+        message = found[0] if found else ""
         line = f"out of memory ({message}): lower --batch-tokens or --eval-batch"
     line = " ".join(printable(line).split())
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)

@@ -124,6 +124,9 @@ def test_names_that_cannot_lead_out_of_a_folder():
     (KeyboardInterrupt(), 130, "interrupted"),
     (MemoryError(), 2, "lower --batch-tokens"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "CUDA out of memory. Tried)"),
+    # As Triton says it: an Exception of its own, or the compiler's with a line before it
+    (Exception("out of resource: shared memory, Required: 114688"), 2, "(out of resource: shared"),
+    (RuntimeError("backend raised:\nout of resource: kernel\nmore"), 2, "(out of resource: kern"),
 ])
 def test_a_command_ends_in_one_line(capsys, raised, code, words):
     def main():
