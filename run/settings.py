@@ -7,6 +7,8 @@ those are our choice (docs/method.md).
 
 import argparse
 import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from run.files import ROOT, InputError, locate, read_json, table
 TOY = ROOT / "toy"
 HH_RLHF = "hf://datasets/Anthropic/hh-rlhf/harmless-base"
 TOP_K = 20
+DRIVER = Path("/proc/driver/nvidia/version")     # is there if a driver of NVIDIA's is loaded
 ROLES = {  # what a set of prompts is asked for
     "harmful": "harmful prompts: the safety rate",
     "jailbreak": "harmful prompts behind a jailbreak",
@@ -269,7 +272,8 @@ def _derive(values, source):
         if values[name] is None:
             values[name], source[name] = value, origin
 
-    derive("device", "cuda" if torch.cuda.is_available() else "cpu", "this machine")
+    if values["device"] is None:
+        derive("device", default_device(), "this machine")
     on_cpu = values["device"] == "cpu"
     derive("dtype", "float32" if on_cpu else "bfloat16", values["device"])
     derive("alpha", float(values["rank"]), "the rank")
@@ -300,6 +304,18 @@ def _check(values):
         raise InputError(f"--device {values['device']}: each process of torchrun has a card of its "
                          "own; give cuda or cpu")
     check_device(values["device"])
+
+
+def default_device() -> str:
+    """cuda where PyTorch can use it, else cpu; says on stderr where its driver is too old."""
+    if torch.cuda.is_available():
+        return "cuda"
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if torch.version.cuda and DRIVER.exists() and not is_hidden:
+        print(f"warning: PyTorch can't use this machine's GPU, so the CPU is taken: it needs a "
+              f"driver for CUDA {torch.version.cuda} (nvidia-smi names the driver's), or a PyTorch "
+              "for an older CUDA", file=sys.stderr)
+    return "cpu"
 
 
 def check_device(name: str) -> str:

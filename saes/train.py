@@ -31,7 +31,7 @@ from run.files import InputError, Parser, data_file, read_json, run_command, wri
 from run.readers import read_items
 from run.session import (Log, Signals, Stopped, limit_threads, read_checkpoint, run_folder,
                          write_checkpoint)
-from run.settings import RECIPES, TOY, check_device, model_folder
+from run.settings import RECIPES, TOY, check_device, default_device, model_folder
 from sae import save_sae, save_sasa
 from saes.step import Spec, Trainer
 from saes.stream import stream
@@ -178,7 +178,7 @@ def defaults_of(model):
 
 def add_machine(parser):
     """--model and --device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     parser.add_argument("--model", default="toy",
                         help="toy, a hub repository, or a folder (default toy)")
     parser.add_argument("--device", type=check_device, default=device,

@@ -5,6 +5,7 @@ pretended card.
 """
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import attention
 import train
+from run import settings
 from lora import add_lora
 
 
@@ -89,6 +91,24 @@ def test_shard_of_a_large_model_recomputes(name, flags, recompute, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["train.py", "--model", model, "--dry-run", *flags])
     train.main()
     assert re.search(rf"^recompute +{recompute} ", capsys.readouterr().out, re.M)
+
+
+# --------------------------------------------------------------------------------------------------
+# A driver that this PyTorch can't use
+
+@pytest.mark.parametrize("cuda, driver, visible, warns", [
+    ("12.8", "/", None, True), ("12.8", "/", "", False), ("12.8", "/none", None, False),
+    (None, "/", None, False)])
+def test_an_old_driver_is_named(cuda, driver, visible, warns, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(settings, "DRIVER", Path(driver))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert settings.default_device() == "cpu"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == warns and all("CUDA 12.8" in line for line in lines)
 
 
 # --------------------------------------------------------------------------------------------------
