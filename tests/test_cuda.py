@@ -5,6 +5,7 @@ pretended card.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import attention
 import train
-from run import settings
 from lora import add_lora
+from model import PRESETS, Gemma2
+from run import settings
+from run.estimate import activation_bytes
 
 
 class SaysCuda(torch.Tensor):
@@ -81,6 +84,50 @@ def test_one_graph(monkeypatch):
 
 # --------------------------------------------------------------------------------------------------
 # Memory
+
+class Flex(torch.autograd.Function):
+    """What flex_attention keeps: q, k, v, its output, and a number a head and query."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, *_):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+
+def kept_bytes(config, layers, recompute):
+    """Bytes that a row's forward to the last hidden state keeps, weights aside; device "meta"."""
+    with torch.device("meta"):
+        model = Gemma2(replace(config, num_hidden_layers=layers, layer_types=()))
+        model.bfloat16().requires_grad_(False)
+        add_lora(model, 16, 16.0, "random")
+    model.recompute = recompute
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage              # held, so that no address comes twice
+        return tensor
+    row = torch.zeros(1, 2048, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.hidden(row, row)
+    for weight in model.parameters():
+        kept.pop(weight.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["2b", "9b", "27b"])
+def test_dry_run_tells_what_cuda_keeps(name, recompute, monkeypatch):
+    monkeypatch.setattr("model.attention", Flex.apply)
+    config = PRESETS[f"google/gemma-2-{name}"]
+    two, three = (kept_bytes(config, layers, recompute) for layers in (2, 3))
+    kept = two + (config.num_hidden_layers - 2) * (three - two)
+    if recompute:                                   # the backward makes one block again, whole
+        kept += kept_bytes(config, 3, False) - kept_bytes(config, 2, False)
+    row = SimpleNamespace(batch_tokens=2048, dtype="bfloat16", recompute=recompute)
+    assert activation_bytes(row, config) == pytest.approx(kept, rel=0.03)
+
 
 @pytest.mark.parametrize("name, flags, recompute", [
     ("27b", [], False), ("27b", ["--shard"], True), ("9b", ["--shard"], False),
