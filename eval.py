@@ -193,8 +193,8 @@ def set_rows(scores: dict) -> list[list]:
 def attack_rows(attacks: dict) -> list[list]:
     """Rows [figure, base, adapter, None, n] of attack.success."""
     rows = []
-    for name, figures in attacks["adapter"].items():
-        for key, figure in figures.items():
+    for name, of_set in attacks["adapter"].items():
+        for key, figure in of_set.items():
             label = f"attack success: {name}, {key}"
             rows.append(figure_row(label, attacks["base"][name][key], figure))
     return rows

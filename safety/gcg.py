@@ -33,8 +33,7 @@ from safety.rules import judge
 
 TOP = 256                   # tokens that a position of the suffix draws from
 CHECK = 10                  # steps between looks at what the model answers
-BATCH = 128                 # candidates of one forward: bounds memory
-MAX_LOGITS = 1 << 25        # at once: 128 MiB in float32
+BATCH = 64                  # candidates of one forward: their logits are what memory goes to
 
 
 @dataclass(frozen=True)
@@ -107,22 +106,22 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Tensor:
 # Losses behind a shared beginning
 
 class SharedCache:
-    """Keys and values (1, K, P, hd) of one layer: the first `length` tokens, which all rows share.
+    """Keys and values of one layer, `pair` (2, 1, K, P, hd), of P tokens that all rows share.
 
     It stands in for model.Cache. With `keep`, `pair` becomes that of all tokens seen.
     """
 
-    def __init__(self, pair=None, length: int | None = None, keep=False):
-        self.pair = pair and [x[:, :, :length] for x in pair]
-        self.keep = keep
+    def __init__(self, pair: Tensor | None = None, keep=False):
+        self.pair, self.keep = pair, keep
 
     def update(self, keys, values):
-        if self.pair:
-            keys, values = (torch.cat((old.expand(len(new), -1, -1, -1), new), 2)
-                            for old, new in zip(self.pair, (keys, values)))
+        pair = torch.stack((keys, values))                                  # (2, B, K, T, hd)
+        if self.pair is not None:
+            shared = self.pair.expand(-1, len(keys), -1, -1, -1)
+            pair = torch.cat((shared, pair), 3)
         if self.keep:
-            self.pair = keys.detach(), values.detach()
-        return keys, values
+            self.pair = pair.detach()
+        return pair
 
 
 def hidden_after(model, caches, tokens, first):
@@ -137,13 +136,9 @@ def hidden_after(model, caches, tokens, first):
 
 def target_loss(model, hidden, target):
     """−log p, nats a token, (B,) of target (t,), which the last t of hidden (B, T, D) predict."""
-    h = hidden[:, -len(target):].flatten(0, 1)                              # (B·t, D)
-    labels = target.repeat(len(hidden))
-    # The logits of all candidates at once would outgrow the model
-    size = max(1, MAX_LOGITS // model.config.vocab_size)
-    losses = [F.cross_entropy(model.unembed(part), ids, reduction="none")
-              for part, ids in zip(h.split(size), labels.split(size))]
-    return torch.cat(losses).view(len(hidden), -1).mean(1)
+    logits = model.unembed(hidden[:, -len(target):])                        # (B, t, V)
+    labels = target.expand(len(hidden), -1)
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
 
 
 def gradient(model, prefix, suffix, rest, target):
@@ -153,7 +148,7 @@ def gradient(model, prefix, suffix, rest, target):
     without its last among them.
     """
     caches = [SharedCache(pair, keep=True) for pair in prefix]
-    first = prefix[0][0].shape[2]
+    first = prefix[0].shape[3]
     with torch.enable_grad():
         x = model.embed_tokens(torch.cat((suffix, rest))).detach()[None].requires_grad_()
         loss = target_loss(model, hidden_after(model, caches, x, first), target).sum()
@@ -170,7 +165,7 @@ def candidate_losses(model, pairs, candidates, positions, rest, target, first):
     for rows, where in zip(candidates.split(BATCH), positions.split(BATCH)):
         same = int(where[0])                    # so many suffix tokens are as in `pairs`
         tokens = torch.cat((rows[:, same:], rest.expand(len(rows), -1)), 1)
-        caches = [SharedCache(pair, first + same) for pair in pairs]
+        caches = [SharedCache(pair[..., :first + same, :]) for pair in pairs]
         hidden = hidden_after(model, caches, tokens, first + same)
         losses.append(target_loss(model, hidden, target))
     return torch.cat(losses)

@@ -34,7 +34,7 @@ from run.files import InputError, printable
 from safety.rules import judge as by_rules
 
 JUDGES = ("rules", "shieldgemma", "rubric")
-BATCH = 16                      # answers of one forward
+BATCH = 8                       # answers of one forward; for ShieldGemma each has four texts
 PARALLEL = 8                    # questions to an endpoint at once
 PAUSES = (0, 1, 2, 4, 8, 16)    # seconds before each try of one question to an endpoint
 TIMEOUT = 120                   # seconds of one try
@@ -77,7 +77,8 @@ def judged(rows: list[dict], judge="rules", judge_model: str | None = None,
     if not is_checkpoint(judge, source):
         judgements = rubric_by_endpoint(questions, source)
     elif questions:
-        model = load_model(source, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(source, device=device)
         local_judge = shieldgemma if judge == "shieldgemma" else rubric
         judgements = local_judge(model, load_tokenizer(source), questions)
     else:
@@ -177,26 +178,24 @@ def shieldgemma(model: Gemma2, tokenizer: Tokenizer, rows: Sequence[dict]
     """Yield (index, judgement) of each row: the probability that the answer violates each policy,
     softmax over the logits of Yes and No after the template, and their largest as "score".
 
-    One forward for each policy. Batches are padded on the right, where causal attention never
-    looks. Of the head only two rows of the embedding are used, in float32.
+    An answer has one text for each policy. Batches are padded on the right, where causal attention
+    never looks. Of the head only two rows of the embedding are used, in float32.
     """
     embedding = model.embed_tokens.weight
     head = embedding[[tokenizer.encode(word)[0] for word in ("Yes", "No")]].float()     # (2, D)
     for batch in batches_of(rows):
-        columns = []        # of each policy, the probabilities of the batch
-        for policy in POLICIES:
-            texts = [torch.tensor(shieldgemma_tokens(tokenizer, rows[index]["prompt"],
-                                                     rows[index]["completion"], policy))
-                     for index in batch]
-            padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)           # (B, T)
-            with torch.inference_mode():
-                hidden, _ = model.hidden(padded.to(embedding.device))
-                ends = [len(text) - 1 for text in texts]
-                logits = hidden[range(len(texts)), ends].float() @ head.T               # (B, 2)
-                logits = softcap(logits, model.config.final_logit_softcapping)
-            columns.append(logits.softmax(-1)[:, 0].tolist())
-        for index, *chances in zip(batch, *columns):
-            yield index, {"score": max(chances), **dict(zip(POLICIES, chances))}
+        texts = [torch.tensor(shieldgemma_tokens(tokenizer, rows[index]["prompt"],
+                                                 rows[index]["completion"], policy))
+                 for index in batch for policy in POLICIES]
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)               # (B, T)
+        ends = [len(text) - 1 for text in texts]
+        with torch.inference_mode():
+            hidden, _ = model.hidden(padded.to(embedding.device))
+            logits = hidden[range(len(texts)), ends].float() @ head.T                   # (B, 2)
+            logits = softcap(logits, model.config.final_logit_softcapping)
+        chances = logits.softmax(-1)[:, 0].view(len(batch), len(POLICIES)).tolist()
+        for index, scores in zip(batch, chances):
+            yield index, {"score": max(scores), **dict(zip(POLICIES, scores))}
 
 
 def batches_of(rows: Sequence[dict]) -> Iterator[list[int]]:

@@ -77,13 +77,13 @@ def places(names: Iterable[str], files: dict[str, str]) -> dict[str, tuple[str, 
     for key, file in files.items():
         name, _, role = key.partition(":")
         role = role or name
+        places = {known: (NAMED[known].role, file) for known in matching(key)}
         if role in ROLES:
-            chosen[name] = (role, file)
-        elif matching(key):
-            chosen |= {known: (NAMED[known].role, file) for known in matching(key)}
-        else:
+            places = {name: (role, file)}
+        if not places:
             raise InputError(f"--set {key}: give the name of a set (see --list) or, for another "
                              f"set, NAME:ROLE with a role of {', '.join(ROLES)}")
+        chosen |= places
     for name in names:
         if name not in chosen and not matching(name):
             raise InputError(f"--sets {name}: known are {', '.join(NAMED)}; for another set, give "

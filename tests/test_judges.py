@@ -1,4 +1,4 @@
-"""The judges that are models: ShieldGemma's template and scores, the rubric, endpoints, what is kept.
+"""The judges that are models: ShieldGemma's template and scores, the rubric, endpoints, repeats.
 
 The checkpoint for the known answer is worked out on paper: one layer whose attention is the mean
 over all tokens, which reads "§" out of the text and writes what the embedding of "Yes" looks for.
