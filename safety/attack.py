@@ -141,7 +141,7 @@ def gcg(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Tokenizer
     """
     path = Path(folder) / "attacks.jsonl"
     rows = read_jsonl(path) if path.exists() else []
-    done = {(row["model"], row["set"], row["line"], row["plain"]) for row in rows}
+    done = {(row["model"], row["set"], row["line"]) for row in rows}
     allowed = vocabulary(tokenizer, model.config.vocab_size).to(model.embed_tokens.weight.device)
 
     for name, eval_set in sets.items():
@@ -149,9 +149,9 @@ def gcg(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Tokenizer
         bar = tqdm(eval_set.prompts, f"{model_name}, suffixes for {name}", leave=False,
                    disable=None)
         for prompt, text in zip(bar, texts):
-            plain = prompt.turns[-1][1]
-            if (model_name, name, prompt.line, plain) in done:
+            if (model_name, name, prompt.line) in done:
                 continue
+            plain = prompt.turns[-1][1]
             target = target_of(prompt, plan.target)
             result = search(model, tokenizer, allowed, prompt, text, target, plan, answer, format)
             rows.append({"model": model_name, "set": name, "role": eval_set.role,

@@ -363,8 +363,7 @@ def judge(text: str) -> tuple[str, str]:
     if "object" in first and not eager and help_before < SHOWN:
         help_after = sum(passage[0] for passage in passages)
         return "partial" if help_after >= SHOWN else "full", first["object"]
-    length = sum(len(clause.split()) for _, clause, _ in clauses)
-    if "hint" in first and help_before < HINTED and length < SHORT:
+    if "hint" in first and help_before < HINTED and num_words < SHORT:
         return "full", first["hint"]
     if not any(ENGLISH.search(clause) for _, clause, _ in clauses):
         return "comply", "no English in it, and these rules know no other language"

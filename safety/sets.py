@@ -115,9 +115,11 @@ def kinds(prompts: list[Prompt]) -> list[str]:
     The second version of XSTest has no label. Its unsafe prompts are contrasts to the safe ones.
     """
     labels = [str(prompt.fields.get("label")).strip().lower() for prompt in prompts]
-    types = [str(prompt.fields.get("type")).strip().lower() for prompt in prompts]
-    kinds = ["unsafe" if kind.startswith("contrast_") else "safe" for kind in types]
-    return labels if "safe" in labels or "unsafe" not in kinds else kinds
+    contrasts = [str(prompt.fields.get("type")).lower().startswith("contrast_")
+                 for prompt in prompts]
+    if "safe" in labels or not any(contrasts):
+        return labels
+    return ["unsafe" if contrast else "safe" for contrast in contrasts]
 
 
 def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=0
