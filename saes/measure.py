@@ -22,7 +22,7 @@ from run.session import limit_threads
 from run.settings import TOY, model_folder
 from sae import SAE, load_saes, saes_in
 from saes.stream import batches, take
-from saes.train import add_machine
+from saes.train import add_machine, row_length
 
 
 def held_out(tokenizer, items, context, num_tokens=100_000):
@@ -41,27 +41,25 @@ def measure(model: Gemma2, tokenizer: Tokenizer, sae: SAE, rows) -> dict:
     recovered: see above. BOS and padding are left as they are, and out of all but the losses.
     """
     layer = sae.layer
-    device = model.embed_tokens.weight.device
-    names = ("clean", "spliced", "zero")
-    n = 0
+    num_tokens = 0
     num_predicted = 0
-    kl = 0.0
-    ce = dict.fromkeys(names, 0.0)
-    x_sum = x_power = error_power = torch.zeros((), device=device)
-    nonzero = fired = torch.zeros((), dtype=torch.int64, device=device)
+    device = model.embed_tokens.weight.device
+    x_sum = x_power = error_power = nonzero = fired = torch.zeros(
+        (), dtype=torch.float64, device=device)
+    losses = torch.zeros(4, dtype=torch.float64, device=device)  # CE clean, spliced, zero; KL
     for row in tqdm(rows, f"layer {layer}", leave=False, disable=None, delay=2):
         tokens = row.tokens.to(device)
         documents = row.documents.to(device)
+        # The SAE at all tokens but BOS and padding
         counted = (documents > 0) & (tokens != tokenizer.bos)
         hidden, residuals = model.hidden(tokens, documents, (layer,))
-        # The SAE at all tokens but BOS and padding
         residual = residuals[layer]
         x = residual[counted].float()
         codes = sae.encode(x)
         x_hat = sae.decode(codes)
 
         # Sums are of float64, since Σ‖x − mean‖² is a small difference of large numbers
-        n += len(x)
+        num_tokens += len(x)
         x_sum = x_sum + x.double().sum(0)
         x_power = x_power + x.double().square().sum()
         error_power = error_power + (x_hat - x).double().square().sum()
@@ -72,7 +70,6 @@ def measure(model: Gemma2, tokenizer: Tokenizer, sae: SAE, rows) -> dict:
         spliced = residual.clone()
         spliced[counted] = x_hat.to(residual.dtype)
         zero = residual.masked_fill(counted[..., None], 0)
-        # In the order of `names`
         outputs = [hidden]
         for replacement in (spliced, zero):
             outputs.append(hidden_with(model, layer, replacement, tokens, documents))
@@ -86,32 +83,29 @@ def measure(model: Gemma2, tokenizer: Tokenizer, sae: SAE, rows) -> dict:
         for start in range(0, len(labels), 512):
             part = slice(start, start + 512)
             log_p = [model.unembed(output[part]).log_softmax(-1) for output in outputs]
-            for name, value in zip(names, log_p):
-                ce[name] += F.nll_loss(value, labels[part], reduction="sum").item()
-            kl += F.kl_div(log_p[1], log_p[0], reduction="sum", log_target=True).item()
+            sums = [F.nll_loss(value, labels[part], reduction="sum") for value in log_p]
+            sums.append(F.kl_div(log_p[1], log_p[0], reduction="sum", log_target=True))
+            losses += torch.stack(sums)
 
-    power = x_power - x_sum.square().sum() / n  # Σ‖x − mean‖²
-    ce = {name: total / num_predicted for name, total in ce.items()}
+    clean, spliced, zero, kl = (losses / num_predicted).tolist()
+    power = x_power - x_sum.square().sum() / num_tokens  # Σ‖x − mean‖²
     return {
         "layer": layer,
         "kind": sae.kind,
-        "tokens": n,
+        "tokens": num_tokens,
         "ev": (1 - error_power / power).item(),
-        "l0": nonzero.item() / n,
+        "l0": nonzero.item() / num_tokens,
         "dead": (fired == 0).double().mean().item(),
-        "ce": ce,
-        "kl": kl / num_predicted,
-        "recovered": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
+        "ce": {"clean": clean, "spliced": spliced, "zero": zero},
+        "kl": kl,
+        "recovered": (zero - spliced) / (zero - clean),
     }
 
 
 def hidden_with(model, layer, output, tokens, documents):
     """Hidden states (B, T, D) where `output` (B, T, D) takes the place of a block's output."""
-    handle = model.layers[layer].register_forward_hook(lambda *_: output)
-    try:
+    with model.layers[layer].register_forward_hook(lambda *_: output):
         return model.hidden(tokens, documents)[0]
-    finally:
-        handle.remove()
 
 
 def figures_table(figures):
@@ -135,13 +129,12 @@ def figures_table(figures):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("folder", metavar="DIR", help="SAEs: layer_N/width_W/average_l0_X")
+    parser.add_argument("folder", help="SAEs: layer_N/width_W/average_l0_X")
     parser.add_argument("--data", help="text as for saes.train (toy: chats not trained on)")
     add_machine(parser)
-    parser.add_argument("--out", metavar="FILE", help="write all figures there, as JSON")
+    parser.add_argument("--out", help="write all figures there, as JSON")
     args = parser.parse_args()
-    is_toy = args.model == "toy"
-    if not args.data and not is_toy:
+    if not args.data and args.model != "toy":
         raise InputError(f"{args.model}: give --data")
     path = data_file(args.data or TOY / "data/sae_test.jsonl.gz")
 
@@ -150,7 +143,7 @@ def main():
     limit_threads(sum(parameter.numel() for parameter in model.parameters()))
     tokenizer = load_tokenizer(source)
     # All SAEs are measured on the same tokens
-    rows = held_out(tokenizer, read_items(path), 96 if is_toy else 1024)
+    rows = held_out(tokenizer, read_items(path), row_length(args.model))
     figures = []
     for layer, width, l0 in saes_in(args.folder):
         saes = load_saes(args.folder, [layer], width, l0, args.device, model.config)

@@ -48,12 +48,16 @@ def batches(examples, context, seed, batch_tokens):
     rows = pack(examples, context, 0, seed)
     size = max(1, batch_tokens // context)
     for start in range(0, len(rows), size):
-        batch = rows[start:start + size]
-        yield Row(
-            torch.stack([row.tokens for row in batch]),
-            torch.stack([row.documents for row in batch]),
-            torch.stack([row.labels for row in batch]),
-        )
+        yield stack(rows[start:start + size])
+
+
+def stack(rows):
+    """One Row of tensors (B, T) from B rows of (T)."""
+    return Row(
+        torch.stack([row.tokens for row in rows]),
+        torch.stack([row.documents for row in rows]),
+        torch.stack([row.labels for row in rows]),
+    )
 
 
 def stream(model, tokenizer, items, layers, buffer, context, cursor):

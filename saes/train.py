@@ -17,10 +17,8 @@ bit on a CPU.
 
 import functools
 import math
-import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -31,12 +29,22 @@ from run.files import InputError, Parser, data_file, read_json, run_command, wri
 from run.readers import read_items
 from run.session import (Log, Signals, Stopped, limit_threads, read_checkpoint, run_folder,
                          write_checkpoint)
-from run.settings import RECIPES, TOY, check_device, default_device, model_folder
+from run.settings import TOY, check_device, default_device, model_folder
 from sae import save_sae, save_sasa
 from saes.step import Spec, Trainer
 from saes.stream import stream
 
 SAVE_EVERY = 1000  # steps between checkpoints
+LOG_EVERY = 10     # steps between lines of metrics.jsonl
+BUFFER = 64        # batches whose activations are shuffled at once
+TOY_DEFAULTS = {
+    "layers": [1, 2, 3],
+    "data": str(TOY / "data/sae_train.jsonl.gz"),
+    "token_count": 1e6,
+    "width": 512,
+    "l0": 12,
+    "batch": 2048,
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,10 +121,9 @@ class Training:
             for name, tensor in trainer.state().items():
                 tensors[f"{layer}.{name}"] = tensor
         # A checkpoint with NaN would overwrite the last one that can still be trained on
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise InputError(f"step {self.step}: {name} isn't finite; the checkpoint before "
-                                 f"stays in {folder}: give a lower --lr")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise InputError(f"step {self.step}: training has diverged: give a lower --lr; the "
+                             f"checkpoint before stays in {folder}")
         metadata = {name: str(getattr(self, name)) for name in self.POSITION}
         metadata["threads"] = str(torch.get_num_threads())  # on which sums depend
         write_checkpoint(folder, tensors, metadata)
@@ -142,38 +149,25 @@ class Training:
             self.trainers[layer].restore(state)
 
     def write(self, folder):
-        """Write the SAEs in sae.py's layout. {layer: path}."""
-        spec, paths = self.spec, {}
+        """Write the SAEs in sae.py's layout."""
+        spec = self.spec
         for layer, trainer in self.trainers.items():
             arrays = trainer.arrays(self.scale[layer])
             if spec.architecture == "sasa":
-                paths[layer] = save_sasa(folder, layer, **arrays, block=spec.block,
-                                         active=spec.active, nuclear=spec.nuclear)
-                continue
-            # The L0 of a JumpReLU is near its target; the others' is given
-            l0 = trainer.mean["l0"].item() if spec.architecture == "jumprelu" else spec.l0
-            paths[layer] = save_sae(folder, layer, l0, **arrays)
-        return paths
+                save_sasa(folder, layer, **arrays, block=spec.block, active=spec.active,
+                          nuclear=spec.nuclear)
+            else:
+                # The L0 of a JumpReLU is near its target; the others' is given
+                l0 = trainer.mean["l0"].item() if spec.architecture == "jumprelu" else spec.l0
+                save_sae(folder, layer, l0, **arrays)
 
 
 # --------------------------------------------------------------------------------------------------
 # Settings
 
-def defaults_of(model):
-    """Defaults that hang on the model: the toy's are small, others have a recipe or none."""
-    if model == "toy":
-        return {
-            "layers": [1, 2, 3],
-            "data": str(TOY / "data/sae_train.jsonl.gz"),
-            "token_count": 1e6,
-            "context": 96,
-            "buffer": 1 << 17,
-            "width": 512,
-            "l0": 12,
-            "batch": 2048,
-        }
-    recipe = RECIPES.get(model, {})
-    return {name: recipe[name] for name in ("layers", "data") if name in recipe}
+def row_length(model):
+    """Tokens of a row, in training and measuring; longer documents are split."""
+    return 96 if model == "toy" else 1024
 
 
 def add_machine(parser):
@@ -190,44 +184,35 @@ def parse_settings():
     parser = Parser(__doc__)
     add = parser.add_argument
     add_machine(parser)
-    add("--layers", type=int, nargs="+", metavar="N",
+    add("--layers", type=int, nargs="+",
         help="blocks after which the residual stream is read (toy: 1 2 3)")
     add("--data", help='text (.txt, a document a line; .jsonl with "text"), pairs ("chosen" and '
         '"rejected") or chats ("prompt" and "response", or "messages"), plain or .gz, also '
         "hf://datasets/OWNER/NAME/PATH (toy: its own chats)")
-    add("--token-count", type=float, default=2e8, metavar="N",
+    add("--token-count", type=float, default=2e8,
         help="tokens to train on; the data come again where they have fewer (default 2e8; toy 1e6)")
-    add("--context", type=int, default=1024, metavar="N",
-        help="tokens of a row; longer documents are split (default 1024; toy 96)")
-    add("--buffer", type=int, default=1 << 18, metavar="N",
-        help="tokens whose activations are shuffled at once (default 262144; toy 131072)")
     add("--architecture", choices=("batchtopk", "jumprelu", "sasa"), default="batchtopk",
         help="see above (default batchtopk)")
-    add("--width", type=int, default=16384, metavar="N", help="features F (default 16384; toy 512)")
-    add("--l0", type=int, default=80, metavar="N",
+    add("--width", type=int, default=16384, help="features F (default 16384; toy 512)")
+    add("--l0", type=int, default=80,
         help="coefficients a token that stay, on average; sasa: exactly (default 80; toy 12)")
-    add("--block", type=int, metavar="N", help="sasa: features of a block (default 4)")
-    add("--nuclear", type=float, default=0.0, metavar="N",
+    add("--block", type=int, help="sasa: features of a block (default 4)")
+    add("--nuclear", type=float, default=0.0,
         help="sasa: weight of mean ‖D_k‖_*, relative to the input's power (default 0: none)")
-    add("--batch", type=int, default=4096, metavar="N",
+    add("--batch", type=int, default=4096,
         help="tokens of a step (default 4096; toy 2048)")
     add("--lr", type=float,
         help="peak learning rate of Adam (default 2e-3·√(512/F), for sasa twice that)")
-    add("--seed", type=int, default=0, metavar="N", help="of weights and order (default 0)")
-    add("--out", metavar="DIR", help="where to write (default runs/TIME-sae-MODEL); an unfinished "
+    add("--seed", type=int, default=0, help="of weights and order (default 0)")
+    add("--out", help="where to write (default runs/TIME-sae-MODEL); an unfinished "
         "training of the same settings there goes on")
 
     # The model is parsed first, since other defaults hang on it
     args, _ = parser.parse_known_args()
-    parser.set_defaults(**defaults_of(args.model))
-    settings = SimpleNamespace(**vars(parser.parse_args()))
+    if args.model == "toy":
+        parser.set_defaults(**TOY_DEFAULTS)
+    settings = parser.parse_args()
     out = vars(settings).pop("out")
-    check(settings)
-    return settings, out
-
-
-def check(settings):
-    """Fill in block and learning rate. Raises InputError for settings that don't fit together."""
     if not settings.layers or not settings.data:
         raise InputError(f"{settings.model}: give --layers and --data")
     # Blocks are SASA's; the others have blocks of one
@@ -235,18 +220,13 @@ def check(settings):
     if not is_sasa and (settings.block or settings.nuclear):
         raise InputError("--block and --nuclear belong to --architecture sasa")
     settings.block = (settings.block or 4) if is_sasa else 1
-    width = settings.width
-    l0 = settings.l0
-    block = settings.block
+    width, l0, block = settings.width, settings.l0, settings.block
     if width % block or l0 % block or not block <= l0 <= width:
         raise InputError(f"--l0 {l0}: give 1 to --width {width}; --block {block} must divide both")
-    # 2e8 is parsed as a float
-    settings.token_count = int(settings.token_count)
-    if min(settings.token_count, settings.buffer) < settings.batch:
-        raise InputError("--token-count and --buffer: give --batch or more")
     # Wider SAEs need smaller steps: the rate falls with the root of the width
     if settings.lr is None:
         settings.lr = 2e-3 * (2 if is_sasa else 1) * math.sqrt(512 / width)
+    return settings, out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,19 +241,16 @@ def open_folder(folder, settings):
     if not path.exists():
         write_json(path, {"settings": vars(settings)})
     # Other settings would go on to numbers that no unbroken training has
-    saved = read_json(path)["settings"]
-    for name, value in vars(settings).items():
-        if saved.get(name) != value:
-            raise InputError(f"{folder} holds an unfinished run with another "
-                             f"--{name.replace('_', '-')}: give another --out")
+    if read_json(path)["settings"] != vars(settings):
+        raise InputError(f"{folder} holds a training of other settings: give another --out")
 
 
 def train(settings, model, tokenizer, folder, signals):
     """Train the SAEs of the settings in `folder`, from where it stands, and write them."""
     is_sasa = settings.architecture == "sasa"
     batch = settings.batch
-    steps = settings.token_count // batch
-    dead_after = max(20 * batch, min(10_000_000, settings.token_count // 12))
+    steps = max(1, int(settings.token_count / batch))
+    dead_after = max(20 * batch, min(10_000_000, int(settings.token_count / 12)))
     spec = Spec(settings.architecture, settings.width, settings.l0, settings.block,
                 settings.nuclear, settings.lr, warmup=0.2 if is_sasa else 0.05,
                 dead_after=dead_after)
@@ -281,8 +258,8 @@ def train(settings, model, tokenizer, folder, signals):
 
     # The documents, their activations, and the training where the last session left it
     items = functools.partial(read_items, data_file(settings.data))
-    buffers = functools.partial(stream, model, tokenizer, items, settings.layers, settings.buffer,
-                                settings.context)
+    buffers = functools.partial(stream, model, tokenizer, items, settings.layers, BUFFER * batch,
+                                row_length(settings.model))
     training = Training(buffers, spec, steps, batch, settings.seed)
     training.load(folder, settings.device)
     if training.step:
@@ -293,14 +270,13 @@ def train(settings, model, tokenizer, folder, signals):
     # From here on Ctrl-C waits for the end of a step
     bar = tqdm(total=steps * batch, initial=training.step * batch, unit=" tokens", unit_scale=True,
                leave=False, disable=None)
-    log_every = max(1, min(50, steps // 100))
     signals.wait = True
     for metrics in training:
         bar.update(batch)
         step = training.step
         stop = signals.caught
         # Reading metrics waits for the device, so only now and then
-        if step % log_every == 0 or step == steps:
+        if step % LOG_EVERY == 0 or step == steps:
             layers = {}
             for layer, values in metrics.items():
                 layers[layer] = {name: value.item() for name, value in values.items()}
@@ -312,9 +288,8 @@ def train(settings, model, tokenizer, folder, signals):
     bar.close()
 
     # The SAEs are written last: a folder that holds them is finished
-    for layer, path in training.write(folder).items():
-        mean = {name: value.item() for name, value in training.trainers[layer].mean.items()}
-        print("layer {}: EV {ev:.3f}, L0 {l0:.1f}, dead {dead:.1%}: {}".format(layer, path, **mean))
+    training.write(folder)
+    print(f"wrote {folder}: `python -m saes.measure` shows what the SAEs are worth")
 
 
 def main():
@@ -331,8 +306,7 @@ def main():
     try:
         train(settings, model, tokenizer, folder, Signals())
     except Stopped as stop:
-        print(f"\nstopped by {signal.Signals(stop.args[0]).name}: the same command with "
-              f"--out {folder} goes on", file=sys.stderr)
+        print(f"\nstopped: the same command with --out {folder} goes on", file=sys.stderr)
         return 128 + stop.args[0]
 
 

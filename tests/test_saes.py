@@ -234,7 +234,7 @@ def test_a_resumed_training_is_the_same_bit_for_bit(name, tmp_path, small):
     # One that has diverged leaves the checkpoint as it was
     before = (tmp_path / CHECKPOINT).read_bytes()
     again.trainers[0].parameters["b_dec"][0] = torch.nan
-    with pytest.raises(InputError, match="step 20: 0.b_dec"):
+    with pytest.raises(InputError, match="step 20: training has diverged"):
         again.save(tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
@@ -247,8 +247,8 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
 
     def train(name, *words):
         return run(saes_train.main, "--layers", 0, 1, "--data", mini / "train.jsonl", "--width", 96,
-                   "--l0", 8, "--token-count", 6000, "--batch", 200, "--buffer", 1500, "--context",
-                   64, "--out", tmp_path / name, *words)
+                   "--l0", 8, "--token-count", 6000, "--batch", 200,
+                   "--out", tmp_path / name, *words)
     assert not train("a", "--architecture", "sasa")
     assert load_sae(tmp_path / "a", 1, 96).active == 2
     assert read_jsonl(tmp_path / "a/metrics.jsonl")[-1]["step"] == 30
@@ -278,7 +278,7 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(saes_train, "Signals", Later)
         assert train("b") == 128 + 15
-    with pytest.raises(InputError, match="another --seed"):
+    with pytest.raises(InputError, match="other settings"):
         train("b", "--seed", 1)
     assert not train("b") and not train("c")
     assert "going on at step 10 of 30" in capsys.readouterr().out
@@ -289,8 +289,7 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
 @pytest.mark.parametrize("words, message", [
     (["--block", "4"], "--architecture sasa"), (["--l0", "0"], "--l0 0"),
     (["--architecture", "sasa", "--block", "5"], "--block 5"), (["--layers", "9"], "0 to 5"),
-    (["--model", "nobody/nothing"], "--layers and --data"), (["--token-count", "9"], "--batch"),
-    (["--buffer", "9"], "--batch")])
+    (["--model", "nobody/nothing"], "--layers and --data")])
 def test_flags_that_do_not_fit_are_refused(words, message, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["saes.train", *words, "--out", str(tmp_path / "x")])
     with pytest.raises(InputError, match=message):

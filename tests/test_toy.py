@@ -105,18 +105,18 @@ def test_texts_are_longer_than_the_window_and_the_tokenizer_gives_them_back(pair
         assert 3 not in ids and tokenizer.decode(ids) == pair.aligned
 
 
-@pytest.mark.parametrize("size", [3.0, 5.0])
-def test_files_are_replaced_only_when_the_gates_hold(size, tmp_path, monkeypatch):
+@pytest.mark.parametrize("l0", [10.0, 14.0])
+def test_files_are_replaced_only_when_the_gates_hold(l0, tmp_path, monkeypatch):
     model = load_model(TOY)
     monkeypatch.setattr(build, "train_base", lambda *_: model)
     monkeypatch.setattr(build, "SAES", {})
-    monkeypatch.setattr(build, "measure", lambda folder: [("size, MB", "", size)])
+    monkeypatch.setattr(build, "measure", lambda folder: [("L0", "", l0)])
     (tmp_path / "data").mkdir()
     for name in ("world.json", "build.py", "data/train.jsonl"):
         (tmp_path / name).write_text("old")
     build.build(3, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    built = {"config.json", "model.safetensors", "tokenizer.json"} if size < 4 else set()
+    built = {"config.json", "model.safetensors", "tokenizer.json"} if l0 < 12 else set()
     assert names == {"world.json", "build.py", "data"} | built
     for name in ("world.json", "data/train.jsonl"):
         assert ((tmp_path / name).read_text() == "old") == (not built)
