@@ -24,7 +24,7 @@ import tokenizers
 import torch
 
 from fused import IGNORE
-from run.files import ROOT, InputError, Parser, data_file, locate, read_json, run_command
+from run.files import ROOT, InputError, Parser, data_file, locate, printable, read_json, run_command
 from run.readers import Pair, Turn, read_pairs
 
 # ----------------------------------------------------------------- Tokenizer
@@ -60,18 +60,16 @@ class Tokenizer:
         """
         # A stranger's file can lack any key, so whatever goes wrong here is the file's fault.
         try:
-            ids = _token_ids(spec, name)
+            ids = _token_ids(spec)
             for attribute in NEEDED:
-                if f"<{attribute}>" not in ids:
-                    raise InputError(f"{name} has no token <{attribute}>: give a Gemma tokenizer")
                 setattr(self, attribute, ids[f"<{attribute}>"])
             control = _take_control_tokens_out(spec, ids)
             self.encoder = tokenizers.Tokenizer.from_str(json.dumps(spec))
             self.decode(self.encode("user\nmodel\n "))
-        except (InputError, KeyboardInterrupt, MemoryError):
+        except (KeyboardInterrupt, MemoryError):
             raise
         except BaseException as error:  # a Rust panic is no Exception
-            raise InputError(f"{name} can't be used as a tokenizer "
+            raise InputError(f"{name} is no Gemma tokenizer that can be used here "
                              f"({type(error).__name__}: {error})") from None
         self.control = frozenset(ids[token] for token in control)
         self.size = max(ids.values()) + 1
@@ -89,20 +87,18 @@ class Tokenizer:
         return self.names.get(id, f"<{id}>").replace("▁", " ")
 
 
-def _token_ids(spec, name):
+def _token_ids(spec):
     """{token: id} of a tokenizer.json's vocabulary and registered tokens."""
-    if spec["model"]["type"] not in ("BPE", "WordLevel"):
-        raise InputError(f"{name}: the tokenizer is of type {spec['model']['type']}; "
-                         "BPE (Gemma's) and WordLevel (the toy's) are supported")
+    if spec["model"]["type"] not in ("BPE", "WordLevel"):  # Gemma's and the toy's
+        raise ValueError(f"of type {spec['model']['type']}")
     ids = dict(spec["model"]["vocab"])
     for token in spec["added_tokens"]:
         if ids.setdefault(token["content"], token["id"]) != token["id"]:
-            raise InputError(f"{name}: the token {token['content']!r} has two ids, "
-                             f"{ids[token['content']]} and {token['id']}")
+            raise ValueError(f"{token['content']!r} has two ids")
     # Text for one of two tokens with one id would be read as the other, perhaps a control token.
-    numbers = [id for id in ids.values() if type(id) is int and id >= 0]
-    if len(set(numbers)) < len(ids):
-        raise InputError(f"{name}: the ids of its tokens are not different whole numbers")
+    numbers = {id for id in ids.values() if type(id) is int and id >= 0}
+    if len(numbers) < len(ids):
+        raise ValueError("the ids of its tokens are not different whole numbers")
     return ids
 
 
@@ -273,27 +269,27 @@ def _make_row(examples, length):
 
 # ----------------------------------------------------------------- Seeing the loss mask
 
-RESET, CONTEXT, CONTEXT_CONTROL = "\033[0m", "\033[2m", "\033[36m"
-TRAINED, TRAINED_CONTROL = "\033[32m", "\033[1;7;32m"
-# A file's own escape codes must not reach the terminal: they are shown as ␛ and the like.
-PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
-PICTURES |= dict.fromkeys(range(0x7F, 0xA0), "�")
+CONTEXT, TRAINED, CONTROL_TOKEN, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"
 
 
 def colored(tokenizer: Tokenizer, tokens: Sequence[int], start: int) -> str:
-    """Tokens as text in ANSI colours: the context dim, what is trained on (from `start`) green."""
-    def color(position):
-        control = tokens[position] in tokenizer.control
-        if position < start:
-            return CONTEXT_CONTROL if control else CONTEXT
-        return TRAINED_CONTROL if control else TRAINED
+    """Tokens as text: the context dim, what is trained on (from `start`) green.
+
+    Control tokens are shown by their names, in reverse video.
+    """
+    def style(position):
+        return position >= start, tokens[position] in tokenizer.control
 
     text = ""
-    for code, positions in itertools.groupby(range(len(tokens)), color):
+    for (trained, control), positions in itertools.groupby(range(len(tokens)), style):
         ids = [tokens[position] for position in positions]
-        # Control tokens decode to nothing: their names are shown.
-        piece = tokenizer.decode(ids) or "".join(map(tokenizer.token, ids))
-        text += code + piece.translate(PICTURES) + RESET
+        text += TRAINED if trained else CONTEXT
+        if control:
+            text += CONTROL_TOKEN + "".join(map(tokenizer.token, ids))
+        else:
+            # A file's own escape codes must not reach the terminal.
+            text += "\n".join(map(printable, tokenizer.decode(ids).split("\n")))
+        text += RESET
     return text
 
 
@@ -313,19 +309,13 @@ def main():
     pairs, _ = load_examples(args.file, tokenizer, args.max_length, args.format)
     examples = [aligned for aligned, _ in pairs]
 
-    # A legend, the examples, and what they come to.
-    print(f"{TRAINED}trained on{RESET}  {TRAINED_CONTROL}trained control token{RESET}  "
-          f"{CONTEXT}context{RESET}  {CONTEXT_CONTROL}control token{RESET}")
-    for example in examples[:max(0, args.show)]:
-        size, trained = len(example.tokens), len(example.tokens) - example.start
-        print(f"\n── {args.file}:{example.line} · {size:,} tokens, {trained:,} trained on")
+    print(f"{CONTEXT}context{RESET}  {TRAINED}trained on{RESET}  {CONTROL_TOKEN}control{RESET}")
+    for example in examples[:args.show]:
+        print(f"\n── {args.file}:{example.line} · {len(example.tokens):,} tokens")
         print(colored(tokenizer, example.tokens, example.start))
-
     num_tokens = sum(len(example.tokens) for example in examples)
     num_trained = num_tokens - sum(example.start for example in examples)
-    num_rows = len(pack(examples, args.max_length, seed=0, epoch=0))
-    print(f"\n{len(examples):,} examples of {num_tokens:,} tokens, {num_trained:,} trained on; "
-          f"packed into {num_rows:,} rows of {args.max_length:,}")
+    print(f"\n{len(examples):,} examples of {num_tokens:,} tokens, {num_trained:,} trained on")
 
 
 if __name__ == "__main__":

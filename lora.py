@@ -203,23 +203,23 @@ def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=
     """{"subspace", "random", "random_sd"}: share of ‖ΔW‖², over all modules, in {name: basis}, and
     in random bases of equal rank (mean and deviation of `draws`). None without bases or update."""
     layers = lora_layers(model)
-    norms = torch.tensor([layer.update.square().sum() for layer in layers.values()]).double()
-    if not bases or not norms.any():
+    norms = {name: float(layer.update.square().sum()) for name, layer in layers.items()}
+    # A module without an update has no share of its own, and adds nothing
+    changed = [name for name in layers if norms[name] > 0]
+    if not bases or not changed:
         return dict.fromkeys(("subspace", "random", "random_sd"))
 
     def share(bases):
-        shares = [update_share(layer, bases[name]) for name, layer in layers.items()]
-        # A module without an update has NaN, and adds nothing
-        shares = torch.tensor(shares, dtype=torch.float64).nan_to_num()
-        return float((norms * shares).sum() / norms.sum())
+        inside = [norms[name] * update_share(layers[name], bases[name]) for name in changed]
+        return sum(inside) / sum(norms.values())
 
     generator = torch.Generator().manual_seed(seed)
     chance = torch.zeros(draws)
     for i in range(draws):
         noise = {name: torch.randn(bases[name].shape, generator=generator) for name in layers}
         chance[i] = share({name: torch.linalg.qr(draw).Q for name, draw in noise.items()})
-    return {"subspace": share(bases), "random": chance.mean().item(),
-            "random_sd": chance.std().item()}
+    return {"subspace": share(bases), "random": float(chance.mean()),
+            "random_sd": float(chance.std())}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,18 +241,18 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str) -> 
     """Write the adapter as PEFT does. Patterns give ranks and alphas unlike the first module's."""
     layers, folder = lora_layers(model), Path(folder)
     ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: layer.scale * layer.rank for name, layer in layers.items()}
-    # Whole numbers as such: some readers take no other
-    alphas = {name: int(a) if a == int(a) else a for name, a in alphas.items()}
-    rank, alpha = next(zip(ranks.values(), alphas.values()))
+    # Rounding gives the whole number back that alpha / rank came from
+    alphas = {name: round(layer.scale * layer.rank, 6) for name, layer in layers.items()}
+    first = next(iter(layers))
     # A leaf name stands for all modules of its kind, so list whole names where some have no layer
     leaves = sorted({leaf(name) for name in layers})
     write_json(folder / CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model_name), "r": rank, "lora_alpha": alpha,
+        "base_model_name_or_path": str(base_model_name),
+        "r": ranks[first], "lora_alpha": alphas[first],
         "target_modules": list(layers) if linears(model, leaves) else leaves,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha}})
+        "rank_pattern": {name: r for name, r in ranks.items() if r != ranks[first]},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alphas[first]}})
 
     # The tensors come last, since a folder that has them is taken for a whole adapter
     tensors: dict[str, Tensor] = {}
@@ -308,13 +308,11 @@ def read_config(path):
 
 def read_scale(config, name, rank):
     """A module's s. The keys of alpha_pattern are regular expressions for the end of its name."""
-    alpha = config.get("lora_alpha", 8)    # peft's default
     patterns = config.get("alpha_pattern") or {}
-    for pattern, value in patterns.items():
-        # The first that matches counts, as in peft
-        if re.match(rf"(.*\.)?({pattern})$", f"model.{name}"):
-            alpha = value
-            break
+    # The first that matches counts, as in peft; 8 is peft's default
+    alphas = [alpha for pattern, alpha in patterns.items()
+              if re.match(rf"(.*\.)?({pattern})$", f"model.{name}")]
+    alpha = [*alphas, config.get("lora_alpha", 8)][0]
     # Rank-stabilized LoRA (arXiv 2312.03732)
     return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
 

@@ -5,13 +5,13 @@ go on to the same numbers.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,31 +97,31 @@ def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],
     if (folder / FINISHED).exists():
         raise InputError(f"{folder} holds a finished run, which is never overwritten: give another "
                          f"--out (`python -m report {folder}` shows it)")
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    config = {"settings": vars(settings), "source": source, "command": sys.argv,
+              "data_sha256": data_hash, "processes": parallel.world_size(), "versions": versions}
     if not path.exists():
         if not is_new(folder):
             raise InputError(f"{folder} is there and holds no run: give another --out")
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        write_json(path, {"settings": vars(settings), "source": source, "command": sys.argv,
-                          "data_sha256": data_hash, "processes": parallel.world_size(),
-                          "versions": versions})
+        write_json(path, config)
         return True
-    config = read_json(path)
-    script = Path(config["command"][0]).name
-    if script != Path(sys.argv[0]).name:        # a fork's run goes on with the fork
-        raise InputError(f"{folder} holds an unfinished run of {script}, not {sys.argv[0]}")
-    if config["processes"] != parallel.world_size():
-        raise InputError(f"{folder} holds an unfinished run of {config['processes']} processes, "
-                         f"not {parallel.world_size()}: start as many, by torchrun")
-    for name, value in vars(settings).items():
-        saved = config["settings"].get(name, value)
-        if saved != value and name not in ("device", *PLACES):
-            raise InputError(f"{folder} holds an unfinished run with {flag(name)} {saved}, not "
+    saved = _fixed(read_json(path))
+    for name, value in _fixed(config).items():
+        if saved.get(name, value) != value:
+            raise InputError(f"{folder} holds an unfinished run with {name} {saved[name]}, not "
                              f"{value}: give another --out, or only `--resume {folder}`")
-    if config["data_sha256"] != data_hash:
-        raise InputError(f"{settings.data} has changed since the run in {folder} began: put the "
-                         "old file back, or start a new run with another --out")
     print(f"going on with the unfinished run in {folder}\n")
     return False
+
+
+def _fixed(config):
+    """{name: value} of what may not change between two sessions of a run."""
+    fixed = {flag(name): value for name, value in config["settings"].items()
+             if name not in ("device", *PLACES)}
+    # A fork's run goes on with the fork
+    script = Path(config["command"][0]).name
+    return fixed | {"script": script, "data of SHA-256": config["data_sha256"],
+                    "processes": config["processes"]}
 
 
 def hash_of(data: str) -> str:
@@ -176,17 +176,18 @@ class Log:
 
     def seconds(self) -> dict[str, float]:
         """{stage: seconds}, summed over the sessions of a run."""
-        total = {}
+        total: Counter = Counter()
         for line in self.lines:
             if "stage" in line:
-                total[line["stage"]] = total.get(line["stage"], 0.0) + line["seconds"]
+                total[line["stage"]] += line["seconds"]
         return total
 
 
 def _tensorboard(folder):
-    if importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--log tensorboard: the package is not here: pip install tensorboard")
-    from torch.utils.tensorboard import SummaryWriter           # optional, and slow to import
+    try:
+        from torch.utils.tensorboard import SummaryWriter       # optional, and slow to import
+    except ImportError:
+        raise InputError("--log tensorboard: `pip install tensorboard` first") from None
     return SummaryWriter(folder)
 
 
@@ -247,11 +248,11 @@ def load_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim
 
 CARD = """---
 library_name: peft
-{base_line}license: {license}
+license: {license}
 tags: [safety, lora, sparse-autoencoder, sails, gemma-2]
 ---
 
-# {name}: a SAILS safety adapter
+# {base}: a SAILS safety adapter
 
 LoRA of rank {rank} on q, k, v and o of every layer, begun as `{init}` (SAILS, arXiv 2512.23260) and
 trained on the aligned answers of `{data}`, seed {seed}. {trainable:,} of {parameters:,} parameters
@@ -267,7 +268,7 @@ Judge: {judge}.
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{base}")      # or where the base model lies
 model = PeftModel.from_pretrained(model, "THIS FOLDER")
 ```
 
@@ -280,11 +281,12 @@ GEMMA_TERMS = ("The adapter is a derivative of Gemma: the "
 def model_card(settings: SimpleNamespace, scores: dict, results: str) -> str:
     """The text of a run's README.md: metadata as the hub reads it, the figures, how to load it."""
     on_hub = "/" in settings.model and not Path(settings.model).exists()
+    license, terms = "other", "The licence is that of the base model."
+    if on_hub:
+        license, terms = f"gemma\nbase_model: {settings.model}", GEMMA_TERMS
+    # A path here says nothing elsewhere
+    base = settings.model if on_hub else Path(settings.model).name
     data = settings.data if settings.data.startswith("hf://") else Path(settings.data).name
-    return CARD.format(
-        base_line=f"base_model: {settings.model}\n" if on_hub else "",
-        license="gemma" if on_hub else "other", name=Path(settings.model).name,
-        rank=settings.rank, init=settings.init, data=data, seed=settings.seed, results=results,
-        trainable=scores["trainable"], parameters=scores["parameters"], judge=scores["judge"],
-        base=settings.model if on_hub else "BASE MODEL",
-        terms=GEMMA_TERMS if on_hub else "The licence is that of the base model.")
+    values = vars(settings) | scores
+    return CARD.format_map(values | {"base": base, "data": data, "results": results,
+                                     "license": license, "terms": terms})

@@ -52,91 +52,67 @@ RECIPES: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a run. A `rare` one has no flag of its own: --more NAME=VALUE sets it."""
+    """One setting of a run, with the range of its numbers."""
     name: str
     default: object
-    kind: type
+    kind: type                                     # list: of whole numbers; dict: {role: file}
     help: str
-    metavar: str | None = None
     choices: tuple[str, ...] = ()
-    low: float = -math.inf
+    low: float = 0
     high: float = math.inf
-    rare: bool = False
 
 
-GROUPS: dict[str, list[Setting]] = {
+GROUPS = {
     "model and SAEs": [
-        Setting("model", "toy", str, f"{', '.join(RECIPES)}, another hub repository, or a folder",
-                "NAME|DIR"),
-        Setting("sae", None, str, "hub repository or folder in Gemma Scope's layout", "REPO|DIR"),
-        Setting("layers", None, list, "SAE layers (default: the recipe's, or all of a folder)",
-                "N"),
-        Setting("width", None, str, "SAE width as Gemma Scope names it: 16k, 65k, … (default: the "
-                "folder's only one, or 16k)", rare=True),
-        Setting("l0", None, int, "average L0 in the SAE's folder name (default: the canonical)",
-                low=0, rare=True),
+        Setting("model", "toy", str, f"{', '.join(RECIPES)}, another hub repository, or a folder"),
+        Setting("sae", None, str, "hub repository or folder in Gemma Scope's layout"),
+        Setting("layers", None, list, "SAE layers (default: the recipe's, or all of a folder)"),
     ],
     "data and selection (SAILS section 3)": [
         Setting("data", None, str, 'pairs, rows with "chosen" and "rejected" (conversations, or '
                 "answers to a prompt), as .jsonl, .json, .csv or .parquet, plain or .gz; "
-                "hf://datasets/OWNER/NAME/PATH is fetched", "FILE"),
+                "hf://datasets/OWNER/NAME/PATH is fetched"),
         Setting("format", "chat", str, "chat: Gemma's turns, put in by id; plain: Human: and "
                 "Assistant: as text", choices=("chat", "plain")),
-        Setting("pairs", 2000, int, "pairs that selection looks at, at most, drawn by the seed; "
-                "0: all", low=0, rare=True),
         Setting("select", "paper", str, "paper: the features of largest |Δ|, the difference of "
-                "mean activations; gradient: by the gradients of the loss on the two answers",
-                "NAME"),
+                "mean activations; gradient: by the gradients of the loss on the two answers"),
         Setting("top_k", None, int, f"features kept of each SAE layer (default {TOP_K}; with "
-                "--select gradient twice the rank)", "K", low=1),
+                "--select gradient twice the rank)", low=1),
         Setting("tau", 0.8, float, "share of the squared singular values of the chosen decoder "
-                "directions that the subspace keeps, at most --rank directions", "T",
-                low=1e-9, high=1),
+                "directions that the subspace keeps, at most --rank directions", low=1e-9, high=1),
         Setting("tokens", "response", str, "tokens whose activations are averaged: the response's, "
                 "or all with the prompt", choices=("response", "all")),
         Setting("norm_aware", False, bool, "map directions through Gemma-2's norm gains on their "
                 "way into the adapter"),
     ],
     "adapter": [
-        Setting("rank", 16, int, "rank of the adapters on q, k, v, o of every layer", "R",
-                low=1),
-        Setting("alpha", None, float, "the update is alpha/rank · B·A (default: the rank)", "A",
+        Setting("rank", 16, int, "rank of the adapters on q, k, v, o of every layer", low=1),
+        Setting("alpha", None, float, "the update is alpha/rank · B·A (default: the rank)",
                 low=1e-6),
         Setting("init", "sails", str, "how A and B begin; sails: in the safety subspace, random: "
-                "LoRA's own, orthonormal: a random basis", "NAME"),
+                "LoRA's own, orthonormal: a random basis"),
         Setting("freeze_basis", False, bool, "train only the factor that isn't the basis: the "
                 "update can't leave the subspace"),
     ],
     "training": [
         Setting("steps", None, int, "optimizer steps (default: the recipe's, or one pass over the "
-                "data)", "N", low=1),
+                "data)", low=1),
         Setting("lr", 2e-4, float, "peak learning rate of AdamW: linear warm-up, then cosine to 0",
-                "LR", low=1e-12),
-        Setting("warmup", 0.1, float, "share of the steps that warm up", low=0, high=1, rare=True),
-        Setting("weight_decay", 0.0, float, "AdamW's, on A and B", low=0, rare=True),
-        Setting("clip", 1.0, float, "largest norm of a step's gradient; 0: no clipping",
-                low=0, rare=True),
+                low=1e-12),
         Setting("batch_tokens", 2048, int, "tokens of one packed row, the longest example too; in "
-                "selection, of one batch", "N", low=2),
-        Setting("accumulate", 8, int, "packed rows in a step; of each process under torchrun",
-                low=1, rare=True),
-        Setting("save_every", 50, int, "steps between checkpoints", low=1, rare=True),
+                "selection, of one batch", low=2),
     ],
     "evaluation, before and after": [
         Setting("sets", None, dict, "a file of prompts (.txt, .csv, .json, .jsonl) and its role: "
-                + ", ".join(ROLES), "ROLE=FILE"),
-        Setting("eval_prompts", 200, int, "prompts taken of each set, always the same; 0: all", "N",
-                low=0),
-        Setting("eval_batch", 32, int, "prompts answered at once", low=1, rare=True),
-        Setting("max_new_tokens", 128, int, "longest answer", low=1, rare=True),
+                + ", ".join(ROLES)),
+        Setting("eval_prompts", 200, int, "prompts taken of each set, always the same; 0: all"),
     ],
     "machine and run": [
-        Setting("seed", 0, int, "of the data's order, of samples and of random inits", "N",
-                low=0),
-        Setting("device", None, str, "cpu, cuda, cuda:1, … (default: cuda where there is one)",
-                "D"),
-        Setting("dtype", None, str, "of the frozen model: float32 or bfloat16 (default: float32 "
-                "on a CPU, else bfloat16)", "T"),
+        Setting("seed", 0, int, "of the data's order, of samples and of random inits"),
+        Setting("device", None, str, "cpu, cuda, cuda:1, … (default: cuda where there is one)"),
+        # Gemma-2's residual stream outgrows float16's 65504
+        Setting("dtype", None, str, "of the frozen model (default: float32 on a CPU, else "
+                "bfloat16)", choices=("float32", "bfloat16")),
         Setting("shard", False, bool, "under torchrun, split the model's weights over the "
                 "processes: for one that no card can hold; turns --compile off"),
         Setting("compile", False, bool, "torch.compile the forward and backward; needs a C++ "
@@ -147,8 +123,24 @@ GROUPS: dict[str, list[Setting]] = {
         Setting("log", None, str, "tensorboard: write scalars there too", choices=("tensorboard",)),
     ],
 }
-SETTINGS = {setting.name: setting for group in GROUPS.values() for setting in group}
-RARE = {name: setting for name, setting in SETTINGS.items() if setting.rare}
+# These have no flags of their own: --more NAME=VALUE sets them
+MORE = [
+    Setting("width", None, str, "SAE width as Gemma Scope names it: 16k, 65k, … (default: the "
+            "folder's only one, or 16k)"),
+    Setting("l0", None, int, "average L0 in the SAE's folder name (default: the canonical)"),
+    Setting("pairs", 2000, int, "pairs that selection looks at, at most, drawn by the seed; "
+            "0: all"),
+    Setting("warmup", 0.1, float, "share of the steps that warm up", high=1),
+    Setting("weight_decay", 0.0, float, "AdamW's, on A and B"),
+    Setting("clip", 1.0, float, "largest norm of a step's gradient; 0: no clipping"),
+    Setting("accumulate", 8, int, "packed rows in a step; of each process under torchrun",
+            low=1),
+    Setting("save_every", 50, int, "steps between checkpoints", low=1),
+    Setting("eval_batch", 32, int, "prompts answered at once", low=1),
+    Setting("max_new_tokens", 128, int, "longest answer", low=1),
+]
+RARE = {setting.name: setting for setting in MORE}
+SETTINGS = {setting.name: setting for group in GROUPS.values() for setting in group} | RARE
 PLACES = ("model", "sae", "data", "sets")          # may move between two sessions of a run
 
 
@@ -171,13 +163,13 @@ def add_flags(parser: argparse.ArgumentParser, names=tuple(SETTINGS)):
     for title, settings in GROUPS.items():
         group = parser.add_argument_group(title)
         for setting in settings:
-            if setting.name in names and not setting.rare:
-                group.add_argument(flag(setting.name), dest=setting.name, default=None,
-                                   **_argument(setting))
-    rare = [setting for name, setting in RARE.items() if name in names]
-    lines = [[setting.name.replace("_", "-"), setting.help + _default(setting)] for setting in rare]
+            if setting.name in names:
+                name = flag(setting.name)
+                group.add_argument(name, dest=setting.name, **_argument(setting))
+    lines = [[setting.name.replace("_", "-"), setting.help + _default(setting)]
+             for setting in MORE if setting.name in names]
     parser.epilog = f"settings of --more, which are rarely changed:\n{table(lines)}"
-    group.add_argument("--more", metavar="NAME=VALUE", nargs="+", action="extend", default=None,
+    group.add_argument("--more", metavar="NAME=VALUE", nargs="+", action="extend",
                        help="settings that are rarely changed, listed below")
     return group
 
@@ -188,16 +180,10 @@ def _default(setting):
 
 def _argument(setting):
     """How argparse is to read one setting."""
-    arguments = {"help": setting.help + _default(setting)}
-    if setting.kind is bool:
-        return arguments | {"action": argparse.BooleanOptionalAction}
+    arguments = {"help": setting.help + _default(setting), **ARGUMENTS[setting.kind]}
     if setting.choices:
-        return arguments | {"choices": setting.choices}
-    if setting.kind is list:
-        return arguments | {"metavar": setting.metavar, "type": int, "nargs": "+"}
-    if setting.kind is dict:
-        return arguments | {"metavar": setting.metavar, "action": "append", "type": _role_and_file}
-    return arguments | {"metavar": setting.metavar, "type": setting.kind}
+        arguments |= {"choices": setting.choices, "metavar": None}
+    return arguments
 
 
 def _role_and_file(text):
@@ -207,11 +193,21 @@ def _role_and_file(text):
     return role, file
 
 
+ARGUMENTS: dict[type, dict] = {
+    bool: {"action": argparse.BooleanOptionalAction},
+    int: {"type": int, "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    str: {"metavar": "NAME"},
+    list: {"type": int, "nargs": "+", "metavar": "N"},
+    dict: {"type": _role_and_file, "action": "append", "metavar": "ROLE=FILE"},
+}
+
+
 def given_settings(args: argparse.Namespace) -> dict:
     """{name: value} of the settings that the command line names. Raises InputError."""
     given = {name: value for name, value in vars(args).items()
              if name in SETTINGS and value is not None}
-    for item in getattr(args, "more", None) or ():
+    for item in args.more or ():
         key, _, text = item.partition("=")
         setting = RARE.get(key.replace("-", "_"))
         if setting is None:
@@ -268,20 +264,19 @@ def resolve(args: argparse.Namespace, saved: dict | None = None, needed=("sae", 
 
 def _derive(values, source):
     """Fill in the values that hang on others."""
-    def derive(name, value, origin):
-        if values[name] is None:
-            values[name], source[name] = value, origin
-
-    if values["device"] is None:
-        derive("device", default_device(), "this machine")
-    on_cpu = values["device"] == "cpu"
-    derive("dtype", "float32" if on_cpu else "bfloat16", values["device"])
-    derive("alpha", float(values["rank"]), "the rank")
-    if not values["shard"]:                          # else by size: run/estimate.py
-        derive("recompute", False, "default")
+    device = values["device"] or default_device()
     by_gradient = values["select"] == "gradient"
-    derive("top_k", 2 * values["rank"] if by_gradient else TOP_K,
-           "twice the rank" if by_gradient else "default")
+    derived = {
+        "device": device,
+        "dtype": "float32" if device == "cpu" else "bfloat16",
+        "alpha": float(values["rank"]),
+        "top_k": 2 * values["rank"] if by_gradient else TOP_K,
+        # Under --shard by the model's size: run/estimate.py
+        "recompute": None if values["shard"] else False,
+    }
+    for name, value in derived.items():
+        if values[name] is None:
+            values[name], source[name] = value, "derived"
 
 
 def _check(values):
@@ -289,14 +284,10 @@ def _check(values):
     for setting in numbers:
         name, value = setting.name, values[setting.name]
         if value is not None and not setting.low <= value <= setting.high:
-            at_most = "" if setting.high == math.inf else f" and at most {setting.high:g}"
-            raise InputError(f"{flag(name)} {value}: give at least {setting.low:g}{at_most}")
+            raise InputError(f"{flag(name)} {value}: give {setting.low:g} to {setting.high:g}")
     if values["freeze_basis"] and values["init"] == "random":
         raise InputError("--freeze-basis keeps the update in the basis that --init puts in; random "
                          "puts in none: take sails or orthonormal")
-    if values["dtype"] not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype {values['dtype']}: give float32 or bfloat16 (Gemma-2's residual "
-                         "stream outgrows float16's 65504)")
     if values["shard"] and parallel.world_size() == 1:
         raise InputError("--shard splits the model over processes: start them with "
                          "`torchrun --nproc-per-node N`")
@@ -321,8 +312,6 @@ def default_device() -> str:
 def check_device(name: str) -> str:
     """The device's name, if this machine has it. Raises InputError."""
     try:
-        if torch.device(name).type not in ("cpu", "cuda"):
-            raise InputError(f"--device {name}: give cpu or cuda")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
@@ -336,11 +325,9 @@ def saved_settings(run: str | Path) -> SimpleNamespace:
     Raises InputError where the folder holds no run.
     """
     path = Path(run).expanduser() / "config.json"
-    if not path.is_file():
-        raise InputError(f"{run} holds no run (no config.json)")
-    config = read_json(path)
+    config = read_json(path) if path.is_file() else {}
     if "settings" not in config:
-        raise InputError(f"{path} is not the configuration of a run")
+        raise InputError(f"{run} holds no run (no config.json with settings)")
     saved, source = config["settings"], config.get("source", {})
     recipe = RECIPES.get(saved.get("model"), {})
     moved = {name: recipe[name] for name in PLACES

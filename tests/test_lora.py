@@ -149,7 +149,7 @@ def test_random_is_peft_s_init():
     assert torch.equal(B, theirs.lora_B["default"].weight)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ["sails", "orthonormal"])
 def test_freeze_basis_trains_one_factor_and_stays_in_the_subspace(init):
     model = base_model(TWO)
     bases = random_bases(model, (RANK, 3))

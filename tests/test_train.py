@@ -338,7 +338,7 @@ def test_a_run_whose_folders_moved_goes_on(whole, mini, tmp_path, monkeypatch, c
     with open(moved / "train.jsonl", "a") as file:
         file.write((mini / "train.jsonl").read_text().splitlines()[0] + "\n")
     line = refused(["--resume", folder, *places], monkeypatch, capsys)
-    assert "train.jsonl has changed since the run" in line
+    assert "data of SHA-256" in line
 
 
 def test_a_finished_run_is_never_overwritten(whole, mini, monkeypatch, capsys):
@@ -459,7 +459,7 @@ def test_output_folders(whole, mini, tmp_path, monkeypatch, capsys):
     assert "nosuch" in refused(["--resume", tmp_path / "nosuch"], monkeypatch, capsys)
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", config | {"command": ["fork.py"]})
-    assert "run of fork.py" in refused(["--resume", folder], monkeypatch, capsys)
+    assert "script fork.py, not" in refused(["--resume", folder], monkeypatch, capsys)
     both = ["--resume", folder, "--out", tmp_path / "other"]
     assert "--out" in refused(both, monkeypatch, capsys)
 
