@@ -320,34 +320,29 @@ def read_scale(config, name, rank):
 # --------------------------------------------------------------------------------------------------
 # Merging
 
-# A hub repository's files beside the weights, and endings of what a merged folder must not hold
+# The files beside the weights that a merged model needs too
 BESIDE = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
-    chat_template.jinja generation_config.json""".split()
-LEFT_OUT = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".py")
+    chat_template.jinja generation_config.json added_tokens.json LICENSE""".split()
 
 
 def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | None = None) -> int:
     """Write `base` with `adapter` merged to the folder `out`. Returns the number of merged modules.
 
-    Files beside the weights come along, but code. dtype: "float32" or "bfloat16", else the base's.
+    The files BESIDE come along. dtype: "float32" or "bfloat16", else the base's.
     """
     out, source = Path(out).expanduser(), model_folder(base)
     if (out / "config.json").exists():
         raise InputError(f"{out} is there: give another --out")
-    config_path = locate(source, "config.json")
-    config = read_json(config_path)
+    config = read_json(locate(source, "config.json"))
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     model = load_model(source, getattr(torch, dtype))
     layers = load_adapter(model, adapter)
     fold_lora(model)
 
-    # The hub's files lie beside its config.json only once they were asked for
-    for name in BESIDE:
-        locate(source, name, optional=True)
     out.mkdir(parents=True, exist_ok=True)
-    for path in config_path.parent.iterdir():
-        if path.is_file() and path != config_path and not path.name.endswith(LEFT_OUT):
-            shutil.copyfile(path, out / path.name)
+    for name in BESIDE:
+        if path := locate(source, name, optional=True):
+            shutil.copyfile(path, out / name)
     # Writes config.json last: without it the folder isn't a checkpoint
     save_model(model, out)
     return len(layers)

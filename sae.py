@@ -235,12 +235,11 @@ def load_sae(source: str | Path, layer: int, width: str | int | None = None,
 def read_sizes(path, num_features):
     """{"block", "active"} of a sasa.json, which must fit the width."""
     about = read_json(path)
-    sizes = {name: about.get(name) for name in ("block", "active")}
-    block, active = sizes.values()
-    whole = isinstance(block, int) and isinstance(active, int)
+    block, active = about.get("block"), about.get("active")
+    whole = type(block) is type(active) is int
     if not whole or not 0 < block * active <= num_features or num_features % block:
         raise InputError(f"{path}: block {block} and active {active} don't fit the SAE's width")
-    return sizes
+    return {"block": block, "active": active}
 
 
 def load_saes(source, layers, width, l0, device, config) -> dict[int, SAE]:
@@ -267,9 +266,6 @@ def read_array(path, name):
             values = arrays[name]
     except Exception as error:  # a damaged file raises any of a dozen kinds
         raise InputError(f"{path}: {name} can't be read ({error}): fetch it again") from None
-    # Integers would be cast without a word
-    if values.dtype.kind != "f":
-        raise InputError(f"{path}: {name} has dtype {values.dtype}; an SAE holds floats")
     return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
 
@@ -284,8 +280,6 @@ def check_tensors(path, tensors, d_model, num_features):
         low, high = torch.aminmax(tensor)
         if not (low.isfinite() and high.isfinite()):
             raise InputError(f"{path}: {name} has values that aren't finite float32 numbers")
-        if name == "threshold" and low < 0:
-            raise InputError(f"{path}: threshold has values below 0; a JumpReLU's are 0 or more")
 
 
 def canonical_l0(repository, layer, width):
@@ -324,13 +318,13 @@ def place_in_folder(folder, layer, width, l0):
     return matches[0][1:]
 
 
-def neuronpedia_url(source, layer: int, width: str, index: int, l0=None) -> str | None:
+def neuronpedia_url(source: str, layer: int, width: str, index: int, l0=None) -> str | None:
     """Address of the page of feature `index`. None for SAEs that aren't canonical, and folders."""
-    canonical = CANONICAL_L0.get((str(source), str(width)), {}).get(layer)
+    canonical = CANONICAL_L0.get((source, width), {}).get(layer)
     if canonical is None or l0 not in (None, canonical):
         return None
     # google/gemma-scope-2b-pt-res reads gemma-2-2b
-    model = str(source).removesuffix("-res").removesuffix("-pt")
+    model = source.removesuffix("-res").removesuffix("-pt")
     model = model.replace("google/gemma-scope", "gemma-2")
     return f"https://www.neuronpedia.org/{model}/{layer}-gemmascope-res-{width}/{index}"
 

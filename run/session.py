@@ -11,7 +11,7 @@ import platform
 import signal
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,7 +176,7 @@ class Log:
 
     def seconds(self) -> dict[str, float]:
         """{stage: seconds}, summed over the sessions of a run."""
-        total: Counter = Counter()
+        total: dict[str, float] = defaultdict(float)
         for line in self.lines:
             if "stage" in line:
                 total[line["stage"]] += line["seconds"]

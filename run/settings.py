@@ -280,10 +280,9 @@ def _derive(values, source):
 
 
 def _check(values):
-    numbers = [setting for setting in SETTINGS.values() if setting.kind in (int, float)]
-    for setting in numbers:
-        name, value = setting.name, values[setting.name]
-        if value is not None and not setting.low <= value <= setting.high:
+    for name, setting in SETTINGS.items():
+        value = values[name]
+        if isinstance(value, int | float) and not setting.low <= value <= setting.high:
             raise InputError(f"{flag(name)} {value}: give {setting.low:g} to {setting.high:g}")
     if values["freeze_basis"] and values["init"] == "random":
         raise InputError("--freeze-basis keeps the update in the basis that --init puts in; random "
@@ -291,9 +290,6 @@ def _check(values):
     if values["shard"] and parallel.world_size() == 1:
         raise InputError("--shard splits the model over processes: start them with "
                          "`torchrun --nproc-per-node N`")
-    if parallel.world_size() > 1 and values["device"].startswith("cuda:"):
-        raise InputError(f"--device {values['device']}: each process of torchrun has a card of its "
-                         "own; give cuda or cpu")
     check_device(values["device"])
 
 
