@@ -4,17 +4,15 @@
     python -m saes.measure DIR --model google/gemma-2-2b --data FILE --out figures.json
 
 EV is 1 − Σ‖x − x̂‖²/Σ‖x − mean‖². L0 counts the codes of a token that aren't 0. Dead units are
-active at no token. CE (nats a token) rises, and the next token's distribution moves by KL, where x̂
-takes the residual stream's place. "recovered" is (zero − spliced)/(zero − clean) of the CE: the
-share of what is lost with 0 in that place. Concepts in units: `python -m experiments.concepts`.
+active at no token. CE, in nats a token, rises where x̂ takes the residual stream's place.
+"recovered" is (zero − spliced)/(zero − clean) of the CE: the share of what is lost with 0 in that
+place. Concepts in units: `python -m experiments.concepts`.
 """
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Tokenizer, load_tokenizer
-from fused import IGNORE
 from model import Gemma2, load_model
 from run.files import InputError, Parser, data_file, run_command, table, write_json
 from run.readers import read_items
@@ -37,16 +35,16 @@ def held_out(tokenizer, items, context, num_tokens=100_000):
 def measure(model: Gemma2, tokenizer: Tokenizer, sae: SAE, rows) -> dict:
     """Figures of the SAE on `held_out` rows.
 
-    layer, kind, tokens (their number), ev, l0, dead, ce {"clean", "spliced", "zero"}, kl,
-    recovered: see above. BOS and padding are left as they are, and out of all but the losses.
+    layer, kind, tokens (their number), ev, l0, dead, ce {"clean", "spliced", "zero"}, recovered:
+    see above. BOS and padding are left as they are, and out of all but the losses.
     """
     layer = sae.layer
     num_tokens = 0
     num_predicted = 0
+    losses = [0.0, 0.0, 0.0]                             # CE clean, spliced, zero
     device = model.embed_tokens.weight.device
     x_sum = x_power = error_power = nonzero = fired = torch.zeros(
         (), dtype=torch.float64, device=device)
-    losses = torch.zeros(4, dtype=torch.float64, device=device)  # CE clean, spliced, zero; KL
     for row in tqdm(rows, f"layer {layer}", leave=False, disable=None, delay=2):
         tokens = row.tokens.to(device)
         documents = row.documents.to(device)
@@ -66,28 +64,20 @@ def measure(model: Gemma2, tokenizer: Tokenizer, sae: SAE, rows) -> dict:
         nonzero = nonzero + (codes != 0).sum()
         fired = fired + (sae.activations(codes) > 0).sum(0)
 
-        # The model's last hidden states as it is, and with x̂ or 0 in the place of x
+        # The model's loss as it is, and with x̂ or 0 in the place of x
         spliced = residual.clone()
         spliced[counted] = x_hat.to(residual.dtype)
         zero = residual.masked_fill(counted[..., None], 0)
         outputs = [hidden]
         for replacement in (spliced, zero):
             outputs.append(hidden_with(model, layer, replacement, tokens, documents))
-        # The last token of a document predicts nothing
-        predicted = row.labels != IGNORE
-        labels = row.labels[predicted].to(device)
-        num_predicted += len(labels)
-        outputs = [output[predicted] for output in outputs]
+        labels = row.labels.to(device)
+        for i, output in enumerate(outputs):
+            loss, num_labels = model.nll_sum(output, labels)
+            losses[i] += loss.item()
+        num_predicted += num_labels
 
-        # Logits of 512 tokens at a time
-        for start in range(0, len(labels), 512):
-            part = slice(start, start + 512)
-            log_p = [model.unembed(output[part]).log_softmax(-1) for output in outputs]
-            sums = [F.nll_loss(value, labels[part], reduction="sum") for value in log_p]
-            sums.append(F.kl_div(log_p[1], log_p[0], reduction="sum", log_target=True))
-            losses += torch.stack(sums)
-
-    clean, spliced, zero, kl = (losses / num_predicted).tolist()
+    clean, spliced, zero = (loss / num_predicted for loss in losses)
     power = x_power - x_sum.square().sum() / num_tokens  # Σ‖x − mean‖²
     return {
         "layer": layer,
@@ -97,7 +87,6 @@ def measure(model: Gemma2, tokenizer: Tokenizer, sae: SAE, rows) -> dict:
         "l0": nonzero.item() / num_tokens,
         "dead": (fired == 0).double().mean().item(),
         "ce": {"clean": clean, "spliced": spliced, "zero": zero},
-        "kl": kl,
         "recovered": (zero - spliced) / (zero - clean),
     }
 
@@ -110,7 +99,7 @@ def hidden_with(model, layer, output, tokens, documents):
 
 def figures_table(figures):
     """The figures of `measure` as text."""
-    head = ["layer", "SAE", "EV", "L0", "dead", "ΔCE", "KL", "recovered"]
+    head = ["layer", "SAE", "EV", "L0", "dead", "ΔCE", "recovered"]
     lines = []
     for row in figures:
         rise = row["ce"]["spliced"] - row["ce"]["clean"]
@@ -121,7 +110,6 @@ def figures_table(figures):
             f"{row['l0']:.1f}",
             f"{row['dead']:.1%}",
             f"{rise:+.3f}",
-            f"{row['kl']:.3f}",
             f"{row['recovered']:.1%}",
         ])
     return table(lines, head, right=(0, *range(2, len(head))))
