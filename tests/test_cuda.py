@@ -279,6 +279,13 @@ def test_a_run_on_the_card_is_that_on_the_cpu(mini, tmp_path, monkeypatch, card)
         assert torch.allclose(ours[name], factor, atol=1e-4), name
 
 
+def test_gradient_selection_and_recompute_on_the_card(mini, tmp_path, monkeypatch, card):
+    arguments = command(mini, tmp_path / "run", "--device", "cuda:0", "--steps", "1", "--select",
+                        "gradient", "--recompute", "--batch-tokens", "160")
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])   # in bfloat16, CUDA's default
+    assert not train.main() and (tmp_path / "run/scores.json").exists()
+
+
 def test_a_cpu_s_generator_samples_on_the_card(gemma, card):
     prompts = [torch.arange(5, 15)] * 4
     draws = [model.generate(prompts, 6, 1.0, generator=torch.Generator().manual_seed(0))
