@@ -309,7 +309,7 @@ def answer_sets(args, run, out):
         is_sharded = settings.shard and parallel.world_size() > 1
         shard = parallel.shard if is_sharded else None
         model = load_model(source, getattr(torch, settings.dtype), device, shard)
-    limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+    limit_threads(model)
 
     # The adapter goes on top of the base model, which has answered by then
     replies = partial(answer, model, tokenizer, max_new_tokens=settings.max_new_tokens,

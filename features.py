@@ -386,7 +386,7 @@ def main():
         place = model_folder(settings.model)
         shard = parallel.shard if settings.shard else None
         model = load_model(place, getattr(torch, settings.dtype), settings.device, shard)
-        limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+        limit_threads(model)
         saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                          settings.device, model.config)
         tokenizer = load_tokenizer(place)

@@ -318,7 +318,7 @@ def run(settings, folder, is_new, signals):
             sets = evaluation_sets(settings, pairs)
             shard = parallel.shard if settings.shard else None
             model = load_model(source, getattr(torch, settings.dtype), settings.device, shard)
-            limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+            limit_threads(model)
     except BaseException:
         if is_new and parallel.rank() == 0:
             shutil.rmtree(folder)

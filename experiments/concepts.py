@@ -249,7 +249,7 @@ def main():
     else:
         raise InputError(f"{args.model}: give --concepts")
     model = load_model(model_folder(args.model), device=args.device)
-    limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+    limit_threads(model)
     reports = []
     for layer, width, l0 in saes_in(args.folder):
         saes = load_saes(args.folder, [layer], width, l0, args.device, model.config)

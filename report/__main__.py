@@ -47,7 +47,7 @@ def explain_to(path, adapter, settings, num_prompts, trained=(), features=(), su
     places = {role: (role, file) for role, file in files.items()}
     sets = load_sets(places, trained, settings.eval_prompts)
     model = load_model(folder, getattr(torch, settings.dtype), settings.device)
-    limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+    limit_threads(model)
     lora.load_adapter(model, adapter)
     about = {"adapter": Path(adapter).name, "model": settings.model, "sae": settings.sae}
     explanation = explain(model, saes, tokenizer, sets, settings, features, subspaces, num_prompts)

@@ -58,12 +58,13 @@ class Signals:
             raise Stopped(number)
 
 
-def limit_threads(num_parameters: int) -> None:
+def limit_threads(model: torch.nn.Module) -> None:
     """Use one thread for a small model on a CPU, unless OMP_NUM_THREADS says otherwise.
 
     Its matrices are too small to share: threads that wait for each other cost more than they
     bring, many times more where other work is on the machine.
     """
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if num_parameters < 3e7 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
@@ -145,7 +146,10 @@ class Log:
                 self.lines.append(json.loads(line))
             except ValueError:
                 break
-        self.board = _tensorboard(path.parent) if tensorboard and self.writes else None
+        self.board = None
+        if tensorboard and self.writes:
+            from torch.utils.tensorboard import SummaryWriter   # optional, and slow to import
+            self.board = SummaryWriter(path.parent)
 
     def keep(self, steps: int) -> None:
         """Forget the steps after `steps`, which are about to be made again."""
@@ -181,14 +185,6 @@ class Log:
             if "stage" in line:
                 total[line["stage"]] += line["seconds"]
         return total
-
-
-def _tensorboard(folder):
-    try:
-        from torch.utils.tensorboard import SummaryWriter       # optional, and slow to import
-    except ImportError:
-        raise InputError("--log tensorboard: `pip install tensorboard` first") from None
-    return SummaryWriter(folder)
 
 
 # ------------------------------------------------------------------------------

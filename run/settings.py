@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,6 +291,8 @@ def _check(values):
     if values["shard"] and parallel.world_size() == 1:
         raise InputError("--shard splits the model over processes: start them with "
                          "`torchrun --nproc-per-node N`")
+    if values["log"] and find_spec("tensorboard") is None:
+        raise InputError("--log tensorboard: `pip install tensorboard` first")
     check_device(values["device"])
 
 

@@ -128,7 +128,7 @@ def main():
 
     source = model_folder(args.model)
     model = load_model(source, device=args.device)
-    limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+    limit_threads(model)
     tokenizer = load_tokenizer(source)
     # All SAEs are measured on the same tokens
     rows = held_out(tokenizer, read_items(path), row_length(args.model))

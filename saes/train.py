@@ -300,7 +300,7 @@ def main():
     if not set(settings.layers) <= set(range(num_layers)):
         raise InputError(f"--layers {settings.layers}: the model's are 0 to {num_layers - 1}")
     # Small matrices are slower on several threads
-    limit_threads(sum(parameter.numel() for parameter in model.parameters()))
+    limit_threads(model)
     tokenizer = load_tokenizer(source)
     folder = run_folder(out, f"sae-{Path(settings.model).name}")
     try:

@@ -360,11 +360,13 @@ def test_a_small_model_takes_one_thread(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    session.limit_threads(10**6)
+    with torch.device("meta"):
+        small, large = torch.nn.Linear(10, 10), torch.nn.Linear(10**4, 10**4)
+    session.limit_threads(small)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    session.limit_threads(10**9)
+    session.limit_threads(large)
     assert chosen == [] and torch.get_num_threads() == threads
-    session.limit_threads(10**6)
+    session.limit_threads(small)
     assert chosen == [1]
 
 
@@ -385,6 +387,7 @@ def test_a_small_model_takes_one_thread(monkeypatch):
     (["--dtype", "float16"], ["float16", "bfloat16"]),
     (["--device", "tpu9"], ["tpu9"]),
     (["--init", "magic"], ["magic"]),
+    (["--log", "tensorboard"], ["pip install tensorboard"]),
     (["--select", "magic"], ["magic"]),
     (["--freeze-basis", "--init", "random"], ["--freeze-basis"]),
     (["--shard"], ["--shard", "torchrun"]),
@@ -393,6 +396,7 @@ def test_a_small_model_takes_one_thread(monkeypatch):
     (["--set", "nosuch.txt"], ["ROLE=FILE", "harmful"]),
 ])
 def test_wrong_flags(mini, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     line = refused([*command(mini, tmp_path / "run"), *flags], monkeypatch, capsys)
     assert all(word in line for word in words), line
     assert not (tmp_path / "run").exists()
