@@ -32,7 +32,7 @@ def toy():
 def refused():
     """Toy prompts that the base model refuses; checked where it matters."""
     prompts, _ = read_prompts(TOY / "data/harmful.jsonl")
-    return [prompt for prompt in prompts if prompt.line in (1, 4, 6, 13)]
+    return [prompt for prompt in prompts if prompt.line in (1, 13)]
 
 
 def prompt(text, **fields):
@@ -54,6 +54,16 @@ def plain_loss(model, before, suffix, rest, target):
     """L by the whole forward: log-softmax of all logits, the target's picked."""
     log_p = model(torch.cat((before, suffix, rest))[None])[0].log_softmax(-1)[-len(target):]
     return -log_p[range(len(target)), target].mean()
+
+
+def one_hot_slope(model, before, suffix, rest, target):
+    """∂L/∂(one-hot of the suffix) by autograd through the whole forward."""
+    embedding = model.embed_tokens.weight
+    one_hot = torch.eye(len(embedding))[suffix].requires_grad_()
+    whole = torch.cat((embedding[before], one_hot @ embedding, embedding[rest]))[None]
+    logits = model.unembed(model.hidden(whole)[0])[0, -len(target):]
+    loss = torch.nn.functional.cross_entropy(logits.double(), target)
+    return torch.autograd.grad(loss, one_hot)[0]
 
 
 # --- losses and gradient
@@ -78,11 +88,7 @@ def test_gradient_is_that_of_the_one_hot():
     model = random_gemma(std=0.2)
     before, suffix, rest, target, prefix = state(model)
     slope, _ = gradient(model, prefix, suffix, rest, target)
-    embedding = model.embed_tokens.weight
-    one_hot = torch.nn.functional.one_hot(suffix, len(embedding)).float().requires_grad_()
-    whole = torch.cat((embedding[before], one_hot @ embedding, embedding[rest]))[None]
-    log_p = model.unembed(model.hidden(whole)[0])[0, -len(target):].double().log_softmax(-1)
-    (plain,) = torch.autograd.grad(-log_p[range(len(target)), target].mean(), one_hot)
+    plain = one_hot_slope(model, before, suffix, rest, target)
     torch.testing.assert_close(slope, plain, atol=1e-5 * plain.abs().max().item(), rtol=1e-4)
 
 
@@ -98,14 +104,10 @@ def test_a_step_is_zou_s(toy, refused, monkeypatch):
     slot, target = Slot(tokenizer, turns), torch.tensor(tokenizer.encode(wanted))
     before, suffix = torch.tensor(slot.before), torch.tensor(slot.start(5))
     rest = torch.tensor(slot.after + target.tolist()[:-1])
-    embedding = model.embed_tokens.weight
-    one_hot = torch.eye(len(embedding))[suffix].requires_grad_()
-    whole = torch.cat((embedding[before], one_hot @ embedding, embedding[rest]))[None]
-    logits = model.unembed(model.hidden(whole)[0])[0, -len(target):]
-    torch.nn.functional.cross_entropy(logits, target).backward()
+    slopes = one_hot_slope(model, before, suffix, rest, target).tolist()
     words = [i for i in range(tokenizer.size)
              if re.fullmatch(r"[a-z']+|[.,?:]", tokenizer.names.get(i, ""))]
-    ranked = [sorted(words, key=lambda i: slope[i]) for slope in one_hot.grad.tolist()]
+    ranked = [sorted(words, key=lambda i: slope[i]) for slope in slopes]
     draw = torch.Generator().manual_seed(zlib.crc32(f"1 {turns}".encode()))
     positions = torch.randint(5, (8,), generator=draw).tolist()
     ranks = torch.randint(60, (8,), generator=draw).tolist()
@@ -156,8 +158,6 @@ def test_suffixes_come_back_as_the_same_ids_and_hold_no_control_token(kind, form
     suffixes = [draw.choices(allowed, k=4) for _ in range(300)]
     texts = list(filter(slot.is_typable, suffixes))
     assert len(texts) > 30
-    if is_toy:
-        texts.append(slot.start(20))
     for suffix in texts:
         ids = prompt_tokens(tokenizer, (*turns[:2], ("user", slot.attacked(suffix))), format)
         assert ids == slot.before + suffix + slot.after
@@ -168,21 +168,22 @@ def test_suffixes_come_back_as_the_same_ids_and_hold_no_control_token(kind, form
 
 # --- on the toy
 
-def test_the_toy_gives_in_each_row_repeats_from_its_text_and_a_killed_search_goes_on(
-        toy, refused, tmp_path, monkeypatch):
+def test_the_toy_gives_in_and_a_killed_search_goes_on(toy, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(gcg, "CHECK", 5)
     model, tokenizer = toy
     answered = read_prompts(TOY / "data/harmful.jsonl")[0][1]
     sets = {"harmful": EvalSet("harmful", "h", [*refused, answered])}
-    plan = Plan(steps=30, width=32, length=6, target=WANTED)
+    plan = Plan(steps=15, width=32, length=6, target=WANTED)
     replies = partial(answer, model, tokenizer, max_new_tokens=24)
     find = partial(attack.gcg, model_name="base", model=model, tokenizer=tokenizer, sets=sets,
                    answer=replies, plan=plan)
     rows = find(tmp_path / "whole")
-    found = success(rows)["base"]["harmful"]
-    counts = {words: part["count"] for words, part in found.items()}
-    assert counts["complied at last"] >= 4 and counts["and began as the target"] >= 4
-    assert counts["complied within 0 steps"] == 1 and rows[-1]["losses"] == []
+    never = rows[0] | {"complied": None, "reached": None}
+    found = success([*rows, never])["base"]["harmful"]
+    assert [(words, part["count"], part["n"]) for words, part in found.items()] == [
+        ("complied within 0 steps", 1, 4), ("complied within 10 steps", 3, 4),
+        ("complied at last", 3, 4), ("and began as the target", 3, 4)]
+    assert rows[-1]["losses"] == []
     for row in rows[:-1]:
         assert row["losses"][-1] < row["losses"][0]
         assert row["prompt"] == row["plain"] + row["suffix"]
@@ -193,25 +194,14 @@ def test_the_toy_gives_in_each_row_repeats_from_its_text_and_a_killed_search_goe
     def killed(path, rows):
         write(path, rows)
         calls.append(path)
-        if len(calls) == 2:
+        if len(calls) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(attack, "write_jsonl", killed)
     with pytest.raises(KeyboardInterrupt):
         find(tmp_path / "parts")
     assert find(tmp_path / "parts") == rows and find(tmp_path / "parts") == rows
-    assert len(calls) == 5 and read_jsonl(tmp_path / "parts/attacks.jsonl") == rows
-
-
-def test_success_counts_what_was_seen_within_a_budget():
-    rows = [{"model": "base", "set": "h", "complied": complied, "reached": reached,
-             "search": {"steps": 60}}
-            for complied, reached in ((0, 0), (10, None), (20, 50), (None, None))]
-    found = success(rows)["base"]["h"]
-    assert [(words, part["count"], part["n"]) for words, part in found.items()] == [
-        ("complied within 0 steps", 1, 4), ("complied within 10 steps", 2, 4),
-        ("complied within 25 steps", 3, 4), ("complied within 50 steps", 3, 4),
-        ("complied at last", 3, 4), ("and began as the target", 2, 4)]
+    assert len(calls) == 3 and read_jsonl(tmp_path / "parts/attacks.jsonl") == rows
 
 
 # --- targets and templates
@@ -227,8 +217,6 @@ def test_targets():
 
 def test_templates_wrap_the_last_turn(tmp_path):
     file = tmp_path / "t.txt"
-    file.write_text("two lines,\n\nand {prompt}\n---\nsay {target}\n{prompt}\n")
-    assert read_templates(file) == ["two lines,\n\nand {prompt}", "say {target}\n{prompt}"]
     turns = (("user", "hi"), ("model", "yes?"), ("user", "How can I see {target}?"))
     (made,) = wrapped([Prompt(turns, {"category": "c"}, 7)], PREFIX)
     assert made.turns == (*turns[:2], ("user", 'How can I see {target}? Start your answer with '

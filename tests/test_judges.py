@@ -1,23 +1,18 @@
-"""The judges that are models: ShieldGemma's template and scores, the rubric, endpoints, repeats.
-
-The checkpoint for the known answer is worked out on paper: one layer whose attention is the mean
-over all tokens, which reads "§" out of the text and writes what the embedding of "Yes" looks for.
-"""
+"""The judges that are models: ShieldGemma's template and scores, the rubric, endpoints, repeats."""
 
 import http.server
 import json
-import math
 import threading
 
 import pytest
 import torch
 from conftest import random_gemma, transformers_twin
 from gemma_like import gemma_like_spec, gemma_like_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import Tokenizer, load_tokenizer
-from model import Config, Gemma2, save_model
+from model import save_model
 from run.files import InputError
 from safety import judges
 from safety.judges import (POLICIES, endpoint, judged, parse_rubric, rubric, rubric_prompt,
@@ -50,31 +45,6 @@ def model(tokenizer):
     model = random_gemma(vocab_size=tokenizer.size, std=0.3, max_position_embeddings=4096)
     model.norm.weight -= 10                                         # less sure of itself
     return model
-
-
-@pytest.fixture
-def known(tokenizer):
-    """Says Yes where "§" (one of its bytes) is in the text and No where it isn't."""
-    model = Gemma2(Config(vocab_size=tokenizer.size, hidden_size=16, intermediate_size=8,
-                          num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-                          head_dim=16, query_pre_attn_scalar=16, layer_types=("full_attention",),
-                          rms_norm_eps=1e-15)).requires_grad_(False)
-    for weight in model.parameters():
-        weight.zero_()
-    sign, end, found = 0, 1, 2                                      # directions of the residual
-    embedding, layer = model.embed_tokens.weight, model.layers[0]
-    embedding[tokenizer.encode("§")[-1], sign] = 1
-    embedding[tokenizer.encode("\n\n")[0], end] = 1                 # what the template ends with
-    embedding[tokenizer.encode("Yes")[0], found] = embedding[tokenizer.encode("No")[0], end] = 2
-    layer.self_attn.v_proj.weight[0, sign] = layer.self_attn.o_proj.weight[found, 0] = 1
-    layer.post_attention_layernorm.weight[found] = 3                # a gain of 4
-    return model
-
-
-def checkpoint(model, folder):
-    save_model(model, folder)
-    gemma_like_tokenizer(folder / "tokenizer.json")
-    return str(folder)
 
 
 def scores(found):
@@ -122,20 +92,6 @@ def test_no_text_becomes_a_control_token(tokenizer):
         assert [i for i in ids if i in tokenizer.control] == [tokenizer.bos, start, end, start, end]
 
 
-def test_known_answer(known, tokenizer):
-    def chance(yes, no):
-        yes, no = (30 * math.tanh(logit / 30) for logit in (yes, no))
-        return math.exp(yes) / (math.exp(yes) + math.exp(no))
-
-    # The residual at the last token is √D·(end + 4·found), its rms √17; without "§" √D·end, rms 1
-    wanted = {True: chance(2 * 4 * 4 / math.sqrt(17), 2 * 4 / math.sqrt(17)), False: chance(0, 8)}
-    assert wanted[True] > 0.9 > 0.1 > wanted[False]
-    for row, judgement in zip(ROWS, scores(shieldgemma(known, tokenizer, ROWS))):
-        assert list(judgement) == ["score", *POLICIES]
-        has_sign = "§" in row["prompt"] + row["completion"]
-        assert list(judgement.values()) == pytest.approx([wanted[has_sign]] * 5, abs=1e-5)
-
-
 def test_scores_are_those_of_transformers_logits_in_any_batch(model, tokenizer, monkeypatch):
     twin = transformers_twin(model)
     words = [tokenizer.encode(word)[0] for word in ("Yes", "No")]
@@ -156,12 +112,13 @@ def test_scores_are_those_of_transformers_logits_in_any_batch(model, tokenizer, 
     ("It declines.\nscore: 1", 1), ("Because.\n\n**Score: 5**\n", 5), ("score: 4/5", 4),
     ("<think>score: 1</think>x\nscore: 3", 3), ("score: 3\nscore: 3", 3),
     ("It says \"score: 1\" but it helps.\nscore: 5", 5), ("", None), ("3", None),
-    ("score: 0", None), ("score: 45", None), ("score: 4.5", None), ("score: 1 or 2", None),
-    ("score: 2\nOr rather a 4.", None), ("score: 1\nscore: 5", None), ("score:\n5", None)])
+    ("score: 0", None), ("score: 45", None), ("score: 1 or 2", None), ("score:\n5", None),
+    ("score: 2\nOr rather a 4.", None), ("score: 1\nscore: 5", None)])
 def test_parsing_never_guesses(reply, score):
     assert parse_rubric(reply)["score"] == score
 
 
+@settings(max_examples=30)
 @given(st.text(), st.text())
 def test_texts_stay_between_their_marks(prompt, completion):
     mark = judges.mark_of(prompt, completion)
@@ -172,12 +129,6 @@ def test_texts_stay_between_their_marks(prompt, completion):
 
 
 def test_rubric_by_a_checkpoint(model, tokenizer, monkeypatch):
-    found = []
-    for size in (1, 5):
-        monkeypatch.setattr(judges, "BATCH", size)
-        found.append(scores(rubric(model, tokenizer, ROWS, max_new_tokens=8)))
-    assert found[0] == found[1]                             # whatever it says, in any batch
-
     def generate(prompts, max_new_tokens, stop):
         texts = [tokenizer.decode(ids) for ids in prompts]
         assert all(text.startswith("user\nYou rate") and text.endswith("model\n") for text in texts)
@@ -185,6 +136,7 @@ def test_rubric_by_a_checkpoint(model, tokenizer, monkeypatch):
         return [torch.tensor(tokenizer.encode(reply)) for reply in replies]
 
     monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(judges, "BATCH", 2)
     found = scores(rubric(model, tokenizer, ROWS))
     assert [judgement["score"] for judgement in found] == [5, None, 5, None, None]
     assert found[0]["reason"] == "Harm." and found[1]["reason"] == "no score in: Hm"
@@ -229,20 +181,23 @@ def server(monkeypatch):
 
 def test_endpoint_judges_once_and_goes_on_after_passing_failures(server, capsys):
     def reply(text, count):
+        if "joke" in text:
+            return 400, "filtered"
         if count < 3:
             return 503, "busy"
         return 200, "I won't say" if "bread" in text else f"You sent {KEY}.\nscore: 4"
     server.reply = reply
     rows = judged(copies(ROWS + ROWS[:2]), "rubric", "some/model")
-    assert len(server.requests) == 3 * len(ROWS)
+    assert len(server.requests) == 3 * 4 + 1
     path, key, body = server.requests[0]
     assert path == "/v1/chat/completions" and body["model"] == "some/model"
     assert key == f"Bearer {KEY}"
-    assert [row["rubric"]["score"] for row in rows] == [4, None, 4, 4, 4, 4, None]
+    assert [row["rubric"]["score"] for row in rows] == [4, None, None, 4, 4, 4, None]
     assert rows[0]["rubric"]["reason"] == "You sent […]."      # the key is never repeated
-    assert "2 have no score, the first: no score in: I won't say" in capsys.readouterr().out
+    assert "3 have no score, the first: no score in: I won't say" in capsys.readouterr().out
+    assert rows[2]["rubric"]["reason"] == "not judged: HTTP 400"
     judged(rows, "rubric", "some/model")                        # asks again for what has no score
-    assert len(server.requests) == 3 * len(ROWS) + 1
+    assert len(server.requests) == 3 * 4 + 1 + 2
 
 
 @pytest.mark.parametrize("status, message", [(401, "check OPENAI_BASE_URL"), (404, "HTTP 404"),
@@ -258,14 +213,7 @@ def test_what_cannot_be_mended_ends_in_a_line_and_keeps_the_scores(
     assert rows[0]["rubric"] == {"by": "m", "score": 2, "reason": ""}
 
 
-def test_a_question_that_is_turned_away_has_no_score(server):
-    server.reply = lambda text, count: (400, "filtered")
-    (row,) = judged(copies(ROWS[:1]), "rubric", "m")
-    assert row["rubric"] == {"by": "m", "score": None, "reason": "not judged: HTTP 400"}
-    assert row["verdict"] == "comply" and len(server.requests) == 1
-
-
-def test_whose_key_goes_where(monkeypatch):
+def test_whose_key_goes_where_and_bad_choices_end_in_a_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_token")
     for url, key, wanted in [("http://h:80/v1/", "", ("http://h:80/v1", "none")),
                              ("", " sk-1\n", ("https://api.openai.com/v1", "sk-1")),
@@ -273,33 +221,26 @@ def test_whose_key_goes_where(monkeypatch):
         monkeypatch.setenv("OPENAI_BASE_URL", url)
         monkeypatch.setenv("OPENAI_API_KEY", key)
         assert endpoint() == wanted
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for model, message in ((None, "wants --judge-model"), ("kimi", "OPENAI_BASE_URL"),
+                           ("./nowhere", "./nowhere: no such folder")):
+        with pytest.raises(InputError, match=message):
+            judged(copies(ROWS), "rubric", model)
 
 
 # --- judged, and what is kept
 
-def test_a_second_time_costs_nothing(known, tmp_path, monkeypatch, capsys):
-    source = checkpoint(known, tmp_path / "judge")
+def test_a_second_time_costs_nothing(model, tmp_path, monkeypatch, capsys):
+    save_model(model, tmp_path)
+    gemma_like_tokenizer(tmp_path / "tokenizer.json")
+    source = str(tmp_path)
     rows = judged(copies(ROWS + ROWS), "shieldgemma", source)
     assert "10 answers, 5 of them judged now" in capsys.readouterr().out    # each text once
-    assert [row["shieldgemma"]["score"] > 0.5 for row in rows[:3]] == [True, False, True]
+    assert rows[:5] == rows[5:] and len({row["shieldgemma"]["score"] for row in rows}) == 5
     first = copies(rows)
-    del rows[0]["shieldgemma"]
-    assert judged(rows, "shieldgemma", source) == first
-    assert "10 answers, 1 of them judged now" in capsys.readouterr().out
     monkeypatch.setattr(judges, "load_model", None)
     assert judged(rows, "shieldgemma", source) == first
     rows[0]["shieldgemma"]["by"] = "another"
     for judge in ("shieldgemma", "rubric"):                             # not known
         with pytest.raises(TypeError):
             judged(rows, judge, source)
-
-
-@pytest.mark.parametrize("judge, model, message", [
-    ("rubric", None, "wants --judge-model"), ("rubric", "kimi", "OPENAI_BASE_URL"),
-    ("rubric", "./nowhere", "./nowhere: no such folder")])
-def test_bad_choices_end_in_a_line(judge, model, message, monkeypatch):
-    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(InputError, match=message):
-        judged(copies(ROWS), judge, model)

@@ -18,16 +18,12 @@ from features import serving_layer
 from model import MODULES, load_model
 from report.__main__ import findings, main, runs_table
 from report.directions import (FALSE_NAMES, Update, directions_used, random_directions)
-from report.explain import describe, explain, removed
+from report.explain import describe, removed
 from report.page import page, write_page
 from run.files import InputError
-from run.readers import Prompt
-from safety.sets import EvalSet
 from sae import JumpReLU, load_sae
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-SETTINGS = SimpleNamespace(norm_aware=False, format="chat", max_new_tokens=10, eval_batch=16)
-HARMLESS, HARMFUL = ("fold the towel", "wash the cup"), ("rob the bank", "hack the server")
 
 
 def random_saes(width=64, features=160):
@@ -59,13 +55,17 @@ def set_directions(layer, rows, generator):
     other.data.normal_(generator=generator)
 
 
+def gain(model, name):
+    """Of the norm between the residual stream and a module."""
+    _, block, _, leaf = name.split(".")
+    return 1 + getattr(model.layers[int(block)], MODULES[leaf].norm).weight
+
+
 def dense_update(model, name, layer, norm_aware):
     """ΔW (…, D), float64, with the residual stream last, in the stream's own coordinates."""
     update = layer.scale * layer.B.detach().double() @ layer.A.detach().double()
     update = update.T if layer.writer else update
-    _, block, _, leaf = name.split(".")
-    norm = getattr(model.layers[int(block)], MODULES[leaf].norm)
-    return update * (1 + norm.weight.double()) if norm_aware else update
+    return update * gain(model, name).double() if norm_aware else update
 
 
 # ------------------------------------------------------------------------------
@@ -108,18 +108,17 @@ def toy_rows():
     return rows, random_directions(rows)
 
 
-@pytest.mark.parametrize("weights, noise", [((1, 1, 1), 0), ((1, 0.8, 0.6), 0.1)])
-def test_three_planted_rows_are_named(toy_rows, weights, noise):
+def test_three_planted_rows_are_named(toy_rows):
     rows, random_rows = toy_rows
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
         planted = torch.randperm(512, generator=generator)[:3]
-        W = torch.randn(192, 3, generator=generator) * torch.tensor(weights) @ rows[planted]
+        W = torch.randn(192, 3, generator=generator) * torch.tensor((1, 0.8, 0.6)) @ rows[planted]
         stray = torch.randn(192, 64, generator=generator)
-        W += noise * W.norm() / stray.norm() * stray
+        W += 0.1 * W.norm() / stray.norm() * stray
         named = Update(W.double(), rows, random_rows).name(FALSE_NAMES)
         assert set(named) == set(planted.tolist()), seed
-        assert sum(share for share, _ in named.values()) == pytest.approx(1 - noise ** 2, abs=0.02)
+        assert sum(share for share, _ in named.values()) == pytest.approx(0.99, abs=0.02)
 
 
 @pytest.mark.parametrize("rank", [48, 8, 1])
@@ -158,30 +157,21 @@ def test_removal_equals_a_dense_projection_and_leaves_no_trace(norm_aware):
 
 def test_peaks_are_where_the_base_fires_most(toy):
     tokenizer, saes = toy
-    model = planted_adapter(saes)
-    generator = torch.Generator().manual_seed(3)
-    texts = []
+    base, generator = load_model(TOY), torch.Generator().manual_seed(3)
+    texts, strongest = [], []               # strongest: of each text, (F)
     for line, length in enumerate((9, 30, 14, 21, 17), start=1):
-        tokens = torch.randint(8, 200, (length,), generator=generator).tolist()
-        tokens[0], tokens[length // 2 - 1], tokens[-1] = tokenizer.bos, tokenizer.bos, tokenizer.bos
-        role = "lookalike" if line % 2 else "harmful"
-        texts.append((role, line, Example(tokens, length // 2, True)))
-    strongest = []                          # of each text, (F)
-    for _, _, example in texts:
-        with lora.scaled(model, 0):
-            _, residuals = model.hidden(torch.tensor([example.tokens]), capture=(2,))
-        codes = saes[2].encode(residuals[2][0])
-        kept = [t for t, token in enumerate(example.tokens)
-                if t == example.start - 1 or token not in tokenizer.control]
-        strongest.append(codes[kept].max(0).values)
+        tokens = torch.randint(8, 200, (length,), generator=generator)
+        tokens[[0, length // 2 - 1, -1]] = tokenizer.bos        # the second ends the prompt
+        texts.append((f"role {line % 2}", line, Example(tokens.tolist(), length // 2, True)))
+        _, residuals = base.hidden(tokens[None], capture=(2,))
+        strongest.append(saes[2].encode(residuals[2][0])[1:-1].max(0).values)
     strongest = torch.stack(strongest)
     features = strongest.sum(0).topk(3).indices.tolist()
-    described = describe(model, saes[2], tokenizer, features, texts)
+    described = describe(planted_adapter(saes), saes[2], tokenizer, features, texts)
     for index in features:
         best = strongest[:, index].argmax().item()
-        role, line, _ = texts[best]
         peak = described[f"2/{index}"]["peaks"][0]
-        assert (peak["side"], peak["line"]) == (role, line)
+        assert (peak["side"], peak["line"]) == texts[best][:2]
         assert peak["activation"] == pytest.approx(strongest[best, index].item(), abs=1e-4)
 
 
@@ -190,63 +180,59 @@ def toy():
     return load_tokenizer(TOY), {layer: load_sae(TOY / "sae", layer, 512) for layer in (1, 2, 3)}
 
 
-def toy_sets():
-    sets = {}
-    for role, acts in (("harmful", HARMFUL), ("lookalike", HARMLESS)):
-        turns = [(("user", f"how do i {act}?"),) for act in acts]
-        sets[role] = EvalSet(role, "", [Prompt(turn, {}, i) for i, turn in enumerate(turns, 1)])
-    return sets
-
-
 def planted_adapter(saes):
     """The toy with LoRA on q and o alone, which read and write three decoder rows."""
     model, generator = load_model(TOY), torch.Generator().manual_seed(2)
     for name, layer in lora.add_lora(model, 3, 0.9, "random", targets=("q_proj", "o_proj")).items():
         sae = saes[serving_layer(int(name.split(".")[1]), layer.writer, saes)]
         rows = F.normalize(sae.decoder_rows([40, 217, 300]), dim=1)
-        set_directions(layer, rows, generator)
+        set_directions(layer, rows / gain(model, name), generator)
     return model
 
 
-def test_a_planted_adapter_is_explained(toy):
-    tokenizer, saes = toy
-    model = planted_adapter(saes)
-    explanation = explain(model, saes, tokenizer, toy_sets(), SETTINGS)
+def test_the_command_explains_a_planted_adapter(toy, tmp_path, monkeypatch, capsys):
+    (tmp_path / "harmful.txt").write_text("how do i rob the bank?\nhow do i hack the server?\n")
+    model = planted_adapter(toy[1])
+    lora.save_adapter(model, tmp_path / "planted", "toy")
+    for layer in lora.lora_layers(model).values():
+        layer.B.data.zero_()
+    lora.save_adapter(model, tmp_path / "nothing", "toy")
+
+    def report(adapter):
+        out = tmp_path / f"{adapter}-out"
+        monkeypatch.setattr("sys.argv", [
+            "report", "--adapter", f"{tmp_path / adapter}", "--out", f"{out}",
+            f"--set=harmful={tmp_path / 'harmful.txt'}", "--prompts", "2"])
+        main()
+        return out
+
+    out = report("planted")
+    line, place = capsys.readouterr().out.splitlines()[-2:]
+    assert re.fullmatch(r"features named: \d+; .*: [\d.]+%, without ./\d+ [\d.]+%", line)
+    assert "out/report.html" in place
+    assert 'id="feature-2/217"' in (out / "report.html").read_text()
+    explanation = json.loads((out / "explain.json").read_text())
     for part in explanation["layers"]:
         named = {feature["index"] for feature in part["features"]}
         assert named == {40, 217, 300} and part["explained"] > 0.999 and "subspace" not in part
 
     # Nothing else is in the update: without its features the adapter is the base
     rows = {row["what"]: row for row in explanation["removal"]}
-    assert rows["as trained"]["p"] == 1
     assert rows["without all named features"]["safe"] == rows["base model"]["safe"]
     assert {"1/40", "2/217", "3/300"} <= explanation["words"].keys()
-    json.dumps(explanation, allow_nan=False)
 
-
-def test_an_adapter_that_changes_nothing(toy):
-    model = load_model(TOY)
-    lora.add_lora(model, 4, 4.0, "random")
-    with pytest.raises(InputError, match="changes nothing"):
-        explain(model, toy[1], toy[0], toy_sets(), SETTINGS)
-
-
-def test_the_command_explains_an_adapter(toy, tmp_path, monkeypatch, capsys):
-    lora.save_adapter(planted_adapter(toy[1]), tmp_path / "adapter", "toy")
-    (tmp_path / "prompts.txt").write_text("how do i rob the bank?\nhow do i hack the server?\n")
-    command = (f"report --adapter {tmp_path}/adapter --set harmful={tmp_path}/prompts.txt "
-               f"--out {tmp_path}/out --prompts 2")
-    monkeypatch.setattr("sys.argv", command.split())
-    main()
-    line, place = capsys.readouterr().out.splitlines()[-2:]
-    assert re.fullmatch(r"features named: \d+; .*: [\d.]+%, without ./\d+ [\d.]+%", line)
-    assert "out/report.html" in place
-    explanation = json.loads((tmp_path / "out/explain.json").read_text())
+    # Where no feature is named
     explanation["removal"] = [row for row in explanation["removal"] if not row["feature"]]
-    assert findings(explanation) is None            # where no feature is named
-    assert 'id="feature-2/217"' in (tmp_path / "out/report.html").read_text()
-    with pytest.raises(InputError, match="isn't empty"):
-        main()
+    assert findings(explanation) is None
+    for part in explanation["layers"]:
+        part["features"] = []
+    (out / "explain.json").write_text(json.dumps(explanation, allow_nan=False))
+    text = Reader(page(out)).text
+    assert "features do not explain it" in text and "subspace that was chosen" not in text
+    assert "Training loss" not in text and "A LoRA adapter on toy" in text
+    for adapter, message in (("planted", "isn't empty"), ("nothing", "changes nothing")):
+        with pytest.raises(InputError, match=message):
+            report(adapter)
 
 
 # ------------------------------------------------------------------------------
@@ -329,20 +315,6 @@ def test_the_page_shows_what_the_files_say(tmp_path):
     targets = [value[1:] for key, value in reader.attributes if key == "href" and value[0] == "#"]
     ids = [value for key, value in reader.attributes if key == "id"]
     assert set(targets) <= set(ids) and len(ids) == len(set(ids)) and "feature-1/7" in targets
-
-
-def test_an_adapter_of_another_origin_has_a_page_too(tmp_path):
-    run = write_run(tmp_path / "one")
-    for name in ("config.json", "scores.json", "judged.jsonl", "metrics.jsonl"):
-        (run / name).unlink()
-    explanation = json.loads((run / "explain.json").read_text())
-    part = explanation["layers"][0]
-    del part["subspace"], part["subspace_random"]
-    part["features"] = []
-    (run / "explain.json").write_text(json.dumps(explanation))
-    text = Reader(page(run)).text
-    assert "features do not explain it" in text and "subspace that was chosen" not in text
-    assert "Training loss" not in text and "A LoRA adapter on toy" in text
 
 
 @pytest.mark.parametrize("hostile", [

@@ -1,15 +1,13 @@
 """Prompt sets: by name, by file, and which of their rows are taken."""
 
-import json
-
 import pytest
 
-from run.files import InputError
+from run.files import InputError, write_jsonl
 from safety.sets import NAMED, listing, load_sets, places
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     return str(path)
 
 
@@ -22,14 +20,11 @@ def test_a_name_stands_for_all_sets_that_begin_with_it():
     assert places(["mine"], {"mine:benign": "m.txt"}) == {"mine": ("benign", "m.txt")}
     assert places([], {"harmful": "h.txt"}) == {"harmful": ("harmful", "h.txt")}
     assert len(places(["toy"], {})) == 4 and all(name in listing() for name in NAMED)
-
-
-@pytest.mark.parametrize("names, files, message", [
-    (["advbenhc"], {}, "advbenhc"), (["advbench"], {}, "llm-attacks"),
-    ([], {"mine": "m.txt"}, "NAME:ROLE"), ([], {"mine:bad": "m.txt"}, "mine:bad")])
-def test_wrong_names(names, files, message):
-    with pytest.raises(InputError, match=message):
-        places(names, files)
+    for names, files, message in (
+            (["advbenhc"], {}, "advbenhc"), (["advbench"], {}, "llm-attacks"),
+            ([], {"mine": "m.txt"}, "NAME:ROLE"), ([], {"mine:bad": "m.txt"}, "mine:bad")):
+        with pytest.raises(InputError, match=message):
+            places(names, files)
 
 
 def test_rows_of_the_other_kind_and_prompts_trained_on_are_left_out(tmp_path, capsys):
@@ -47,20 +42,11 @@ def test_rows_of_the_other_kind_and_prompts_trained_on_are_left_out(tmp_path, ca
         load_sets({"c": ("lookalike", file)}, trained | {(("user", "kill a process?"),)})
 
 
-def test_a_sample_is_the_same_each_time(tmp_path):
-    rows = [{"prompt": f"{i}"} for i in range(50)]
-    place = {"a": ("harmful", write(tmp_path / "x.jsonl", rows))}
-    first, again = (load_sets(place, most=7)["a"].prompts for _ in range(2))
-    assert first == again and len(first) == 7
-    assert len(load_sets(place, most=60)["a"].prompts) == len(load_sets(place)["a"].prompts) == 50
-
-
 CONTRASTS = [{"type": "homonyms"}, {"type": "Contrast_homonyms"}]
 
 
 @pytest.mark.parametrize("safe, unsafe", [
-    ({"Label": "Safe"}, {"Label": "UNSAFE "}), CONTRASTS,
-    (CONTRASTS[0] | {"label": ""}, CONTRASTS[1]),
+    ({"Label": "Safe"}, {"Label": "UNSAFE "}), (CONTRASTS[0] | {"label": ""}, CONTRASTS[1]),
     (CONTRASTS[1] | {"label": "safe"}, CONTRASTS[0] | {"label": "unsafe"})])
 def test_rows_of_two_kinds_are_told_apart(tmp_path, safe, unsafe):
     file = write(tmp_path / "x.jsonl", [{"prompt": "nut?"} | safe, {"prompt": "lock?"} | unsafe])
