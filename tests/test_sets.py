@@ -19,7 +19,9 @@ def test_a_name_stands_for_all_sets_that_begin_with_it():
     assert found["jailbreakbench-benign"][1].startswith("hf://datasets/JailbreakBench/")
     assert places(["mine"], {"mine:benign": "m.txt"}) == {"mine": ("benign", "m.txt")}
     assert places([], {"harmful": "h.txt"}) == {"harmful": ("harmful", "h.txt")}
-    assert len(places(["toy"], {})) == 4 and all(name in listing() for name in NAMED)
+    assert all(name in listing() for name in NAMED)
+    sample, again = (load_sets(places(["toy"], {}), most=7) for _ in range(2))
+    assert sample == again and [len(found.prompts) for found in sample.values()] == [7] * 4
     for names, files, message in (
             (["advbenhc"], {}, "advbenhc"), (["advbench"], {}, "llm-attacks"),
             ([], {"mine": "m.txt"}, "NAME:ROLE"), ([], {"mine:bad": "m.txt"}, "mine:bad")):
