@@ -38,21 +38,16 @@ def world(mini, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (worlds, variants, inits, ablate, reading):
             for name, value in small.items():
-                if hasattr(module, name):
-                    patch.setattr(module, name, value)
+                patch.setattr(module, name, value, raising=False)
         yield worlds.load_world(7, str(folder.parent))
-
-
-def begun(world, name, seed=0):
-    model = load_model(world.folder)
-    generator = torch.Generator().manual_seed(seed)
-    return model, *variants.VARIANTS[name](world, model, generator)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_variant_begins_at_the_base_model(world, name):
     """W + s·B·A is W. Bases are orthonormal, and a factor begins there."""
-    model, parameters, bases = begun(world, name)
+    model = load_model(world.folder)
+    draw = torch.Generator().manual_seed(0)
+    parameters, bases = variants.VARIANTS[name](world, model, draw)
     assert parameters and all(parameter.requires_grad for _, parameter in parameters)
     base = dict(world.model.named_modules())
     for key, layer in lora.lora_layers(model).items():
@@ -63,15 +58,6 @@ def test_a_variant_begins_at_the_base_model(world, name):
             factor = layer.B if layer.writer else layer.A.T
             assert (U.T @ U - torch.eye(U.shape[1])).abs().max() < 1e-4
             assert torch.equal(factor[:, :U.shape[1]], U)
-
-
-def test_rotation_keeps_the_span_and_draws_repeat(world):
-    key = "layers.1.self_attn.q_proj"
-    plain, rotated = begun(world, "greedy")[2][key], begun(world, "greedy-rotated")[2][key]
-    assert (plain @ plain.T - rotated @ rotated.T).abs().max() < 1e-4
-    assert not torch.allclose(plain, rotated)
-    first, other = begun(world, "decoder")[2][key], begun(world, "decoder", seed=1)[2][key]
-    assert torch.equal(first, begun(world, "decoder")[2][key]) and not torch.equal(first, other)
 
 
 def test_a_run_is_a_line_and_repeats(world, tmp_path):
@@ -99,9 +85,7 @@ def test_reading_finds_planted_detectors(world, monkeypatch):
     assert "2.1%" in reading.reading_table(lines)
 
 
-# --------------------------------------------------------------------------------------------------
-# Statistics
-
+# ---- Statistics ----------------------------------------------------------------------------------
 def line_of(world, variant, safe, seed=0, lr=1e-3):
     return {"world": world, "variant": variant, "seed": seed, "lr": lr, "safe": safe, "steps": 60,
             "looks": [0, 10, 20, 60], "jailbreak": 0.5, "benign": 1.0, "share": None,
@@ -156,9 +140,7 @@ def test_the_tables_print_the_committed_lines(capsys, monkeypatch):
     assert all(words in printed for words in ("area, less lora-own", "t 95 %", "2/2"))
 
 
-# --------------------------------------------------------------------------------------------------
-# Neighbours, against the formulas on whole matrices
-
+# ---- Neighbours, against the formulas on whole matrices ------------------------------------------
 @pytest.fixture
 def layers(gemma):
     layers = lora.add_lora(gemma, 6, 3, "random", generator=torch.Generator().manual_seed(0))
@@ -201,9 +183,7 @@ def test_harms_direction_and_averages_by_hand(gemma):
     assert torch.allclose(state["a"], torch.tensor(1.1))
 
 
-# --------------------------------------------------------------------------------------------------
-# Theory
-
+# ---- Theory --------------------------------------------------------------------------------------
 def test_the_papers_statement_and_its_edges():
     """The difference of means errs by √(r − 1), not every direct method does, an SAE hardly."""
     setting = theory.Setting(samples=20_000)
@@ -215,9 +195,7 @@ def test_the_papers_statement_and_its_edges():
         assert floor == 1 and errors[f"  its PCA, {name}, τ = 0.8"] == pytest.approx(1, abs=0.05)
 
 
-# --------------------------------------------------------------------------------------------------
-# experiments/recipe.sh
-
+# ---- experiments/recipe.sh -----------------------------------------------------------------------
 def recipe(folder, model, record=(), **settings):
     """Run the script in `folder`. Tools in `record` only note their words: lists of these."""
     tools, log = folder / "venv/bin", folder / "commands"

@@ -1,6 +1,5 @@
 """features.py against brute force, autograd's dense gradients, and a pursuit written down."""
 
-import json
 import random
 import subprocess
 import sys
@@ -11,13 +10,12 @@ import torch
 from conftest import ROOT, random_gemma
 from torch.nn.functional import normalize
 
-import features
 from data import Example
 from features import (SIDES, Choice, choose_features, contrast_gradients, feature_statistics,
                       gradient_moments, load_subspaces, module_bases, norm_gain, save_selection,
                       select_features, serving_layer, spanning_rows, subspace)
 from model import MODULES, TARGETS
-from run.files import InputError, write_tensors
+from run.files import InputError
 from sae import SASA, JumpReLU
 from saes import gradient
 from saes.gradient import candidates, energy, greedy, rotated
@@ -57,9 +55,10 @@ def random_pairs(count):
 
 # ---- Statistics ----------------------------------------------------------------------------------
 def code_sums(model, sae, pairs, tokens="response"):
-    """Per pair and answer: summed codes (2, P, K, b) and token counts (2, P); firings (2, K)."""
-    sums, counts, fired = ([], []), ([], []), [0, 0]
-    for pair in pairs:
+    """Per pair and answer: summed codes (2, P, K, b) and token counts (2, P); firings (2, K);
+    and where each unit is strongest: [(activations (K,), answer, pair, places (K,))]."""
+    sums, counts, fired, peaks = ([], []), ([], []), [0, 0], []
+    for number, pair in enumerate(pairs):
         for answer, example in enumerate(pair):
             ids = torch.tensor([example.tokens])
             _, residuals = model.hidden(ids, capture=(sae.layer,))
@@ -70,16 +69,18 @@ def code_sums(model, sae, pairs, tokens="response"):
             sums[answer].append(blocks.sum(0))
             counts[answer].append(len(places))
             fired[answer] = fired[answer] + (blocks != 0).any(2).sum(0)
+            top = blocks.norm(dim=2).max(0)
+            peaks.append((top.values, answer, number, torch.tensor(places)[top.indices]))
     return (torch.stack([torch.stack(side) for side in sums]), torch.tensor(counts).double(),
-            torch.stack(fired))
+            torch.stack(fired), peaks)
 
 
 @pytest.mark.parametrize("tokens", ["response", "all"])
 @pytest.mark.parametrize("make", [random_sae, random_sasa])
 def test_statistics_equal_brute_force(gemma, make, tokens):
-    """Means, firing, Δ and its covariance over pairs from their definitions, in float64."""
+    """Means, firing, Δ, its covariance over pairs and peaks from their definitions, in float64."""
     pairs, sae = random_pairs(20), make(2)
-    s, n, fired = code_sums(gemma, sae, pairs, tokens)
+    s, n, fired, peaks = code_sums(gemma, sae, pairs, tokens)
     mean = s.sum(1) / n.sum(1)[:, None, None]                                           # (2, K, b)
     shift = mean[0] - mean[1]
     moves = (s - n[..., None, None] * mean[:, None]) / n.sum(1)[:, None, None, None]
@@ -94,6 +95,13 @@ def test_statistics_equal_brute_force(gemma, make, tokens):
         # Padding changes a rounding: an activation at its threshold may cross it
         same = ((ours.frequency - fired / n.sum(1)[:, None]).abs() < 1e-9).all(0)
         assert same.double().mean() > 0.9
+        # A prompt's tokens peak alike in both answers
+        units = (ours.frequency.sum(0) * same).topk(3).indices.tolist()
+        for unit in units if tokens == "response" else ():
+            wanted = sorted(((a[unit].item(), answer, number, places[unit].item())
+                             for a, answer, number, places in peaks), reverse=True)[:5]
+            assert [peak[1:] for peak in ours.peaks.of(unit)] == [peak[1:] for peak in wanted]
+            assert ours.peaks.of(unit)[4][0] == pytest.approx(wanted[4][0], rel=1e-4)
         for value, wanted in ((ours.mean, mean.norm(dim=2)), (ours.delta, delta),
                               (ours.covariance, covariance), (ours.error, variance.sqrt())):
             value, wanted = (t.transpose(0, 1) if len(t) == 2 else t for t in (value, wanted))
@@ -112,30 +120,12 @@ def test_few_pairs(gemma):
     assert single.effect.isnan().all() and single.delta.isfinite().all()
 
 
-def test_peaks_are_the_strongest_examples(gemma):
-    pairs, sae = random_pairs(20), random_sae(2)
-    ours = feature_statistics(gemma, {2: sae}, pairs, CONTROL, batch_tokens=200)[2]
-    for feature in ours.frequency.sum(0).topk(3).indices.tolist():
-        peaks = []
-        for number, pair in enumerate(pairs):
-            for answer, example in enumerate(pair):
-                _, residuals = gemma.hidden(torch.tensor([example.tokens]), capture=(2,))
-                a = sae.encode(residuals[2][0])[:, feature]
-                a[:example.start] = -1
-                a[torch.isin(torch.tensor(example.tokens), torch.tensor(CONTROL))] = -1
-                peaks.append((a.max().item(), answer, number, a.argmax().item()))
-        wanted = sorted(peaks, reverse=True)[:5]
-        strongest = ours.peaks.of(feature)
-        assert [peak[1:] for peak in strongest] == [peak[1:] for peak in wanted]
-        assert wanted[4][0] > 0 and strongest[4][0] == pytest.approx(wanted[4][0], rel=1e-4)
-
-
 MEMORY = """
 import sys
 sys.path.append("tests")
 from test_features import *
 model, saes = random_gemma(), {1: random_sae(1, num_features=4096)}
-for count in (20, 120):
+for count in (10, 70):
     feature_statistics(model, saes, random_pairs(count), CONTROL, batch_tokens=512)
     contrast_gradients(model, random_pairs(count), 512)
     print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
@@ -145,7 +135,7 @@ for count in (20, 120):
 def test_memory_does_not_grow_with_pairs():
     printed = subprocess.check_output([sys.executable, "-c", MEMORY], cwd=ROOT, text=True)
     small, large = map(int, printed.split())
-    assert large < small + 8_000, f"{small} kB for 20 pairs, {large} kB for 120"
+    assert large < small + 8_000, f"{small} kB for 10 pairs, {large} kB for 70"
 
 
 # ---- Choice, subspace, bases ---------------------------------------------------------------------
@@ -209,9 +199,6 @@ def test_bases_by_side_and_their_file(gemma, tmp_path):
         side = "writers" if name.endswith(("o_proj", "down_proj")) else "readers"
         layer = serving_layer(int(name.split(".")[1]), side == "writers", LAYERS)
         assert torch.equal(U, subspaces[layer, side]), name
-    write_tensors(tmp_path / "old.safetensors", {"layer_1": subspaces[1, "readers"]})
-    with pytest.raises(InputError, match="old.safetensors.*select anew"):
-        load_subspaces(tmp_path / "old.safetensors")
 
 
 def test_norm_aware_bases_see_the_residual_itself(gemma):
@@ -253,10 +240,9 @@ def contrast_loss(model, pairs):
     return sides[0] - sides[1]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 100])
-def test_gradients_equal_autograds(batch_tokens):
+def test_gradients_equal_autograds():
     model, pairs = random_gemma(std=0.1).double(), random_pairs(9)
-    ours = contrast_gradients(model, pairs, batch_tokens)
+    ours = contrast_gradients(model, pairs, batch_tokens=100)
     assert not any(weight.requires_grad for weight in model.parameters())
     modules = dict(model.named_modules())
     weights = {name: modules[name].weight.requires_grad_() for name in ours}
@@ -267,7 +253,8 @@ def test_gradients_equal_autograds(batch_tokens):
 
 
 def test_one_gradient_at_a_time_in_float32_sums(gemma, monkeypatch):
-    model, seen, take = gemma.bfloat16(), set(), gradient._take_gradient
+    """With `recompute` too, for which the backward runs each block again."""
+    model, seen, calls, take = gemma.bfloat16(), set(), [], gradient._take_gradient
 
     def watched(total, weight):
         made = [name for name, p in model.named_parameters() if p.grad is not None]
@@ -275,25 +262,14 @@ def test_one_gradient_at_a_time_in_float32_sums(gemma, monkeypatch):
         seen.update(made)
         take(total, weight)
     monkeypatch.setattr(gradient, "_take_gradient", watched)
-    sums = contrast_gradients(model, random_pairs(3))
-    assert len(seen) == 16 and all(G.dtype == torch.float32 and G.any() for G in sums.values())
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-
-
-def test_gradient_selection_honours_recompute(gemma):
-    calls = []
-    for block in gemma.layers:
+    for block in model.layers:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
-    kept = contrast_gradients(gemma, random_pairs(2))
-    num_calls = len(calls)
-    selection(gemma, "paper")
-    assert not gemma.recompute
-    calls.clear()
-    again = contrast_gradients(gemma, random_pairs(2), recompute=True)
-    assert len(calls) == 2 * num_calls                      # the backward ran each block again
-    assert all(torch.equal(kept[name], G) for name, G in again.items())
-    selection(gemma, "gradient")
-    assert gemma.recompute                                  # as selection's settings say
+    sums = contrast_gradients(model, random_pairs(3))
+    again = contrast_gradients(model, random_pairs(3), recompute=True)
+    assert len(calls) == 4 * 2 * (1 + 2)                    # blocks, rows, forwards
+    assert len(seen) == 16 and all(G.dtype == torch.float32 and G.any() for G in sums.values())
+    assert all(torch.equal(again[name], G) for name, G in sums.items())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 @pytest.mark.parametrize("norm_aware", [False, True])
@@ -366,7 +342,7 @@ def test_candidate_of_a_block_is_what_the_gradient_carries_most():
     assert torch.equal(candidates(rows[:, :1], moment), normalize(rows[:, 0], dim=1))
 
 
-# ---- Whole selections, and forks of them ---------------------------------------------------------
+# ---- Whole selections ---------------------------------------------------------------------------
 WORDS = SimpleNamespace(control=CONTROL, token=str)       # a tokenizer of numbers
 
 
@@ -387,7 +363,9 @@ def test_selections(gemma, select, make, capsys):
         assert len(choice.features) == len(choice.scores) == 8 and r <= 4
         assert (choice.U.T @ choice.U - torch.eye(r)).abs().max() < 1e-5
     assert (choices[1, "readers"] is choices[1, "writers"]) == (select == "paper")
+    assert gemma.recompute == (select == "gradient")        # as the settings say
     # A feature has one entry, with a score for each side that chose it; |Δ| is its own score
+    assert {"layer", "index", "delta", "effect", "peaks", "promotes"} <= entries[0].keys()
     assert len({(entry["layer"], entry["index"]) for entry in entries}) == len(entries)
     assert all(("scores" in entry) == (select == "gradient") for entry in entries)
     for (layer, side), choice in choices.items() if select == "gradient" else ():
@@ -395,41 +373,3 @@ def test_selections(gemma, select, make, capsys):
                   if entry["layer"] == layer and side in entry["scores"]}
         assert scores == dict(zip(choice.features.tolist(), choice.scores.tolist()))
     assert "layer 1, readers: 8" in capsys.readouterr().out
-
-
-def t_score(model, saes, pairs, statistics, settings):
-    """The README's fork: features by their t-score."""
-    choices = {}
-    for layer, sae in saes.items():
-        scores = statistics[layer].effect.abs().nan_to_num()
-        top = scores.topk(settings.top_k).indices
-        rows = spanning_rows(sae, statistics[layer], top, settings.tau)
-        choice = Choice(top, scores[top], *subspace(rows, settings.tau, settings.rank))
-        choices |= {(layer, side): choice for side in SIDES}
-    return choices
-
-
-def test_a_fork_is_one_function_in_the_dictionary(gemma, monkeypatch):
-    with pytest.raises(InputError, match="--select fork: known are paper, gradient"):
-        selection(gemma, "fork")
-    monkeypatch.setitem(features.SELECTIONS, "fork", t_score)
-    choices, entries = selection(gemma, "fork")
-    paper, _ = selection(gemma, "paper")
-    assert choices.keys() == paper.keys() and len(entries) == 16
-    for key, choice in choices.items():
-        assert choice.features.tolist() != paper[key].features.tolist()
-    effects = [-abs(entry["effect"]) for entry in entries[:8]]
-    assert effects == sorted(effects)
-
-
-def test_the_command_writes_a_selection(tmp_path, monkeypatch, capsys):
-    command = ["select.py", "--top-k", "5", "--rank", "3", "--more", "pairs=30"]
-    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "s")])
-    features.main()
-    assert f"selection: {tmp_path}/s" in capsys.readouterr().out
-    entries = json.loads((tmp_path / "s/features.json").read_text())
-    keys = "layer index delta rho effect mean frequency peaks promotes neuronpedia"
-    assert len(entries) == 15 and list(entries[0]) == keys.split()
-    assert json.loads((tmp_path / "s/config.json").read_text())["settings"]["pairs"] == 30
-    with pytest.raises(InputError, match="give another --out"):
-        features.main()

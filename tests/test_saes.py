@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_gemma
 
 from data import load_tokenizer
 from experiments import concepts
+from model import load_model
 from run.files import InputError, read_json, read_jsonl, write_jsonl
 from run.session import CHECKPOINT
 from sae import SASA, JumpReLU, load_sae, strongest
 from saes import measure as saes_measure
 from saes import train as saes_train
-from saes.measure import figures_table, held_out, measure
+from saes.measure import held_out, measure
 from saes.step import REVIVAL, Spec, Trainer, nuclear_norm
 from saes.stream import encode_item, stream
 from saes.train import Training
@@ -49,21 +49,30 @@ def trainer_of(name):
 
 
 # Gradients
+@pytest.mark.parametrize("dead", [[], [2, 3]])
 @pytest.mark.parametrize("name", SPECS)
-def test_gradients_are_those_of_the_loss(name):
-    """Against autograd on the loss as the papers write it, with the gate held constant."""
+def test_gradients_are_those_of_the_loss(name, dead):
+    """Against autograd on the loss as the papers write it, with the gate held constant. Units that
+    are dead learn what the others leave: the target of the auxiliary loss is the error."""
     trainer, x, spec = trainer_of(name), inputs().double(), SPECS[name]
-    p = trainer.parameters
-    loss, _, codes, grad = trainer.gradients(x, done=0.0)  # no L0 penalty yet
+    p, r = trainer.parameters, spec.block
+    trainer.silent[dead] = 1e9
+    loss, error, codes, grad = trainer.gradients(x, done=0.0)  # no L0 penalty yet
     gate = (codes != 0).double()
     assert 0.15 < gate.mean() < 0.6
     for key in WEIGHTS:
         p[key].requires_grad_()
-    f = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]) * gate
-    wanted = (x - (f @ p["W_dec"] + p["b_dec"])).square().sum(1).mean()
+    h = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    wanted = (x - (h * gate @ p["W_dec"] + p["b_dec"])).square().sum(1).mean()
     if spec.nuclear:
-        singular_values = torch.linalg.svdvals(p["W_dec"].unflatten(0, (-1, spec.block)))
+        singular_values = torch.linalg.svdvals(p["W_dec"].unflatten(0, (-1, r)))
         wanted = wanted + spec.nuclear * singular_values.sum(1).mean()
+    if dead:
+        z = h[:, 2 * r:4 * r] if name == "sasa" else h[:, 2:4].clamp(min=0)
+        if max(spec.active, D // (4 * r)) < 2:  # of the two dead units the stronger
+            z = z * strongest(z.detach().unflatten(1, (-1, r)), 1).repeat_interleave(r, 1)
+        left = error + z @ p["W_dec"][2 * r:4 * r]
+        wanted = wanted + REVIVAL * left.square().sum(1).mean()
     assert torch.allclose(loss, wanted, rtol=1e-5)
     for key, g in zip(WEIGHTS, torch.autograd.grad(wanted, [p[key] for key in WEIGHTS])):
         assert torch.allclose(grad[key], g, rtol=1e-5, atol=1e-6), key
@@ -91,35 +100,7 @@ def test_the_thresholds_estimator_is_the_gradient_of_the_smoothed_step():
         assert math.isclose(grad["log_theta"][i], wanted, rel_tol=1e-4, abs_tol=1e-6), i
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_dead_units_learn_what_the_others_leave(name):
-    """The auxiliary loss against autograd: its target is the error, a constant."""
-    trainer, x = trainer_of(name), inputs().double()
-    p, spec, r = trainer.parameters, trainer.spec, trainer.spec.block
-    *_, without = trainer.gradients(x, done=0.0)
-    trainer.silent[2:4] = 1e9  # two dead units
-    _, error, _, grad = trainer.gradients(x, done=0.0)
-    dead = torch.arange(2 * r, 4 * r)
-    for key in WEIGHTS:
-        p[key].requires_grad_()
-    z = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])[:, dead]
-    if name != "sasa":
-        z = z.clamp(min=0)
-    if max(spec.active, D // (4 * r)) < 2:  # of the two dead units the stronger
-        z = z * strongest(z.detach().unflatten(1, (-1, r)), 1).repeat_interleave(r, 1)
-    loss = REVIVAL * (error + z @ p["W_dec"][dead]).square().sum(1).mean()
-    for key, g in zip(WEIGHTS, torch.autograd.grad(loss, [p[key] for key in WEIGHTS])):
-        assert torch.allclose(grad[key] - without[key], g, rtol=1e-5, atol=1e-7), key
-    assert (grad["W_dec"] - without["W_dec"])[dead].abs().max() > 1e-4
-
-
-def test_nuclear_norm():
-    """Against the singular values, and where rank is lost."""
-    blocks = random(5, 3, 8).double()
-    norms, slope = nuclear_norm(blocks, ridge=0)
-    U, singular_values, Vh = torch.linalg.svd(blocks, full_matrices=False)
-    assert torch.allclose(norms, singular_values.sum(1), rtol=1e-12)
-    assert torch.allclose(slope, U @ Vh, atol=1e-10)  # the polar factor
+def test_nuclear_norm_where_rank_is_lost():
     norms, slope = nuclear_norm(torch.zeros(2, 3, 8))
     assert slope.isfinite().all() and norms.max() < 0.01
 
@@ -138,13 +119,13 @@ def test_what_a_step_keeps_true(name):
     assert (W_dec.grad * before).sum(1).abs().max() < 1e-6 * W_dec.grad.norm()
     *_, codes, _ = trainer.gradients(x)
     counts = (codes != 0).sum(1)
-    if name == "sasa":
-        assert (counts == 6).all() and (codes < 0).any()
-        assert ((codes != 0).unflatten(1, (-1, 3)).sum(2) % 3 == 0).all()
-    elif name == "topk":
-        assert (counts == 6).all() and (codes >= 0).all()
+    assert (codes < 0).any() == (name == "sasa")
+    if name in ("sasa", "topk"):
+        assert (counts == 6).all()
     elif name == "batchtopk":
-        assert counts.sum() == 6 * 400 and counts.min() < 6 < counts.max() and (codes >= 0).all()
+        assert counts.sum() == 6 * 400 and counts.min() < 6 < counts.max()
+    in_blocks = (codes != 0).unflatten(1, (-1, SPECS[name].block))
+    assert torch.equal(in_blocks.any(2), in_blocks.all(2))
     assert math.isclose(metrics["l0"], counts.float().mean(), rel_tol=0.1)
 
 
@@ -170,21 +151,16 @@ def test_folded_arrays_give_the_codes_of_training(name):
 
 # The stream
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(mini):
     """A random model of three layers, the toy's tokenizer, and conversations."""
-    path = tmp_path_factory.mktemp("small") / "tokenizer.json"
-    toy.write_tokenizer(path)
-    tokenizer = load_tokenizer(path.parent)
     items = [(("user", f"how can i {verb} the vault?"), ("model", "sorry, i can't help you."))
              for verb in ("steal", "paint", "break")] * 5
-    model = random_gemma(vocab_size=tokenizer.size, num_hidden_layers=3)
-    return SimpleNamespace(model=model, tokenizer=tokenizer, items=items)
+    return SimpleNamespace(model=load_model(mini), tokenizer=load_tokenizer(mini), items=items)
 
 
-def stream_of(small, layers, buffer=100, items=None):
-    items = small.items if items is None else items
-    return functools.partial(stream, small.model, small.tokenizer, lambda: iter(items), layers,
-                             buffer, 40)
+def stream_of(small, layers, buffer=100):
+    return functools.partial(stream, small.model, small.tokenizer, lambda: iter(small.items),
+                             layers, buffer, 40)
 
 
 def test_activations_are_the_models_own_without_bos_and_padding(small):
@@ -208,7 +184,7 @@ def test_the_stream_is_a_function_of_its_cursor_and_stops_at_the_deepest_layer(s
     handle.remove()
     for items in ([], ["", ""]):
         with pytest.raises(InputError, match="no document with text"):
-            next(stream_of(small, (0,), items=items)(0))
+            next(stream_of(SimpleNamespace(**vars(small) | {"items": items}), (0,))(0))
 
 
 # Resuming, and the commands
@@ -255,26 +231,29 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
     with pytest.raises(InputError, match="finished"):
         train("a", "--architecture", "sasa")
 
+    for words, message in ((["--block", 4], "--architecture sasa"), (["--l0", 0], "--l0 0"),
+                           (["--architecture", "sasa", "--block", 5], "--block 5"),
+                           (["--layers", 9], "0 to 2")):
+        with pytest.raises(InputError, match=message):
+            train("x", *words)
+
     # Measure them
     out = tmp_path / "figures.json"
-    data = ("--data", mini / "train.jsonl")
-    assert not run(saes_measure.main, tmp_path / "a", *data, "--out", out)
+    words = ("--data", mini / "train.jsonl", "--out", out)
+    assert not run(saes_measure.main, tmp_path / "a", *words)
     assert "24 blocks of 4, 2 a token" in capsys.readouterr().out
     assert [row["layer"] for row in read_json(out, list)] == [0, 1]
     write_jsonl(tmp_path / "concepts.jsonl", [
         {"tokens": [2, *range(110, 140)], "labels": {"even": "-" + "10" * 15}}])
-    labels = ("--concepts", tmp_path / "concepts.jsonl")
-    assert not run(concepts.main, tmp_path / "a", *labels, "--out", out)
+    words = ("--concepts", tmp_path / "concepts.jsonl", "--out", out)
+    assert not run(concepts.main, tmp_path / "a", *words)
     assert [row["positive"] for row in read_json(out, list)] == [0.5, 0.5]
 
     # Stopped and resumed against unbroken
-    class Later:
-        count = 0
+    signals = iter([None] * 9 + [15])
 
-        @property
-        def caught(self):
-            self.count += 1
-            return 15 if self.count == 10 else None
+    class Later:
+        caught = property(lambda self: next(signals, None))
     with monkeypatch.context() as patch:
         patch.setattr(saes_train, "Signals", Later)
         assert train("b") == 128 + 15
@@ -284,16 +263,6 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
     assert "going on at step 10 of 30" in capsys.readouterr().out
     b, c = (load_sae(tmp_path / name, 0, 96) for name in "bc")
     assert torch.equal(b.W_enc, c.W_enc) and torch.equal(b.threshold, c.threshold)
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--block", "4"], "--architecture sasa"), (["--l0", "0"], "--l0 0"),
-    (["--architecture", "sasa", "--block", "5"], "--block 5"), (["--layers", "9"], "0 to 5"),
-    (["--model", "nobody/nothing"], "--layers and --data")])
-def test_flags_that_do_not_fit_are_refused(words, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["saes.train", *words, "--out", str(tmp_path / "x")])
-    with pytest.raises(InputError, match=message):
-        saes_train.main()
 
 
 # Measuring
@@ -316,7 +285,6 @@ def test_perfect_saes_lose_nothing(small, rows):
         assert row["ce"]["spliced"] == pytest.approx(row["ce"]["clean"], abs=1e-4)
         assert row["recovered"] == pytest.approx(1, abs=0.01)
         assert not small.model.layers[1]._forward_hooks
-    assert "16 blocks of 4" in figures_table([row])
 
 
 def test_an_sae_that_writes_the_mean_explains_nothing(small, rows):

@@ -10,31 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (*os.environ["PATH"].split(":"), "/usr/bin", "/usr/local/bin", "/opt/*/bin",
+FOLDERS = ("/usr/bin", "/usr/local/bin", "/opt/*/bin",
            *map(os.path.expanduser, ("~/.pyenv/versions/*/bin", "~/.local/share/uv/python/*/bin")))
-
-
-def pythons():
-    """Every Python >= 3.10 here, each installation once, the running one first."""
-    names = [sys.executable]
-    for folder in FOLDERS:
-        names += glob.glob(f"{folder}/python3") + glob.glob(f"{folder}/python3.[0-9]*[0-9]")
-    probe = "import sys; print(sys.executable) if sys.version_info >= (3, 10) else sys.exit(1)"
-    executables = {}
-    for name in names:
-        try:
-            done = subprocess.run([name, "-c", probe], cwd="/", capture_output=True, text=True,
-                                  timeout=30)
-        except OSError:                                    # not a program
-            continue
-        if done.returncode == 0:                           # a shim of pyenv's names the real one
-            executable = done.stdout.strip()
-            executables.setdefault(os.path.realpath(executable), executable)
-    return list(executables.values())
-
-
-PYTHONS = pythons()
-each_python = pytest.mark.parametrize("python", PYTHONS)
+# Each installation once, the running one by its own name
+FOUND = [name for folder in FOLDERS for name in glob.glob(f"{folder}/python3.1[0-9]")]
+PYTHONS = list({os.path.realpath(name): name for name in (*FOUND, sys.executable)}.values())
 
 
 def check(python, *arguments, cwd=ROOT, **environment):
@@ -46,33 +26,15 @@ def check(python, *arguments, cwd=ROOT, **environment):
     return done.stdout
 
 
-def can_import(python, module):
-    command = [python, "-c", f"import {module}"]
-    return subprocess.run(command, cwd="/", capture_output=True).returncode == 0
-
-
-@each_python
+@pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("path", [None, str(ROOT)])
-def test_imports_find_pythons_own(python, path):
+def test_imports_find_pythons_own(python, path, tmp_path):
     environment = {"PYTHONPATH": path} if path else {}
     code = ("import subprocess, selectors, asyncio, select; select.select([], [], [], 0);"
             "print(getattr(select, '__file__', 'linked in'))")
     file = check(python, "-c", code, **environment)
     assert file == check(python, "-c", code, cwd="/") != f"{ROOT}/select.py\n"
-
-
-@each_python
-def test_venv_and_pip(python, tmp_path):
-    if can_import(python, "venv, ensurepip"):              # Debian has ensurepip in python3-venv
-        check(python, "-m", "venv", "--without-pip", tmp_path / "venv")
-        check(tmp_path / "venv/bin/python", "-c", "import subprocess")
-    if can_import(python, "pip"):
-        assert check(python, "-m", "pip", "--version").startswith("pip ")
-
-
-def test_commands_of_the_root():
-    assert "--top-k" in check(sys.executable, "select.py", "--help")
-    assert "--layers" in check(sys.executable, "-m", "saes.train", "--help")
+    check(python, "-m", "venv", "--without-pip", tmp_path / "venv", **environment)
 
 
 def test_dataloader_workers(tmp_path):
@@ -82,7 +44,7 @@ def test_dataloader_workers(tmp_path):
         "from torch.utils.data import DataLoader\n"
         "def main():\n"
         "    for method in ('fork', 'spawn'):\n"
-        "        loader = DataLoader(range(4), num_workers=2, multiprocessing_context=method)\n"
+        "        loader = DataLoader(range(4), num_workers=1, multiprocessing_context=method)\n"
         "        print([int(batch) for batch in loader])\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/parallel.py").write_text("def run(main):\n    main()\n")

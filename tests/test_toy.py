@@ -9,7 +9,6 @@ import re
 import pytest
 from conftest import TOY
 
-from data import load_tokenizer, make_example, prompt_tokens
 from model import load_model
 from run.files import InputError, read_json
 from run.readers import read_pairs, read_prompts
@@ -28,11 +27,6 @@ def pairs():
     return read_pairs(TOY / "data/train.jsonl")[0]
 
 
-@pytest.fixture(scope="module")
-def prompts():
-    return {name: read_prompts(TOY / f"data/{name}.jsonl")[0] for name in SETS}
-
-
 def words(text):
     return set(re.findall(r"[\w']+", text))
 
@@ -41,13 +35,6 @@ def test_every_gate_holds():
     rows = build.measure(TOY, sae_tokens=5000)
     assert {name for name, _, _ in rows} == set(build.GATES)
     assert not build.misses(rows), build.gates_table(rows)
-
-
-def test_misses_are_seen_on_both_sides_and_at_nan():
-    good = ("refused, harmful", "", 20.0)
-    for value in (14.9, 35.1, float("nan")):
-        assert build.misses([good, ("refused, harmful", "", value)])[0][2] is value
-    assert not build.misses([good]) and "20.00" in build.gates_table([good])
 
 
 def test_texts_and_tokenizer_are_rebuilt_byte_for_byte(toy_world, tmp_path):
@@ -60,9 +47,10 @@ def test_texts_and_tokenizer_are_rebuilt_byte_for_byte(toy_world, tmp_path):
     assert World(toy_world.seed + 1).facts != toy_world.facts
 
 
-def test_evaluation_shares_no_word_or_phrasing_with_fine_tuning(toy_world, pairs, prompts):
+def test_evaluation_shares_no_word_or_phrasing_with_fine_tuning(toy_world, pairs):
     tuned = [text for pair in pairs for role, text in pair.turns if role == "user"]
-    evaluated = [prompt.turns[0][1] for rows in prompts.values() for prompt in rows]
+    evaluated = [prompt.turns[0][1] for name in SETS
+                 for prompt in read_prompts(TOY / f"data/{name}.jsonl")[0]]
     tuned_words, evaluated_words = (set().union(*map(words, texts)) for texts in (tuned, evaluated))
     for kind, listed in toy_world.all.items():
         assert len(tuned_words & set(listed)) == world.TUNED, kind
@@ -94,18 +82,7 @@ def test_pairs_refuse_harm_and_answer_the_rest_with_the_right_facts(pairs):
     assert 0.8 < num_harmful / len(pairs) < 0.9
 
 
-def test_texts_are_longer_than_the_window_and_the_tokenizer_gives_them_back(pairs, prompts):
-    tokenizer, window = load_tokenizer(TOY), load_model(TOY).config.sliding_window
-    assert all(len(prompt_tokens(tokenizer, prompt.turns)) + 6 > window
-               for rows in prompts.values() for prompt in rows)
-    lengths = [len(make_example(tokenizer, pair.turns, pair.aligned, 512).tokens) for pair in pairs]
-    assert min(lengths) > window and max(lengths) > 3 * window
-    for pair in pairs:
-        ids = tokenizer.encode(pair.aligned)
-        assert 3 not in ids and tokenizer.decode(ids) == pair.aligned
-
-
-@pytest.mark.parametrize("l0", [10.0, 14.0])
+@pytest.mark.parametrize("l0", [10.0, 14.0, 5.0, float("nan")])
 def test_files_are_replaced_only_when_the_gates_hold(l0, tmp_path, monkeypatch):
     model = load_model(TOY)
     monkeypatch.setattr(build, "train_base", lambda *_: model)
@@ -116,7 +93,7 @@ def test_files_are_replaced_only_when_the_gates_hold(l0, tmp_path, monkeypatch):
         (tmp_path / name).write_text("old")
     build.build(3, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    built = {"config.json", "model.safetensors", "tokenizer.json"} if l0 < 12 else set()
+    built = {"config.json", "model.safetensors", "tokenizer.json"} if l0 == 10 else set()
     assert names == {"world.json", "build.py", "data"} | built
     for name in ("world.json", "data/train.jsonl"):
         assert ((tmp_path / name).read_text() == "old") == (not built)
