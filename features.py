@@ -338,9 +338,7 @@ def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer, pairs: Pairs
             print(f"layer {layer}, {side}: {len(choice.features)} {sae.noun} span r̂ = "
                   f"{choice.U.shape[1]} directions, which explain {choice.explained:.1%}; "
                   f"{choice.limit} decided")
-        # The paper's score is |Δ|, which an entry holds anyway
-        entries = describe_features(model, sae, tokenizer, statistics[layer], sides, pairs,
-                                    with_scores=settings.select != "paper")
+        entries = describe_features(model, sae, tokenizer, statistics[layer], sides, pairs)
         print(f"{features_table(entries)}\n")
         features += entries
     return choices, features

@@ -232,7 +232,7 @@ def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
 def dry_run(settings):
     """Print sizes, memory and steps, and stop. Loads no weights."""
     config = PRESETS.get(settings.model) or load_config(model_folder(settings.model))
-    check_sizes(settings, config)
+    check_rank(settings, config)
     rows = size_rows(settings, config, TARGETS)
     num_rows = settings.accumulate * parallel.world_size()
     try:
@@ -247,15 +247,10 @@ def dry_run(settings):
     print(table(rows))
 
 
-def check_sizes(settings, config, saes=()):
-    """Raise InputError for a rank or a number of features that model and SAEs don't have."""
+def check_rank(settings, config):
     if settings.rank > config.hidden_size:
         raise InputError(f"--rank {settings.rank}: the residual stream of {settings.model} has "
                          f"{config.hidden_size} dimensions; give 1 to {config.hidden_size}")
-    for sae in saes:
-        if settings.top_k > sae.n_units:
-            raise InputError(f"--top-k {settings.top_k}: the SAE of layer {sae.layer} has "
-                             f"{sae.n_units} {sae.noun}")
 
 
 def main():
@@ -310,7 +305,7 @@ def run(settings, folder, is_new, signals):
             if settings.sae:
                 saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                                  settings.device, config)
-            check_sizes(settings, config, saes.values())
+            check_rank(settings, config)
             print(*saes.values(), sep="\n")
             tokenizer = load_tokenizer(source)
             examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,

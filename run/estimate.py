@@ -9,13 +9,7 @@ from model import PRESETS, Config, Gemma2, load_config
 from run import parallel
 from run.settings import model_folder
 
-LARGE = 20e9    # parameters
-
-
-def count_parameters(config: Config) -> int:
-    """Parameters of a model, which isn't made."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Gemma2(config).parameters())
+LARGE = 4000    # hidden size: the 9b has 3584, the 27b 4608
 
 
 def derive_recompute(settings: SimpleNamespace, source: dict[str, str]) -> None:
@@ -25,7 +19,7 @@ def derive_recompute(settings: SimpleNamespace, source: dict[str, str]) -> None:
     """
     if settings.recompute is None:
         config = PRESETS.get(settings.model) or load_config(model_folder(settings.model))
-        settings.recompute = settings.shard and count_parameters(config) > LARGE
+        settings.recompute = settings.shard and config.hidden_size > LARGE
         source["recompute"] = "the model's size"
 
 
@@ -34,7 +28,7 @@ def size_rows(settings: SimpleNamespace, config: Config, targets: Collection[str
     """Rows [what, size] of a table: parameters, those that are trained, and memory."""
     with torch.device("meta"):
         model = Gemma2(config)
-    num_parameters = count_parameters(config)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     shapes = [layer.weight.shape for name, layer in model.named_modules()
               if name.endswith(tuple(targets))]
     num_trained = sum(settings.rank * (rows + columns) for rows, columns in shapes)

@@ -120,7 +120,7 @@ GROUPS = {
                 "compiler and Python.h"),
         Setting("recompute", None, bool, "run each block again in the backward instead of keeping "
                 "what it needs: less memory for a third more time (default: off, but on for "
-                "--shard of a model of more than 20 billion parameters)"),
+                "--shard of a 27b)"),
         Setting("log", None, str, "tensorboard: write scalars there too", choices=("tensorboard",)),
     ],
 }

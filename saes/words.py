@@ -81,7 +81,7 @@ def in_context(tokenizer: Tokenizer, ids: Sequence[int], token: int) -> dict:
 
 
 def describe_features(model: Gemma2, sae: SAE, tokenizer: Tokenizer, statistics, choices: dict,
-                      pairs: Sequence[tuple[Example, Example]], with_scores=True) -> list[dict]:
+                      pairs: Sequence[tuple[Example, Example]]) -> list[dict]:
     """Entries of features.json for one SAE: a dict a chosen feature, strongest score first.
 
     statistics: its features.Statistics; choices {side: features.Choice}.
@@ -111,6 +111,7 @@ def describe_features(model: Gemma2, sae: SAE, tokenizer: Tokenizer, statistics,
         entry = {
             "layer": sae.layer,
             "index": unit,
+            "scores": scores[unit],
             "delta": statistics.delta[unit].item(),
             "rho": rho[unit].item(),
             "effect": effect if math.isfinite(effect) else None,
@@ -121,8 +122,6 @@ def describe_features(model: Gemma2, sae: SAE, tokenizer: Tokenizer, statistics,
             "neuronpedia": neuronpedia_url(sae.source, sae.layer, sae.width, unit, sae.l0)}
         if sae.block > 1:
             entry |= {"block": sae.block, "shift": statistics.shift[unit].tolist()}
-        if with_scores:
-            entry["scores"] = scores[unit]
         entries.append(entry)
     return entries
 
@@ -132,13 +131,11 @@ def features_table(entries: list[dict], most=10) -> str:
     head = ["unit", "score", "Δ", "fires safe", "unsafe", "fires most on", "promotes"]
     rows = []
     for entry in entries[:most]:
-        # The paper's score is |Δ|
-        scores = entry.get("scores", {"paper": abs(entry["delta"])})
         peaks = [peak["tokens"][peak["peak"]].strip() for peak in entry["peaks"]]
         words = [word.strip() for word in entry["promotes"][:5]]
         rows.append([
             entry["index"],
-            f"{max(scores.values(), key=abs):.3f}",
+            f"{max(entry['scores'].values(), key=abs):.3f}",
             f"{entry['delta']:+.3f}",
             *(f"{share:.1%}" for share in entry["frequency"].values()),
             " ".join(dict.fromkeys(peaks)),

@@ -382,7 +382,6 @@ def test_a_small_model_takes_one_thread(monkeypatch):
     (["--more", "nosuch=1"], ["nosuch", "accumulate"]),
     (["--rank", "0"], ["--rank 0"]),
     (["--rank", "65"], ["--rank 65", "64"]),
-    (["--top-k", "97"], ["--top-k 97", "96"]),
     (["--lr", "nan"], ["--lr nan"]),
     (["--dtype", "float16"], ["float16", "bfloat16"]),
     (["--device", "tpu9"], ["tpu9"]),
