@@ -306,8 +306,7 @@ def answer_sets(args, run, out):
         sets = sets_of(args, settings)
     parallel.on_rank_zero(open_folder, out, args)
     with parallel.agreed():
-        is_sharded = settings.shard and parallel.world_size() > 1
-        shard = parallel.shard if is_sharded else None
+        shard = parallel.shard if settings.shard else None
         model = load_model(source, getattr(torch, settings.dtype), device, shard)
     limit_threads(model)
 

@@ -8,7 +8,6 @@ A section is a function from a run to markup. What a model, a data set or a file
 
 import html
 import re
-import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -306,11 +305,9 @@ def page(folder: str | Path) -> str:
 
     # A run says how it was made, an adapter of another origin which model it is for
     about = f"A LoRA adapter on {run.settings.get('model') or run.explain.get('model')}"
-    command = None
     if run.config:
         about += ", rank {rank}, init {init}, seed {seed}".format(**run.settings)
-        command = tag("p", tag("code", "python ", shlex.join(run.config["command"])))
-    header = tag("header", tag("h1", run.name), tag("p", about), command, tag("nav", links))
+    header = tag("header", tag("h1", run.name), tag("p", about), tag("nav", links))
     filled = {"TITLE": escape(run.name), "BODY": join(header, tag("main", sections))}
     # In one pass, so that nothing is looked for in what was filled in
     return re.sub("{{(TITLE|BODY)}}", lambda match: filled[match[1]], TEMPLATE)
