@@ -309,7 +309,7 @@ def test_the_page_shows_what_the_files_say(tmp_path):
                   "hold 10.0%", "say little about what training did", "read from layer 1: 100.0%",
                   "without it cannot 50.0%", "-12.5 p 0.25", "1/7 cannot30.0%9.0%",
                   "Promotes sorry", "compliedbase says 1", "refusedadapter says 1",
-                  "step 8: 0.25", "python train.py --data"):
+                  "step 8: 0.25"):
         assert words in shown, words
     targets = [value[1:] for key, value in reader.attributes if key == "href" and value[0] == "#"]
     ids = [value for key, value in reader.attributes if key == "id"]
