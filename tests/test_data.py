@@ -4,13 +4,11 @@ import gzip
 import html
 import json
 import random
-import subprocess
 import sys
 import unicodedata
 
 import pytest
-import tokenizers
-from conftest import ROOT, SHARED, TOY
+from conftest import SHARED, TOY
 from gemma_like import gemma_like_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,8 +38,16 @@ def toy_spec():
     return json.loads((TOY / "tokenizer.json").read_text())
 
 
+def other_spec():
+    """The toy's with other parts; <|tool|> is a control token, for it is no white space or HTML."""
+    spec = toy_spec() | {"normalizer": {"type": "NFKC"}}
+    spec["added_tokens"] += [spec["added_tokens"][0] | {"id": id, "content": text, "special": False}
+                             for id, text in ((998, "<|tool|>"), (999, "\n\n"))]
+    return spec
+
+
 SPECS = {"bare": gemma_like_spec, "registered": lambda: gemma_like_spec(registered=True),
-         "toy": toy_spec}
+         "toy": toy_spec, "other": other_spec}
 TOKENIZERS = {name: Tokenizer(make_spec(), name) for name, make_spec in SPECS.items()}
 # Gemma's chat template, as its model card has it: roles alternate, contents are trimmed.
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<start_of_turn>\
@@ -52,7 +58,7 @@ TEMPLATE = """{{ bos_token }}{% for m in messages %}<start_of_turn>\
 
 
 @pytest.mark.parametrize("name", ["bare", "registered", pytest.param("gemma", marks=needs_shared)])
-def test_ids_equal_transformers(name):
+def test_ids_equal_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     make_spec = SPECS.get(name, lambda: json.loads(gzip.decompress(GEMMA.read_bytes())))
     spec = make_spec()
@@ -61,7 +67,7 @@ def test_ids_equal_transformers(name):
         added += [added[0] | {"id": spec["model"]["vocab"][token], "content": token}
                   for token in ("<start_of_turn>", "<end_of_turn>")]
     theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added})),
+        tokenizer_file=str(write(tmp_path / "tokenizer.json", spec | {"added_tokens": added})),
         bos_token="<bos>", eos_token="<eos>", chat_template=TEMPLATE)
     ours = Tokenizer(spec, name)
     assert [ours.eos, ours.bos, ours.start_of_turn, ours.end_of_turn] == [1, 2, 106, 107]
@@ -128,28 +134,13 @@ def test_merges_that_build_a_control_token_are_taken_out():
         spec["model"]["vocab"].setdefault(left, 800 + len(left))
         spec["model"]["vocab"].setdefault(right, 820 + len(right))
     assert 14 not in Tokenizer(spec, "merges").encode("<unused7>")
-
-
-def test_honest_tokenizers_of_other_parts_load():
-    spec = toy_spec() | {"normalizer": {"type": "NFKC"}}
-    spec["added_tokens"] += [spec["added_tokens"][0] | {"id": id, "content": text, "special": False}
-                             for id, text in ((998, "<|tool|>"), (999, "\n\n"))]
-    tokenizer = Tokenizer(spec, "other")
-    ids = tokenizer.encode("\uff48ow\n\npaint \n <|tool|>")
-    assert list(map(tokenizer.token, ids))[:4] == ["how", "\n\n", "paint", "\n"]
-    # What else is registered is a control token: it is no white space and no HTML.
-    assert 998 in tokenizer.control and tokenizer.control.isdisjoint(ids)
+    assert 998 in TOKENIZERS["other"].control and 999 in TOKENIZERS["other"].encode("a\n\n")
 
 
 @pytest.mark.parametrize("damage", [
-    lambda spec, model: spec.pop("model"), lambda spec, model: spec.update(model="BPE"),
-    lambda spec, model: spec["added_tokens"].append(3),
-    lambda spec, model: spec.update(pre_tokenizer={"type": "Nope"}),
-    lambda spec, model: model.update(type="Unigram"), lambda spec, model: model.update(vocab=[1]),
+    lambda spec, model: spec.pop("model"), lambda spec, model: model.update(type="Unigram"),
     lambda spec, model: model.update(type="BPE", merges=["how zz"]),
     lambda spec, model: model.pop("unk_token"), lambda spec, model: model.update(unk_token="<eos>"),
-    lambda spec, model: model["vocab"].pop("<bos>"),
-    lambda spec, model: model["vocab"].update(how=-1),
     lambda spec, model: model["vocab"].update(how=2),
     lambda spec, model: model["vocab"].update({"<unk>": 2})])  # registered as 3
 def test_tokenizers_that_cannot_serve(tmp_path, damage):
@@ -214,8 +205,6 @@ def test_packing_order_is_what_it_was():
              for epoch in rows]
     assert order == [[[4, 9, 2], [10], [5], [7, 8, 3, 6], [1, 11, 12]],
                      [[10, 9, 3], [5, 12, 6], [11, 2, 8], [1, 7], [4]]]
-    with pytest.raises(InputError, match="40 tokens"):
-        pack(examples, 39, 0, 0)
 
 
 HI = "\n\nHuman: hi\n\nAssistant: "
@@ -338,42 +327,39 @@ def test_parquet_and_lists_and_lines_of_json(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, content, message", [
     ("pairs.jsonl", b'{"chosen": 3}', ":1: expected text, or an object whose 'role' is text"),
     ("pairs.jsonl", b'{"prompt": "p", "response_0": "a"}', "no usable pair (chosen and"),
-    ("pairs.jsonl", b'{"chosen": "USER: a", "rejected": "USER: a"}', "turns that don't alternate"),
-    ("x.jsonl", b'"a"\n{]', ":2: not valid JSON"), ("x.jsonl", b'{"chosen": 3}', ":1: "),
+    ("x.jsonl", b'"a"\n{]', ":2: not valid JSON"),
     ("x.jsonl", b'{"prompt": "\\ud800"}', ":1: not valid JSON"),
     ("x.txt", b"a\n\xc3", ":2: not UTF-8"), ("x.txt", b"\n", "0 read"), ("x.xlsx", b"", ".csv"),
     ("x.jsonl", b"[" * 10**5, "not valid JSON"), ("x.jsonl", b"9" * 5000, ":1: not valid JSON"),
     ("x.csv", b"a,b\n1,2\n", ":2: no usable prompt"), ("x.csv", b'prompt\n"abc', "CSV"),
     ("x.csv", b"prompt,b\n1,2\n1\n", ":3: 1 columns"), ("x.csv", b"prompt\n", "0 read"),
-    ("x.json", b"{}", ":1: no usable prompt"), ("x.json", b'["a", 3]', ":2: "),
-    ("x.json", b"[3", "not valid"), ("x.csv", b"Topic\nb\n", ":2: no usable prompt"),
-    ("x.parquet", b"PAR1", "not a complete parquet"), ("x.txt.gz", b"plain", "can't be read"),
-    ("x.json", b'[""]', "1 dropped with an empty prompt"), ("none/x.txt", None, "can't be read"),
+    ("x.json", b'["a", 3]', ":2: "), ("x.csv", b"Topic\nb\n", ":2: no usable prompt"),
+    ("x.parquet", b"PAR1", "not a complete parquet"), ("x.json", b'[""]', "with an empty prompt"),
     ("x.txt.gz", gzip.compress(b"a" * 999)[:-9], "can't be read")])
 def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         (read_pairs if name == "pairs.jsonl" else read_prompts)(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and message in str(error.value)
 
 
-def test_show_as_a_person_runs_it(tmp_path):
+def test_show(tmp_path, monkeypatch, capsys):
     how = "\n\nHuman: how\n\nAssistant: "
     long = "\n\nHuman: the vault the vault\n\nAssistant: "
     path = write(tmp_path / "x.jsonl", pair(how + "paint", how + "paint the vault"),
                  pair(how + "vault", how + "paint"), pair(long, long),
                  pair(long + "how", long + "paint"))
-    done = subprocess.run([sys.executable, "data.py", path, "--show", "1", "--max-length", "12"],
-                          cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "\033[32mpaint\033[0m\033[32m\033[7m<end_of_turn>\033[0m" in done.stdout
-    assert "\033[2m\033[7m<bos><start_of_turn>\033[0m" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["data.py", str(path), "--show", "1", "--max-length", "12"])
+    data.main()
+    out = capsys.readouterr().out
+    assert "\033[32mpaint\033[0m\033[32m\033[7m<end_of_turn>\033[0m" in out
+    assert "\033[2m\033[7m<bos><start_of_turn>\033[0m" in out
     for line in ("pairs: 4 read, 3 kept, 1 dropped with an empty answer",
                  "pairs: 1 more dropped, whose prompt fills 12 tokens",
                  "pairs: 1 answers cut to fit 12 tokens", f"── {path}:1 · 12 tokens",
                  "2 examples of 24 tokens, 4 trained on"):
-        assert line in done.stdout.splitlines()
-    assert done.stdout.count("──") == 1
+        assert line in out.splitlines()
+    assert out.count("──") == 1
     # A file's own escape codes don't reach the terminal.
     tokenizer = TOKENIZERS["bare"]
     text = data.colored(tokenizer, tokenizer.encode("\033[2J a\x9b1m \033]0;x\x07y\n"), 5)

@@ -20,13 +20,12 @@ from run import files
 from run.files import InputError
 from run.readers import read_items, read_pairs, read_prompts
 from run.session import CHECKPOINT, load_checkpoint, save_checkpoint
-from sae import load_sae, read_array, save_sae
+from sae import SHAPES, load_sae, read_array, save_sae
 
 
 @pytest.mark.parametrize("write", [
     lambda path: files.write_json(path, {"a": object()}),
     lambda path: files.write_text(path, "\ud800"),
-    lambda path: files.write_tensors(path, {"a": "no tensor"}),
     lambda path: files.write_tensors(path, {"a": torch.zeros(2)}, {"step": 3})])
 def test_a_write_replaces_the_name_or_does_nothing(tmp_path, write):
     files.write_text(tmp_path / "a", "old")
@@ -63,14 +62,11 @@ def test_the_next_write_sweeps_what_a_killed_process_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and not files.is_new(tmp_path)
 
 
-@pytest.mark.parametrize("write", [
-    lambda path: files.write_text(path, "a" * 9999),
-    lambda path: files.write_tensors(path, {"a": torch.zeros(9999)})])
-def test_a_full_disk_ends_in_one_line(tmp_path, write, capfd):
+def test_a_full_disk_ends_in_one_line(tmp_path, capfd):
     """A limit on the size of files stands for the full disk."""
     def full():
         resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999))
-        files.run_command(lambda: write(tmp_path / "a"))
+        files.run_command(lambda: files.write_tensors(tmp_path / "a", {"a": torch.zeros(9999)}))
 
     assert in_child(full) == 2
     printed = capfd.readouterr().err
@@ -104,20 +100,6 @@ def test_a_git_lfs_pointer_is_named(tmp_path, name, load):
         load(tmp_path / name)
 
 
-@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../x", "owner/..", "owner/na me", "",
-                                    "https://huggingface.co/google/gemma-2-2b", "owner/absent"])
-def test_places_that_hold_no_such_file(source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError):
-        files.locate(source, "config.json")
-
-
-def test_names_that_cannot_lead_out_of_a_folder():
-    assert files.is_file_name("model-00001-of-00002.safetensors")
-    names = ["../a", "/a", "a/b", "..", ".hidden", "", None, 3, "a\n", "a\\b", "a\0"]
-    assert not any(map(files.is_file_name, names))
-
-
 @pytest.mark.parametrize("raised, code, words", [
     (InputError("two\nlines and \033[2J an escape code\x9b"), 2, "two lines and [2J an"),
     (PermissionError(13, "Permission denied", "place"), 2, "place: Permission denied"),
@@ -138,15 +120,11 @@ def test_a_command_ends_in_one_line(capsys, raised, code, words):
     assert words in printed and printed.removesuffix("\n").isprintable()
 
 
-def test_errors_of_our_own_keep_their_traceback_and_flags_are_not_abbreviated():
+def test_errors_of_our_own_keep_their_traceback():
     with pytest.raises(RuntimeError):
         files.run_command(lambda: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(SystemExit, match="2"):  # as the CPU's allocator says it
         files.run_command(lambda: torch.empty(1 << 50))
-    parser = files.Parser("")
-    parser.add_argument("--batch-tokens")
-    with pytest.raises(InputError, match="--batch "):
-        parser.parse_args(["--batch", "3"])
 
 
 def write_good_files(folder):
@@ -163,8 +141,9 @@ def write_good_files(folder):
 
     model = random_gemma(num_hidden_layers=1, vocab_size=20)
     save_model(model, folder)
-    save_sae(folder, 0, 9, torch.randn(8, 5), torch.zeros(5), torch.ones(5), torch.randn(5, 8),
-             torch.zeros(8))
+    tensors = {name: torch.rand([{"D": 8, "F": 5}[axis] for axis in axes])
+               for name, axes in SHAPES.items()}
+    params = save_sae(folder, 0, 9, **tensors)
     add_lora(model, rank=2, alpha=2, init="random")
     save_adapter(model, folder, "toy")
     parameters = trainable_parameters(lora_layers(model))
@@ -184,7 +163,10 @@ def write_good_files(folder):
         finally:
             torch.set_num_threads(threads)  # the header says how many there were
 
-    sae, = folder.rglob("params.npz")
+    def same_sae(path):
+        sae = load_sae(folder, 0, "5")
+        assert all(torch.equal(getattr(sae, name), tensor) for name, tensor in tensors.items())
+
     return {
         folder / "pairs.jsonl": read_pairs,
         folder / "pairs.jsonl.gz": lambda path: list(read_items(path)),
@@ -193,7 +175,7 @@ def write_good_files(folder):
         folder / "config.json": lambda path: load_config(folder),
         folder / "model.safetensors": lambda path: load_model(folder),
         folder / "adapter_config.json": adapter, folder / "adapter_model.safetensors": adapter,
-        folder / CHECKPOINT: checkpoint, sae: lambda path: load_sae(folder, 0, "5").W_dec}
+        folder / CHECKPOINT: checkpoint, params: same_sae}
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +187,7 @@ def good(tmp_path_factory):
     return lambda: entries  # hypothesis prints a fixture, this one in short
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.integers(0, 10), st.integers(0, 1 << 20), st.binary(max_size=3), st.integers(0, 4),
        st.sampled_from([0, 0, 300, 1 << 20]))
 def test_a_damaged_file_is_read_or_named_in_one_line(good, number, place, new, gone, near):

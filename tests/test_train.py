@@ -375,12 +375,15 @@ def test_a_small_model_takes_one_thread(monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", "nosuchmodel"], ["nosuchmodel", "no such folder"]),
+    (["--model", "owner/.."], ["owner/.."]),
+    (["--model", "https://huggingface.co/google/gemma-2-2b"], ["https://huggingface.co"]),
     (["--data", "nosuch.jsonl"], ["nosuch.jsonl", "no such file"]),
     (["--sae", "nosuchsae"], ["nosuchsae"]),
     (["--layers", "0", "7"], ["layer 7", "layer_0/", "layer_1/"]),
     (["--more", "width=16k"], ["16k", "96"]),
     (["--more", "nosuch=1"], ["nosuch", "accumulate"]),
     (["--rank", "0"], ["--rank 0"]),
+    (["--batch-token", "96"], ["--batch-token "]),
     (["--rank", "65"], ["--rank 65", "64"]),
     (["--lr", "nan"], ["--lr nan"]),
     (["--dtype", "float16"], ["float16", "bfloat16"]),
