@@ -1,13 +1,10 @@
 """fused.py and attention.py against their plain forms and autograd; whole steps against peft."""
 
-import os
-import subprocess
-import sys
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
-from conftest import ROOT, random_gemma, transformers_twin
+from conftest import random_gemma, transformers_twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,14 +80,6 @@ def test_value_and_gradients_are_those_of_the_plain_form(name, dtype, bound, mon
     truth = results(plain, inputs, d_out)
     ours = results(form, cast(inputs, dtype), d_out.to(dtype))
     assert max(distances(ours, truth)) < bound and all(x.dtype == dtype for x in ours)
-
-
-def test_little_is_kept_for_the_backward():
-    for name, extra in (("rms_norm", [3 * 5]), ("geglu", []), ("lora_linear", [])):
-        form, _, inputs = operation(name)
-        saved = form(*inputs).grad_fn.saved_tensors
-        others = [x.numel() for x in saved if x.data_ptr() not in {i.data_ptr() for i in inputs}]
-        assert others == extra, name
 
 
 def test_logits_at_the_cap_do_not_overflow():
@@ -185,17 +174,18 @@ def test_scores_at_the_cap_do_not_overflow(sign):
 def test_compiled_parts_equal_the_plain_form():
     if not use_compile():
         pytest.skip("torch.compile finds no compiler here")
-    for T, window, lengths in ((1, None, None), (129, None, None), (300, 90, [100, 200])):
+    for T, window, lengths in ((129, None, None), (300, 90, [100, 200])):
         check_attention(attention_case(T=T, window=window, lengths=lengths))
     check_attention(attention_case(T=200), torch.bfloat16, 0.02)
 
 
-def test_one_warning_without_a_compiler():
-    script = "from attention import use_compile as use; assert not use() and not use()"
-    environment = os.environ | {"CXX": "/none", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-    process = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT,
-                             capture_output=True, text=True)
-    assert process.stderr.count("warning: torch.compile fails here") == 1 and not process.returncode
+def test_one_warning_without_a_compiler(monkeypatch, capsys):
+    def fails(*_, **options):
+        raise RuntimeError("no C++ compiler")
+    monkeypatch.setattr(attention, "compile_once", fails)
+    monkeypatch.setattr(attention, "_compiler_works", cache(attention._compiler_works.__wrapped__))
+    assert not use_compile() and not use_compile()
+    assert capsys.readouterr().err.count("warning: torch.compile fails here") == 1
 
 
 @pytest.mark.parametrize("T, window, lengths, H, K", [

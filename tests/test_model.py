@@ -9,9 +9,8 @@ import torch
 from conftest import ROOT, SHAPES, random_gemma, transformers_twin
 
 from attention import Cache
-from lora import add_lora
 from model import PRESETS, Config, Gemma2, load_model, save_model
-from run.files import InputError, write_json, write_tensors
+from run.files import InputError, write_json
 
 
 def random_tokens(count, length, seed=1):
@@ -32,14 +31,8 @@ def test_logits_equal_transformers(shape):
     ours, theirs = model(tokens), transformers_twin(model)(tokens).logits
     # Both are 2e-5 from the same in float64: sharp attention in four layers amplifies roundings
     assert ours.dtype == torch.float32 and error(ours, theirs) < 3e-5
-
-
-def test_both_softcaps_bite():
-    model, tokens = random_gemma(), random_tokens(2, 60)
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        uncapped = Gemma2(Config(**vars(model.config) | {cap: None}))
-        uncapped.load_state_dict(model.state_dict())
-        assert error(uncapped(tokens), model(tokens)) > 1e-2, cap
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):   # both bite
+        assert error(random_gemma(shape, **{cap: None})(tokens), ours) > 1e-2, cap
 
 
 @pytest.mark.parametrize("lengths", [(30, 1, 22, 7), (90, 40)])    # in the plain form, in blocks
@@ -69,25 +62,6 @@ def test_embedding_scale_is_rounded_first():
     scale = torch.tensor(56 ** 0.5, dtype=torch.bfloat16)
     hidden, _ = model.hidden(tokens, stop_after=0)
     assert torch.equal(hidden, model.embed_tokens.weight[tokens] * scale)
-
-
-def test_recomputed_blocks_give_the_same_gradients():
-    model, tokens = random_gemma(), random_tokens(2, 80)            # 80: attention in blocks
-    documents = torch.arange(80).ge(33).long().expand(2, -1)
-    layers = add_lora(model, 4, 4, "random", generator=torch.Generator().manual_seed(0))
-    factors = [factor for layer in layers.values() for factor in (layer.A, layer.B)]
-    for factor in factors[1::2]:
-        torch.nn.init.normal_(factor, 0, 0.1)
-    calls, gradients = [], {}
-    for block in model.layers:
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
-    for model.recompute in (False, True):
-        hidden, residuals = model.hidden(tokens, documents, capture=(1,))
-        loss = hidden.sin().sum() + residuals[1].cos().sum()
-        gradients[model.recompute] = torch.autograd.grad(loss, factors)
-    assert len(calls) == 4 + 4 + 4                                  # the backward ran them again
-    for kept, again in zip(gradients[False], gradients[True]):
-        assert (kept - again).norm() <= 1e-6 * kept.norm()
 
 
 @pytest.mark.parametrize("name, count", [
@@ -176,38 +150,10 @@ def test_what_is_not_gemma_2_is_refused(change):
         Config.from_dict(random_gemma().config.to_dict() | change)
 
 
-def write_checkpoint(folder, **changes):
-    """A small checkpoint in which some tensors are replaced, or left out where None."""
-    model = random_gemma()
-    weights = {f"model.{name}": weight for name, weight in model.state_dict().items()} | changes
-    write_tensors(folder / "model.safetensors",
-                  {name: weight for name, weight in weights.items() if weight is not None})
-    write_json(folder / "config.json", model.config.to_dict())
-    return folder
-
-
-def test_names_and_shapes_are_strict(tmp_path):
-    for name, weight, shapes in (("model.norm.weight", None, r"None, not \(64,\)"),
-                                 ("model.norm.weight", torch.zeros(63), r"\(63,\), not"),
-                                 ("lm_head.weight", torch.zeros(2, 3), r"\(2, 3\), not None")):
-        with pytest.raises(InputError, match=f"{name} has shape {shapes}"):
-            load_model(write_checkpoint(tmp_path, **{name: weight}))
-
-
-def test_damaged_files_are_named(tmp_path):
-    path = write_checkpoint(tmp_path) / "model.safetensors"
-    whole = path.read_bytes()
-    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match="model.safetensors"):
-            load_model(tmp_path)
-
-
-@pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd", "..", 3])
-def test_no_shard_lies_outside_the_folder(tmp_path, shard):
+def test_no_shard_lies_outside_the_folder(tmp_path):
     save_model(random_gemma(), tmp_path, max_shard_bytes=200_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    index["weight_map"]["model.norm.weight"] = shard
+    index["weight_map"]["model.norm.weight"] = "../evil.safetensors"
     write_json(tmp_path / "model.safetensors.index.json", index)
     with pytest.raises(InputError, match="plain file name"):
         load_model(tmp_path)

@@ -54,78 +54,46 @@ def logged_steps(folder):
 # ------------------------------------------------------------------------------
 # The loop
 
-def trainable(model):
-    return model.layers[0].self_attn.q_proj.weight.requires_grad_()
+def one_step(rows, **options):
+    """Metrics of a step of rate 1, the update of one weight, and the model before."""
+    model = random_gemma()
+    weight = model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    before = weight.detach().clone()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    metrics = list(train.fit(model, optimizer, [rows], lambda step: 1.0, **options))
+    update = before - weight.detach()
+    weight.data.copy_(before)
+    return metrics, update, model
+
+
+def make_row(num_labels, seed=0):
+    tokens, labels = torch.randint(5, 300, (2, 12), generator=torch.Generator().manual_seed(seed))
+    labels[num_labels:] = -100
+    return Row(tokens, torch.ones(12, dtype=torch.long), labels)
 
 
 def test_loss_is_a_mean_over_all_trained_tokens_of_a_step():
     """Micro-batches of unequal label counts make the gradient of their union."""
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for num_labels in (1, 9, 0):
-        row = Row(torch.randint(5, 300, (12,), generator=generator),
-                  torch.ones(12, dtype=torch.long), torch.full((12,), -100))
-        row.labels[:num_labels] = torch.randint(5, 300, (num_labels,), generator=generator)
-        rows.append(row)
-    model = random_gemma()
-    weight = trainable(model)
-    before = weight.detach().clone()
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    (metrics,) = train.fit(model, optimizer, [rows], lambda step: 1.0)
-    update = before - weight.detach()
-    weight.data.copy_(before)
+    rows = [make_row(1, 1), make_row(9, 2), make_row(0, 3)]
+    (metrics,), update, model = one_step(rows)
     logits = model(torch.stack([row.tokens for row in rows])).flatten(0, 1)
     labels = torch.stack([row.labels for row in rows]).flatten()
     loss = torch.nn.functional.cross_entropy(logits, labels)
-    loss.backward()
+    weight = model.layers[0].self_attn.q_proj.weight
+    (gradient,) = torch.autograd.grad(loss, weight)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["trained_tokens"] == 10
-    assert torch.allclose(update, weight.grad, atol=1e-6 * weight.grad.abs().max())
+    assert torch.allclose(update, gradient, atol=1e-6 * gradient.abs().max())
 
 
 def test_a_step_without_labels_is_left_out(capsys):
-    row = Row(torch.full((4,), 7), torch.ones(4, dtype=torch.long), torch.full((4,), -100))
-    model = random_gemma()
-    optimizer = torch.optim.SGD([trainable(model)], lr=1.0)
-    assert list(train.fit(model, optimizer, [[row]], lambda step: 1.0)) == []
+    assert one_step([make_row(0)])[0] == []
     assert "step 1: a micro-batch without a trained token" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_change():
-    row = Row(torch.full((4,), 7), torch.ones(4, dtype=torch.long), torch.tensor([5, 6, 7, 8]))
-    model = random_gemma()
-    weight = trainable(model)
-    model.norm.weight[0] = float("nan")
-    before = weight.detach().clone()
-    with pytest.raises(train.Diverged, match="step 1: loss nan"):
-        list(train.fit(model, torch.optim.SGD([weight], lr=1.0), [[row]], lambda step: 1.0))
-    assert torch.equal(weight, before)
-
-
 def test_clipping_bounds_the_step():
-    row = Row(torch.arange(5, 17), torch.ones(12, dtype=torch.long), torch.arange(6, 18))
-    model = random_gemma()
-    weight = trainable(model)
-    before = weight.detach().clone()
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    (metrics,) = train.fit(model, optimizer, [[row]], lambda step: 1.0, clip=1e-3)
-    assert metrics["grad_norm"] > 1e-2
-    assert (before - weight).norm().item() == pytest.approx(1e-3, rel=1e-2)
-
-
-def test_another_loss_is_one_function():
-    """README's fork: a loss of (model, row). Here the aligned answer's probability, not its log."""
-    def expected_error(model, row):
-        logits = model.unembed(model.hidden(row.tokens, row.documents)[0])
-        labelled = row.labels != -100
-        probability = logits[labelled].softmax(-1).gather(1, row.labels[labelled][:, None])
-        return (1 - probability).sum()
-
-    row = Row(torch.arange(5, 17), torch.ones(12, dtype=torch.long), torch.arange(6, 18))
-    model = random_gemma()
-    optimizer = torch.optim.SGD([trainable(model)], lr=1.0)
-    steps = list(train.fit(model, optimizer, [[row]] * 3, lambda step: 1.0, loss=expected_error))
-    assert all(0 < step["loss"] <= 1 for step in steps) and steps[2]["loss"] < steps[0]["loss"]
+    (metrics,), update, _ = one_step([make_row(12)], clip=1e-3)
+    assert metrics["grad_norm"] > 1e-2 and update.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_schedule():
@@ -159,19 +127,6 @@ def test_a_run_leaves_what_it_says(whole, mini):
     assert len(lengths) == 2 * 4 * 8 and max(lengths) == 4
 
 
-def test_base_weights_are_never_touched(mini, tmp_path, monkeypatch):
-    models = []
-    monkeypatch.setattr(train, "load_model",
-                        lambda *arguments: models.append(load_model(*arguments)) or models[0])
-    assert call(train.main, command(mini, tmp_path / "run"), monkeypatch) == 0
-    state = models[0].state_dict()
-    trained = {name.replace(".base.", "."): tensor for name, tensor in state.items()}
-    base = load_model(mini).state_dict()
-    assert all(torch.equal(base[name], trained[name]) for name in base)
-    layers = lora.lora_layers(models[0])
-    assert any(layer.B.abs().max() > 0 for name, layer in layers.items() if "q_proj" in name)
-
-
 def test_frozen_basis_keeps_the_update_inside(mini, tmp_path, monkeypatch):
     arguments = ["--freeze-basis", "--tau", "0.3", *command(mini, tmp_path / "run")]
     assert call(train.main, arguments, monkeypatch) == 0
@@ -200,9 +155,7 @@ def test_dry_run_writes_nothing_and_needs_no_hub(mini, tmp_path, monkeypatch, ca
 def test_help_has_at_most_thirty_flags(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(train.main, ["--help"], monkeypatch)
-    lines = capsys.readouterr().out.splitlines()
-    flags = [line for line in lines if line.startswith("  --")]
-    assert 20 < len(flags) <= 30
+    assert 20 < capsys.readouterr().out.count("\n  --") <= 30
 
 
 def test_settings_of_an_older_run_get_defaults(whole, tmp_path):
@@ -216,39 +169,30 @@ def test_settings_of_an_older_run_get_defaults(whole, tmp_path):
 # ------------------------------------------------------------------------------
 # Runs that break off
 
-def run_until(arguments, line, number):
-    """Send train.py a signal once it has printed a line that begins so: (code, stderr)."""
-    process = start("train.py", arguments)
-    for printed in process.stdout:
-        if printed.startswith(line):
-            process.send_signal(number)
-            break
-    _, err = process.communicate(timeout=120)
-    return process.returncode, err
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(whole, mini, tmp_path, monkeypatch):
+@pytest.mark.parametrize("line, number", [
+    ("layer 1", signal.SIGKILL), ("step 5/7", signal.SIGKILL), ("step 2/7", signal.SIGINT)])
+def test_a_stopped_run_goes_on(whole, mini, tmp_path, monkeypatch, capsys, line, number):
+    """Stopped once it printed a line that begins so; a kill may cut the log's last line."""
     folder = tmp_path / "run"
-    code, err = run_until(command(mini, folder, sets=SETS), "step 2/7", signal.SIGINT)
-    assert code == 130 and f"train.py --resume {folder}`" in err
-    assert 2 <= int(read_metadata(folder / session.CHECKPOINT)["step"]) < 7
-    assert call(train.main, ["--resume", folder], monkeypatch) == 0
+    again = arguments = command(mini, folder, sets=SETS)
+    process = start("train.py", arguments)
+    next(printed for printed in process.stdout if printed.startswith(line))
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and f"train.py --resume {folder}`" in err
+        assert 2 <= int(read_metadata(folder / session.CHECKPOINT)["step"]) < 7
+        again = ["--resume", folder]
+    else:
+        assert process.returncode == -number
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.write('{"step": 6, "lo')
+    assert call(train.main, again, monkeypatch) == 0
+    assert "going on with the unfinished run" in capsys.readouterr().out
     assert adapter(folder) == adapter(whole.folder)
     answers = (folder / "completions.jsonl").read_bytes()
     assert answers == (whole.folder / "completions.jsonl").read_bytes()
-    assert logged_steps(folder) == [1, 2, 3, 4, 5, 6, 7]
-
-
-@pytest.mark.parametrize("line", ["layer 1", "step 5/7"])
-def test_killed_runs_go_on_by_the_same_command(whole, mini, tmp_path, monkeypatch, capsys, line):
-    folder = tmp_path / "run"
-    code, _ = run_until(command(mini, folder, sets=SETS), line, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    assert call(train.main, command(mini, folder, sets=SETS), monkeypatch) == 0
-    assert "going on with the unfinished run" in capsys.readouterr().out
-    assert adapter(folder) == adapter(whole.folder)
-    assert logged_steps(folder) == [1, 2, 3, 4, 5, 6, 7]
-    assert (folder / "scores.json").exists()
+    assert logged_steps(folder) == [1, 2, 3, 4, 5, 6, 7] and (folder / "scores.json").exists()
 
 
 def test_a_crash_at_any_write_goes_on_to_the_same_adapter(whole, mini, tmp_path, monkeypatch):
@@ -278,30 +222,28 @@ def test_compiled_runs_resume_to_the_same_bits(mini, tmp_path, monkeypatch):
 
     Traced, but not compiled to C++, which takes a minute: `train.py --compile` by hand does that.
     """
-    class Died(Exception):
-        pass
+    def save_and_copy(folder, *state):
+        session.save_checkpoint(folder, *state)
+        if folder.name == "whole" and not (tmp_path / "broken").exists():
+            shutil.copytree(folder, tmp_path / "broken")            # as if it had died here
 
-    def save_and_die(folder, step, *more):
-        session.save_checkpoint(folder, step, *more)
-        raise Died
-
+    monkeypatch.setattr(train, "save_checkpoint", save_and_copy)
     monkeypatch.setattr(train, "use_compile", lambda: True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    assert call(train.main, ["--compile", *command(mini, tmp_path / "whole")], monkeypatch) == 0
+    arguments = ["--compile", *command(mini, tmp_path / "whole"), "--steps", "5"]
+    assert call(train.main, arguments, monkeypatch) == 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    monkeypatch.setattr(train, "save_checkpoint", save_and_die)
-    with pytest.raises(Died):
-        call(train.main, ["--compile", *command(mini, tmp_path / "broken")], monkeypatch)
-    monkeypatch.setattr(train, "save_checkpoint", session.save_checkpoint)
+    assert read_metadata(tmp_path / "broken" / session.CHECKPOINT)["step"] == "3"
     assert call(train.main, ["--resume", tmp_path / "broken"], monkeypatch) == 0
     assert adapter(tmp_path / "whole") == adapter(tmp_path / "broken")
 
     # A fork's loss is taken, compiled or not
     monkeypatch.setattr(train, "row_loss", lambda model, row, plain=train.row_loss:
                         2 * plain(model, row))
-    assert call(train.main, ["--compile", *command(mini, tmp_path / "fork")], monkeypatch) == 0
+    arguments = ["--compile", *command(mini, tmp_path / "fork"), "--steps", "1"]
+    assert call(train.main, arguments, monkeypatch) == 0
     losses = [line["loss"] for run in ("whole", "fork")
               for line in read_jsonl(tmp_path / run / "metrics.jsonl") if line.get("step") == 1]
     assert losses[1] == pytest.approx(2 * losses[0])
@@ -317,15 +259,6 @@ def test_a_diverged_run_keeps_the_weights_of_the_step_before(mini, tmp_path, mon
     monkeypatch.setattr(train, "fit", lambda *arguments: fit(*arguments[:-1], loss))
     assert "step 5: loss nan" in refused(command(mini, tmp_path / "run"), monkeypatch, capsys)
     assert read_metadata(tmp_path / "run" / session.CHECKPOINT)["step"] == "4"
-
-
-def test_a_cut_line_of_the_log_is_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    log = session.Log(path)
-    log.keep(2)
-    log.add({"step": 2, "loss": 1.0})
-    assert [row["step"] for row in read_jsonl(path)] == [1, 2]
 
 
 def test_a_run_whose_folders_moved_goes_on(whole, mini, tmp_path, monkeypatch, capsys):
@@ -356,16 +289,15 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
 
 
 def test_a_small_model_takes_one_thread(monkeypatch):
-    threads = torch.get_num_threads()
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with torch.device("meta"):
         small, large = torch.nn.Linear(10, 10), torch.nn.Linear(10**4, 10**4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     session.limit_threads(small)
     monkeypatch.delenv("OMP_NUM_THREADS")
     session.limit_threads(large)
-    assert chosen == [] and torch.get_num_threads() == threads
+    assert chosen == []
     session.limit_threads(small)
     assert chosen == [1]
 
@@ -382,19 +314,15 @@ def test_a_small_model_takes_one_thread(monkeypatch):
     (["--layers", "0", "7"], ["layer 7", "layer_0/", "layer_1/"]),
     (["--more", "width=16k"], ["16k", "96"]),
     (["--more", "nosuch=1"], ["nosuch", "accumulate"]),
-    (["--rank", "0"], ["--rank 0"]),
     (["--batch-token", "96"], ["--batch-token "]),
     (["--rank", "65"], ["--rank 65", "64"]),
     (["--lr", "nan"], ["--lr nan"]),
     (["--dtype", "float16"], ["float16", "bfloat16"]),
     (["--device", "tpu9"], ["tpu9"]),
-    (["--init", "magic"], ["magic"]),
     (["--log", "tensorboard"], ["pip install tensorboard"]),
-    (["--select", "magic"], ["magic"]),
     (["--freeze-basis", "--init", "random"], ["--freeze-basis"]),
     (["--shard"], ["--shard", "torchrun"]),
     (["--batch-tokens", "8"], ["train.jsonl", "raise --batch-tokens"]),
-    (["--set", "harmful=nosuch.txt"], ["nosuch.txt"]),
     (["--set", "nosuch.txt"], ["ROLE=FILE", "harmful"]),
 ])
 def test_wrong_flags(mini, tmp_path, monkeypatch, capsys, flags, words):
@@ -412,7 +340,6 @@ SAE = "sae/layer_1/width_96/average_l0_9/params.npz"
     ("config.json", lambda b: b.replace(b'size": 96', b'size": 95'), ["shape"]),
     ("model.safetensors", lambda b: b[:-100], ["model.safetensors"]),
     ("model.safetensors", lambda b: b.replace(b"l.norm.w", b"l.nope.w"), ["model.nope.weight"]),
-    ("tokenizer.json", lambda b: b[:-100], ["tokenizer.json"]),
     (SAE, lambda b: None, ["params.npz"]),
     ("train.jsonl", lambda b: b"", ["train.jsonl", "no "]),
     ("train.jsonl", lambda b: b + b'{"chosen": \n', ["train.jsonl:61"]),
@@ -466,15 +393,7 @@ def test_output_folders(whole, mini, tmp_path, monkeypatch, capsys):
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", config | {"command": ["fork.py"]})
     assert "script fork.py, not" in refused(["--resume", folder], monkeypatch, capsys)
-    both = ["--resume", folder, "--out", tmp_path / "other"]
-    assert "--out" in refused(both, monkeypatch, capsys)
-
-
-def test_through_the_command_line_without_traceback(tmp_path):
-    process = start("train.py", ["--model", "nosuch", "--sae", "a", "--data", "b"], cwd=tmp_path)
-    _, err = process.communicate()
-    assert process.returncode == 2 and err.startswith("train.py: error: ")
-    assert len(err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+    assert "--out" in refused(["--resume", folder, "--out", tmp_path], monkeypatch, capsys)
 
 
 # ------------------------------------------------------------------------------
@@ -487,6 +406,5 @@ def test_real_pairs_and_prompts(shared, mini, tmp_path, monkeypatch):
                  "--set", f"lookalike={shared / 'xstest_prompts.csv'}", "--eval-prompts", "3"]
     assert call(train.main, arguments, monkeypatch) == 0
     assert len(lora.load_adapter(load_model(mini), tmp_path / "run")) == 12
-    assert read_tensors(tmp_path / "run" / "adapter_model.safetensors")
     rows = read_jsonl(tmp_path / "run" / "completions.jsonl")
     assert len(rows) == 6 and all(row["fields"]["label"] == "safe" for row in rows)
