@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are small, and tests run side by side
+
 import hypothesis
 import pytest
 import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 from data import load_tokenizer
 from model import Config, Gemma2, save_model
