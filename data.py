@@ -3,7 +3,7 @@
 See what a file trains on, with the toy's tokenizer or with Gemma's own:
 
     python data.py toy/data/train.jsonl --show 3
-    python data.py harmless.jsonl.gz --tokenizer google/gemma-2-2b --max-length 1024 | less -R
+    python data.py harmless.jsonl.gz --tokenizer google/gemma-2-2b | less -R
 
 A conversation becomes
     <bos><start_of_turn>user\\n{x}<end_of_turn>\\n<start_of_turn>model\\n{y}<end_of_turn>
@@ -141,9 +141,6 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 # ----------------------------------------------------------------- Ids and loss mask
-
-FORMATS = ("chat", "plain")
-
 
 def prompt_tokens(tokenizer: Tokenizer, turns: Sequence[Turn], format="chat") -> list[int]:
     """Ids of a prompt, which generation continues.
@@ -300,13 +297,9 @@ def main():
                         help="examples to print (default 3)")
     parser.add_argument("--tokenizer", default=ROOT / "toy", metavar="SOURCE",
                         help="folder, hub repository or tokenizer.json[.gz] (default: the toy's)")
-    parser.add_argument("--max-length", type=int, default=1024, metavar="TOKENS",
-                        help="longer examples are cut at the end of the answer (default 1024)")
-    parser.add_argument("--format", choices=FORMATS, default="chat",
-                        help="chat: Gemma's turns (default); plain: Human: and Assistant: as text")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
-    pairs, _ = load_examples(args.file, tokenizer, args.max_length, args.format)
+    pairs, _ = load_examples(args.file, tokenizer, max_length=1024)
     examples = [aligned for aligned, _ in pairs]
 
     print(f"{CONTEXT}context{RESET}  {TRAINED}trained on{RESET}  {CONTROL_TOKEN}control{RESET}")

@@ -85,18 +85,26 @@ def complete(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Toke
     for name, eval_set in sets.items():
         # A run that goes on has the answers to some sets already
         rows = parallel.on_rank_zero(read_rows, path)
-        if any(row["model"] == model_name and row["set"] == name for row in rows):
+        prompts = [as_text(prompt.turns) for prompt in eval_set.prompts]
+        answered = [row for row in rows if row["set"] == name]
+        if any(row["prompt"] not in prompts for row in answered):
+            raise InputError(f"{path} answers other prompts of {name}: give the set's old file")
+        if any(row["model"] == model_name for row in answered):
             continue
         texts = answer(model, tokenizer, eval_set.prompts, settings.max_new_tokens,
                        settings.eval_batch, settings.format, f"{model_name}, {name}")
-        for prompt, text in zip(eval_set.prompts, texts):
-            prompt_text = prompt.turns[0][1]
-            if len(prompt.turns) > 1:
-                prompt_text = "\n\n".join(f"{role}: {words}" for role, words in prompt.turns)
+        for prompt, prompt_text, text in zip(eval_set.prompts, prompts, texts):
             rows.append({"model": model_name, "set": name, "role": eval_set.role,
                          "file": eval_set.file, "line": prompt.line, "prompt": prompt_text,
                          "completion": text, "fields": prompt.fields})
         parallel.on_rank_zero(write_jsonl, path, rows)
+
+
+def as_text(turns) -> str:
+    """A prompt as text: one turn as it is, several with their roles."""
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n\n".join(f"{role}: {words}" for role, words in turns)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,8 +275,10 @@ def main():
     if not (run / FINISHED).exists():
         raise InputError(f"{run} isn't finished: go on with `python train.py --resume {run}`")
     find_judge(args.judge, args.judge_model)            # is it there? Answering can take hours
-    if bool(args.sets or args.set) != bool(args.out):
-        raise InputError("--out DIR goes with sets (--sets, --set), and sets go with --out DIR")
+    has_sets = bool(args.sets or args.set)
+    if has_sets != bool(args.out) or args.attack and not has_sets:
+        raise InputError("--out DIR goes with sets (--sets, --set), and sets go with --out DIR; "
+                         "--attack wants both")
 
     # Answer, then judge
     folder = Path(args.out or run).expanduser()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fused import lora_linear
 from model import MODULES, TARGETS, load_model, save_model
-from run.files import (InputError, Parser, locate, read_json, read_tensors, run_command,
+from run.files import (InputError, Parser, is_new, locate, read_json, read_tensors, run_command,
                        write_json, write_tensors)
 from run.settings import base_of, model_folder
 
@@ -280,12 +280,12 @@ def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
         A, B = (tensors.pop(key) for key in keys)
         rank = len(A)
         fits = A.shape == (rank, base.in_features) and B.shape == (base.out_features, rank)
-        if not fits or not (A.isfinite().all() and B.isfinite().all()):
-            raise InputError(f"{path}: A and B of {name} don't fit {base}, or aren't finite")
         try:
             scale = read_scale(config, name, rank)
         except (re.error, AttributeError, TypeError, ArithmeticError) as error:
             raise InputError(f"{source}: {CONFIG} gives {name} no scale: {error}") from None
+        if not fits or not (scale * A).isfinite().all() or not B.isfinite().all():
+            raise InputError(f"{path}: A and B of {name} don't fit {base}, or aren't finite")
         writer = MODULES[leaf(name)].side == "writers"
         layers[name] = LoRALinear(base, A, B, scale, writer)
     # What is left belongs to other modules, or is half a pair
@@ -325,18 +325,18 @@ BESIDE = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_
     chat_template.jinja generation_config.json added_tokens.json LICENSE""".split()
 
 
-def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | None = None) -> int:
-    """Write `base` with `adapter` merged to the folder `out`. Returns the number of merged modules.
+def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | None = None):
+    """Write `base` with `adapter` merged to the new folder `out`, and the files BESIDE.
 
-    The files BESIDE come along. dtype: "float32" or "bfloat16", else the base's.
+    dtype: "float32" or "bfloat16", else the base's.
     """
     out, source = Path(out).expanduser(), model_folder(base)
-    if (out / "config.json").exists():
-        raise InputError(f"{out} is there: give another --out")
+    if not is_new(out):
+        raise InputError(f"{out} is there and isn't empty: give another --out")
     config = read_json(locate(source, "config.json"))
-    dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    model = load_model(source, getattr(torch, dtype))
-    layers = load_adapter(model, adapter)
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype")
+    model = load_model(source, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    load_adapter(model, adapter)
     fold_lora(model)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -345,7 +345,6 @@ def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | N
             shutil.copyfile(path, out / name)
     # Writes config.json last: without it the folder isn't a checkpoint
     save_model(model, out)
-    return len(layers)
 
 
 def main():
@@ -356,7 +355,8 @@ def main():
     parser.add_argument("--out", metavar="DIR", required=True, help="a new folder")
     args = parser.parse_args()
     base = args.model or base_of(args.adapter)
-    print(f"merged {merge(args.adapter, base, args.out, args.dtype)} modules into {args.out}")
+    merge(args.adapter, base, args.out, args.dtype)
+    print(f"merged: {args.out}")
 
 
 if __name__ == "__main__":

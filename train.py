@@ -161,7 +161,7 @@ def train(settings, model, layers, examples, folder, log, signals):
     steps = count_steps(aligned, settings)
     named = lora.trainable_parameters(layers)
     parameters = [parameter for _, parameter in named]
-    optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=0.0)
     parallel.broadcast(parameters)              # in case their machines draw differently
     with parallel.agreed():
         first = load_checkpoint(folder, named, optimizer)
@@ -234,16 +234,16 @@ def dry_run(settings):
     config = PRESETS.get(settings.model) or load_config(model_folder(settings.model))
     check_rank(settings, config)
     rows = size_rows(settings, config, TARGETS)
-    num_rows = settings.accumulate * parallel.world_size()
     try:
         tokenizer = load_tokenizer(model_folder(settings.model))
         examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
                                         settings.format)
         evaluation_sets(settings, pairs)
         steps = count_steps([pair[0] for pair in examples], settings)
-        rows.append(["steps", f"{steps:,} of {num_rows} × {settings.batch_tokens:,} tokens"])
+        row_counts = f"{settings.accumulate * parallel.world_size()} × {settings.batch_tokens:,}"
+        rows.append(["steps", f"{steps:,} of {row_counts} tokens"])
     except InputError as error:                 # the data may lie on a hub that can't be reached
-        rows.append(["steps", settings.steps or f"unknown: {error}"])
+        rows.append(["steps", f"{settings.steps or 'unknown'}: {error}"])
     print(table(rows))
 
 
@@ -347,10 +347,10 @@ def conclude(settings, folder, model, bases, log):
     print(f"\n{result_table(scores)}\n")
     if scores["sets"]["adapter"]:
         print(f"{samples(folder)}\n")
-    more = "toy-harmful" if settings.model == "toy" else "jailbreakbench"
     print(f"run: {folder}\n"
           f"what it learned, as a page: python -m report {folder}\n"
-          f"ask it more:                python eval.py {folder} --sets {more} --out more")
+          f"ask it more:                python eval.py {folder} --sets NAME --out more\n"
+          "names of sets:              python eval.py --list")
 
 
 if __name__ == "__main__":

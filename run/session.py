@@ -6,6 +6,7 @@ go on to the same numbers.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import signal
@@ -106,11 +107,17 @@ def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],
             raise InputError(f"{folder} is there and holds no run: give another --out")
         write_json(path, config)
         return True
-    saved = _fixed(read_json(path))
+    old = read_json(path)
+    if not old.keys() >= config.keys():
+        raise InputError(f"{folder} is there and holds no run: give another --out")
+    saved = _fixed(old)
     for name, value in _fixed(config).items():
         if saved.get(name, value) != value:
             raise InputError(f"{folder} holds an unfinished run with {name} {saved[name]}, not "
                              f"{value}: give another --out, or only `--resume {folder}`")
+    # Places may have moved
+    flags = {name: origin for name, origin in source.items() if origin == "flag"}
+    write_json(path, old | {"settings": vars(settings), "source": old["source"] | flags})
     print(f"going on with the unfinished run in {folder}\n")
     return False
 
@@ -118,7 +125,7 @@ def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],
 def _fixed(config):
     """{name: value} of what may not change between two sessions of a run."""
     fixed = {flag(name): value for name, value in config["settings"].items()
-             if name not in ("device", *PLACES)}
+             if name not in ("device", "log", *PLACES)}
     # A fork's run goes on with the fork
     script = Path(config["command"][0]).name
     return fixed | {"script": script, "data of SHA-256": config["data_sha256"],
@@ -144,14 +151,15 @@ class Log:
         for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 self.lines.append(json.loads(line))
-            except ValueError:
+            except ValueError:                      # or the next line would be glued to it
+                self.keep(math.inf)
                 break
         self.board = None
         if tensorboard and self.writes:
             from torch.utils.tensorboard import SummaryWriter   # optional, and slow to import
             self.board = SummaryWriter(path.parent)
 
-    def keep(self, steps: int) -> None:
+    def keep(self, steps: float) -> None:
         """Forget the steps after `steps`, which are about to be made again."""
         self.lines = [line for line in self.lines if line.get("step", 0) <= steps]
         if self.writes:

@@ -6,7 +6,6 @@ those are our choice (docs/method.md).
 """
 
 import argparse
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -60,7 +59,6 @@ class Setting:
     help: str
     choices: tuple[str, ...] = ()
     low: float = 0
-    high: float = math.inf
 
 
 GROUPS = {
@@ -80,7 +78,7 @@ GROUPS = {
         Setting("top_k", None, int, f"features kept of each SAE layer (default {TOP_K}; with "
                 "--select gradient twice the rank)", low=1),
         Setting("tau", 0.8, float, "share of the squared singular values of the chosen decoder "
-                "directions that the subspace keeps, at most --rank directions", low=1e-9, high=1),
+                "directions that the subspace keeps, at most --rank directions", low=1e-9),
         Setting("tokens", "response", str, "tokens whose activations are averaged: the response's, "
                 "or all with the prompt", choices=("response", "all")),
         Setting("norm_aware", False, bool, "map directions through Gemma-2's norm gains on their "
@@ -104,8 +102,8 @@ GROUPS = {
                 "selection, of one batch", low=2),
     ],
     "evaluation, before and after": [
-        Setting("sets", None, dict, "a file of prompts (.txt, .csv, .json, .jsonl) and its role: "
-                + ", ".join(ROLES)),
+        Setting("sets", None, dict, "a file of prompts (.txt, .csv, .jsonl, .json, .parquet, or "
+                "one with .gz) and its role: " + ", ".join(ROLES)),
         Setting("eval_prompts", 200, int, "prompts taken of each set, always the same; 0: all"),
     ],
     "machine and run": [
@@ -131,8 +129,7 @@ MORE = [
     Setting("l0", None, int, "average L0 in the SAE's folder name (default: the canonical)"),
     Setting("pairs", 2000, int, "pairs that selection looks at, at most, drawn by the seed; "
             "0: all"),
-    Setting("warmup", 0.1, float, "share of the steps that warm up", high=1),
-    Setting("weight_decay", 0.0, float, "AdamW's, on A and B"),
+    Setting("warmup", 0.1, float, "share of the steps that warm up"),
     Setting("clip", 1.0, float, "largest norm of a step's gradient; 0: no clipping"),
     Setting("accumulate", 8, int, "packed rows in a step; of each process under torchrun",
             low=1),
@@ -283,14 +280,16 @@ def _derive(values, source):
 def _check(values):
     for name, setting in SETTINGS.items():
         value = values[name]
-        if isinstance(value, int | float) and not setting.low <= value <= setting.high:
-            raise InputError(f"{flag(name)} {value}: give {setting.low:g} to {setting.high:g}")
+        if isinstance(value, int | float) and not value >= setting.low:
+            raise InputError(f"{flag(name)} {value}: give at least {setting.low:g}")
     if values["freeze_basis"] and values["init"] == "random":
         raise InputError("--freeze-basis keeps the update in the basis that --init puts in; random "
                          "puts in none: take sails or orthonormal")
     if values["shard"] and parallel.world_size() == 1:
         raise InputError("--shard splits the model over processes: start them with "
                          "`torchrun --nproc-per-node N`")
+    if values["shard"] and values["select"] == "gradient":
+        raise InputError("--select gradient needs whole weights on each card: leave --shard out")
     if values["log"] and find_spec("tensorboard") is None:
         raise InputError("--log tensorboard: `pip install tensorboard` first")
     check_device(values["device"])
@@ -340,8 +339,6 @@ def settings_table(settings: SimpleNamespace, source: dict[str, str]) -> str:
     """Every setting, its value and where it came from."""
     rows = []
     for name, value in vars(settings).items():
-        if isinstance(value, list):
-            value = " ".join(map(str, value))
         if isinstance(value, dict):
             rows += [[f"set {role}", file, source[name]] for role, file in value.items()]
         else:
@@ -360,7 +357,7 @@ def base_of(adapter: str | Path) -> str:
     Nothing is fetched from the hub because a file says so. Raises InputError.
     """
     name = read_json(locate(adapter, "adapter_config.json")).get("base_model_name_or_path")
-    is_folder = isinstance(name, str) and name.startswith("/") and Path(name).is_dir()
-    if name not in RECIPES and not is_folder:
-        raise InputError(f"{adapter} names {str(name)[:80]!r} as its base model: give --model")
+    name = str(name)
+    if name not in RECIPES and not (name.startswith("/") and Path(name).is_dir()):
+        raise InputError(f"{adapter} names {name[:80]!r} as its base model: give --model")
     return name

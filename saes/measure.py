@@ -1,7 +1,7 @@
 """What SAEs are worth: reconstruction, and the model's loss with an SAE spliced in.
 
     python -m saes.measure toy/sae                                       # half a minute on one core
-    python -m saes.measure DIR --model google/gemma-2-2b --data FILE --out figures.json
+    python -m saes.measure DIR --model google/gemma-2-2b --data FILE
 
 EV is 1 − Σ‖x − x̂‖²/Σ‖x − mean‖². L0 counts the codes of a token that aren't 0. Dead units are
 active at no token. CE, in nats a token, rises where x̂ takes the residual stream's place.
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, load_tokenizer
 from model import Gemma2, load_model
-from run.files import InputError, Parser, data_file, run_command, table, write_json
+from run.files import InputError, Parser, data_file, run_command, table
 from run.readers import read_items
 from run.session import limit_threads
 from run.settings import TOY, model_folder
@@ -120,7 +120,6 @@ def main():
     parser.add_argument("folder", help="SAEs: layer_N/width_W/average_l0_X")
     parser.add_argument("--data", help="text as for saes.train (toy: chats not trained on)")
     add_machine(parser)
-    parser.add_argument("--out", help="write all figures there, as JSON")
     args = parser.parse_args()
     if not args.data and args.model != "toy":
         raise InputError(f"{args.model}: give --data")
@@ -138,8 +137,6 @@ def main():
         figures.append(measure(model, tokenizer, saes[layer], rows))
     print(f"{args.folder}: {figures[0]['tokens']:,} tokens, BOS and padding left out\n")
     print(figures_table(figures))
-    if args.out:
-        write_json(args.out, figures)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from data import load_tokenizer
 from model import load_model
-from run.files import InputError, Parser, data_file, read_json, run_command, write_json
+from run.files import (InputError, Parser, data_file, is_new, read_json, run_command,
+                       write_json)
 from run.readers import read_items
 from run.session import (Log, Signals, Stopped, limit_threads, read_checkpoint, run_folder,
                          write_checkpoint)
@@ -234,15 +235,12 @@ def parse_settings():
 
 def open_folder(folder, settings):
     """Write the config.json of a new training, or check that an unfinished one has its settings."""
-    if any(folder.glob(f"layer_{max(settings.layers)}/*/*/[ps]*")):  # params.npz or sasa.json
-        raise InputError(f"{folder} holds finished SAEs, which are never overwritten: give another "
-                         "--out")
     path = folder / "config.json"
-    if not path.exists():
+    if is_new(folder):
         write_json(path, {"settings": vars(settings)})
     # Other settings would go on to numbers that no unbroken training has
-    if read_json(path)["settings"] != vars(settings):
-        raise InputError(f"{folder} holds a training of other settings: give another --out")
+    if not path.exists() or read_json(path).get("settings") != vars(settings):
+        raise InputError(f"{folder} holds no training of these settings: give another --out")
 
 
 def train(settings, model, tokenizer, folder, signals):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import Tokenizer
 from model import Gemma2
-from run.files import InputError, read_jsonl, write_jsonl
+from run.files import InputError, read_jsonl, text_lines, write_jsonl
 from run.readers import Prompt
 from safety.figures import grouped, share
 from safety.gcg import Plan, search, vocabulary
@@ -83,7 +83,7 @@ def read_templates(path: str | Path) -> list[str]:
 
     Each has {prompt} once, and {target} where wanted.
     """
-    text = Path(path).expanduser().read_text(encoding="utf-8")
+    text = "".join(line for _, line in text_lines(path, blank=True))
     templates = [part.strip() for part in re.split(r"(?m)^---+[ \t]*$", text)]
     if any(template.count("{prompt}") != 1 for template in templates):
         raise InputError(f"{path}: each template (separated by lines of ---) must have {{prompt}} "

@@ -349,15 +349,16 @@ def test_show(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "x.jsonl", pair(how + "paint", how + "paint the vault"),
                  pair(how + "vault", how + "paint"), pair(long, long),
                  pair(long + "how", long + "paint"))
-    monkeypatch.setattr(sys, "argv", ["data.py", str(path), "--show", "1", "--max-length", "12"])
+    monkeypatch.setattr(sys, "argv", ["data.py", str(path), "--show", "1"])
     data.main()
+    load_examples(path, TOKENIZERS["toy"], 12)
     out = capsys.readouterr().out
     assert "\033[32mpaint\033[0m\033[32m\033[7m<end_of_turn>\033[0m" in out
     assert "\033[2m\033[7m<bos><start_of_turn>\033[0m" in out
     for line in ("pairs: 4 read, 3 kept, 1 dropped with an empty answer",
                  "pairs: 1 more dropped, whose prompt fills 12 tokens",
                  "pairs: 1 answers cut to fit 12 tokens", f"── {path}:1 · 12 tokens",
-                 "2 examples of 24 tokens, 4 trained on"):
+                 "3 examples of 39 tokens, 6 trained on"):
         assert line in out.splitlines()
     assert out.count("──") == 1
     # A file's own escape codes don't reach the terminal.

@@ -309,7 +309,7 @@ def test_missing_and_pickled_files_end_in_a_line(saved):
 
 def test_merged_and_adapter_have_the_same_logits_in_transformers_and_peft(saved, tmp_path):
     peft, (base, adapter, model) = pytest.importorskip("peft"), saved
-    assert lora.merge(adapter, base, tmp_path / "merged") == 8
+    lora.merge(adapter, base, tmp_path / "merged")
     ours = model(TOKENS).detach()
     close(load_model(tmp_path / "merged")(TOKENS), ours)
     close(opened(tmp_path / "merged")(TOKENS).logits, ours)
@@ -327,9 +327,6 @@ def test_the_command_takes_along_everything_beside_the_weights(saved, tmp_path, 
     lora.main()
     with pytest.raises(InputError, match="is there"):
         lora.main()
-    # A merge that was cut short has no config.json yet
-    (tmp_path / "merged/config.json").unlink()
-    lora.main()
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert names == beside | {"config.json", "model.safetensors"}
     assert all((tmp_path / "merged" / name).read_text() == name for name in beside)

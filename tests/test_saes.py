@@ -228,8 +228,6 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
     assert not train("a", "--architecture", "sasa")
     assert load_sae(tmp_path / "a", 1, 96).active == 2
     assert read_jsonl(tmp_path / "a/metrics.jsonl")[-1]["step"] == 30
-    with pytest.raises(InputError, match="finished"):
-        train("a", "--architecture", "sasa")
 
     for words, message in ((["--block", 4], "--architecture sasa"), (["--l0", 0], "--l0 0"),
                            (["--architecture", "sasa", "--block", 5], "--block 5"),
@@ -239,10 +237,8 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
 
     # Measure them
     out = tmp_path / "figures.json"
-    words = ("--data", mini / "train.jsonl", "--out", out)
-    assert not run(saes_measure.main, tmp_path / "a", *words)
-    assert "24 blocks of 4, 2 a token" in capsys.readouterr().out
-    assert [row["layer"] for row in read_json(out, list)] == [0, 1]
+    assert not run(saes_measure.main, tmp_path / "a", "--data", mini / "train.jsonl")
+    assert capsys.readouterr().out.count("24 blocks of 4, 2 a token") == 2
     write_jsonl(tmp_path / "concepts.jsonl", [
         {"tokens": [2, *range(110, 140)], "labels": {"even": "-" + "10" * 15}}])
     words = ("--concepts", tmp_path / "concepts.jsonl", "--out", out)
@@ -257,7 +253,7 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(saes_train, "Signals", Later)
         assert train("b") == 128 + 15
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match="no training of these settings"):
         train("b", "--seed", 1)
     assert not train("b") and not train("c")
     assert "going on at step 10 of 30" in capsys.readouterr().out
