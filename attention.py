@@ -356,10 +356,11 @@ def pointwise(function):
 
 
 @cache
-def _compiler_works() -> bool:
+def _compiler_works():
     """Compile the pointwise parts by one step."""
     global compiled
     compiled = True
+    torch.compiler.assume_constant_result(is_small_card)  # so that a graph doesn't break there
     # Unequal sizes: the first block has n = 32 and S = 160
     x = torch.zeros(1, 6, 160, 8, requires_grad=True)
     low = torch.zeros(1, 160, dtype=torch.long)
@@ -375,7 +376,6 @@ def _compiler_works() -> bool:
 # --------------------------------------------------------------------------------------------------
 # CUDA
 
-@torch.compiler.assume_constant_result  # so that a graph doesn't break here
 def is_small_card(device):
     """Whether flex_attention's own blocks don't fit: up to 148 KiB at a head size of 256.
 

@@ -5,7 +5,7 @@
 #     export HF_TOKEN=…      # of an account that has accepted google/gemma-2-2b's licence
 #     bash experiments/recipe.sh                     # google/gemma-2-2b
 #     bash experiments/recipe.sh google/gemma-2-9b   # or -2b-it, -9b-it
-#     bash experiments/recipe.sh toy                 # under 10 minutes of one core, no network
+#     bash experiments/recipe.sh toy                 # about 6 minutes of one core, no network
 #
 # If it is stopped, the same line goes on: finished parts are left out, begun ones are taken up.
 #
