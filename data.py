@@ -104,7 +104,8 @@ def _token_ids(spec):
 
 def _take_control_tokens_out(spec, ids):
     """Change a parsed tokenizer.json so that no text gives a control token. Returns their names."""
-    model, added = spec["model"], spec["added_tokens"]
+    model = spec["model"]
+    added = spec["added_tokens"]
     control = {token for token in ids if CONTROL.fullmatch(token)}
     for token in added:
         if token["special"] or not PLAIN.fullmatch(token["content"]):
@@ -127,7 +128,8 @@ def _take_control_tokens_out(spec, ids):
     if model["type"] == "BPE":
         model["dropout"] = None
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        model["merges"] = [[a, b] for a, b in merges if control.isdisjoint((a, b, a + b))]
+        model["merges"] = [[a, b] for a, b in merges
+                           if control.isdisjoint((a, b, a + b))]
     spec.update(post_processor=None, truncation=None, padding=None)
     return control
 
@@ -230,7 +232,8 @@ def pack(examples: Sequence[Example], length: int, seed: int, epoch: int) -> lis
     rng = random.Random(f"{seed} {epoch}")
     shuffled = list(examples)
     rng.shuffle(shuffled)
-    rows, rooms = [], []  # rooms: sorted (free tokens, index of the row)
+    rows = []
+    rooms = []  # rooms: sorted (free tokens, index of the row)
     for example in shuffled:
         size = len(example.tokens)
         if size > length:
@@ -240,7 +243,8 @@ def pack(examples: Sequence[Example], length: int, seed: int, epoch: int) -> lis
         if place < len(rooms):
             free, row = rooms.pop(place)
         else:
-            free, row = length, len(rows)
+            free = length
+            row = len(rows)
             rows.append([])
         rows[row].append(example)
         bisect.insort(rooms, (free - size, row))
@@ -266,7 +270,10 @@ def _make_row(examples, length):
 
 # ----------------------------------------------------------------- Seeing the loss mask
 
-CONTEXT, TRAINED, CONTROL_TOKEN, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"
+CONTEXT = "\033[2m"
+TRAINED = "\033[32m"
+REVERSED = "\033[7m"
+RESET = "\033[0m"
 
 
 def colored(tokenizer: Tokenizer, tokens: Sequence[int], start: int) -> str:
@@ -282,7 +289,7 @@ def colored(tokenizer: Tokenizer, tokens: Sequence[int], start: int) -> str:
         ids = [tokens[position] for position in positions]
         text += TRAINED if trained else CONTEXT
         if control:
-            text += CONTROL_TOKEN + "".join(map(tokenizer.token, ids))
+            text += REVERSED + "".join(map(tokenizer.token, ids))
         else:
             # A file's own escape codes must not reach the terminal.
             text += "\n".join(map(printable, tokenizer.decode(ids).split("\n")))
@@ -302,7 +309,7 @@ def main():
     pairs, _ = load_examples(args.file, tokenizer, max_length=1024)
     examples = [aligned for aligned, _ in pairs]
 
-    print(f"{CONTEXT}context{RESET}  {TRAINED}trained on{RESET}  {CONTROL_TOKEN}control{RESET}")
+    print(f"{CONTEXT}context{RESET}  {TRAINED}trained on{RESET}  {REVERSED}control{RESET}")
     for example in examples[:args.show]:
         print(f"\n── {args.file}:{example.line} · {len(example.tokens):,} tokens")
         print(colored(tokenizer, example.tokens, example.start))

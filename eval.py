@@ -183,7 +183,8 @@ def set_rows(scores: dict) -> list[list]:
     """Rows [figure, base, adapter, change, n] of all sets that were answered."""
     rows = []
     for name, adapter in scores["sets"]["adapter"].items():
-        base, changes = scores["sets"]["base"][name], scores["paired"][name]
+        base = scores["sets"]["base"][name]
+        changes = scores["paired"][name]
         # The main figure first, then the others that say something
         main = main_figure(adapter["role"], adapter)
         labels = {main: f"{MAIN_LABELS[main]}: {ROLE_LABELS.get(name, name)}"}
@@ -216,7 +217,8 @@ def run_rows(scores: dict) -> list[list]:
         chance = f"{inside['random']:6.1%}  ± {inside['random_sd']:.1%}"
         rows.append(["update inside the safety subspace", f"{inside['subspace']:6.1%}"])
         rows.append(["  inside random bases of that rank", chance])
-    trained, total = scores["trainable"], scores["parameters"]
+    trained = scores["trainable"]
+    total = scores["parameters"]
     rows.append(["trainable parameters", f"{trained:,} of {total:,} ({trained / total:.4%})"])
     rows.append(["peak memory", f"{scores['peak_bytes'] / 1e6:,.0f} MB"])
     for stage, seconds in scores["seconds"].items():
@@ -345,7 +347,8 @@ def open_folder(out, args):
 
 def conclude(folder, args):
     """Judge the answers, write scores.json, print the table."""
-    path, suffixes = folder / FINISHED, folder / "attacks.jsonl"
+    path = folder / FINISHED
+    suffixes = folder / "attacks.jsonl"
     scores = score(folder, judge=args.judge, judge_model=args.judge_model, device=args.device)
     if path.exists():
         scores = read_json(path) | scores       # a run's own has more than figures

@@ -35,9 +35,13 @@ class LoRALinear(nn.Module):
         super().__init__()
         device = base.weight.device
         self.base = base.requires_grad_(False)
-        self.A = nn.Parameter(A.detach().to(device, torch.float32, copy=True).contiguous())
-        self.B = nn.Parameter(B.detach().to(device, torch.float32, copy=True).contiguous())
-        self.rank, self.scale, self.writer = len(A), scale, writer
+        A = A.detach().to(device, torch.float32, copy=True)
+        B = B.detach().to(device, torch.float32, copy=True)
+        self.A = nn.Parameter(A.contiguous())
+        self.B = nn.Parameter(B.contiguous())
+        self.rank = len(A)
+        self.scale = scale
+        self.writer = writer
 
     @property
     def update(self):
@@ -108,7 +112,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, init: str | Callable,
     for name, base in linears(model, targets).items():
         writer = MODULES[leaf(name)].side == "writers"
         d = base.weight.shape[0 if writer else 1]
-        basis, module_rank = None, rank
+        basis = None
+        module_rank = rank
         # A basis that doesn't fit, or isn't orthonormal, would start elsewhere unnoticed
         if bases:
             basis = bases[name].detach().to("cpu", torch.float32)
@@ -191,11 +196,13 @@ def update_share(layer: LoRALinear, basis: Tensor) -> float:
     ‖ΔW·UUᵀ‖² / ‖ΔW‖² for readers, ‖UUᵀ·ΔW‖² / ‖ΔW‖² for writers, in float64. ΔW itself is not
     made: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ), from r × r products.
     """
-    A, B = layer.A.double(), layer.B.double()
+    A = layer.A.double()
+    B = layer.B.double()
     stream, other = (B, A.T) if layer.writer else (A.T, B)    # (d, r), (in or out, r)
     inside = basis.to(stream).T @ stream                      # (r̂, r)
     gram = other.T @ other                                    # (r, r)
-    return float((inside.T @ inside * gram).sum() / (stream.T @ stream * gram).sum())
+    inside_norm = (inside.T @ inside * gram).sum()
+    return float(inside_norm / (stream.T @ stream * gram).sum())
 
 
 @torch.no_grad()
@@ -203,7 +210,8 @@ def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=
     """{"subspace", "random", "random_sd"}: share of ‖ΔW‖², over all modules, in {name: basis}, and
     in random bases of equal rank (mean and deviation of `draws`). None without bases or update."""
     layers = lora_layers(model)
-    norms = {name: float(layer.update.square().sum()) for name, layer in layers.items()}
+    norms = {name: float(layer.update.square().sum())
+             for name, layer in layers.items()}
     # A module without an update has no share of its own, and adds nothing
     changed = [name for name in layers if norms[name] > 0]
     if not bases or not changed:
@@ -217,7 +225,8 @@ def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=
     chance = torch.zeros(draws)
     for i in range(draws):
         noise = {name: torch.randn(bases[name].shape, generator=generator) for name in layers}
-        chance[i] = share({name: torch.linalg.qr(draw).Q for name, draw in noise.items()})
+        random_bases = {name: torch.linalg.qr(draw).Q for name, draw in noise.items()}
+        chance[i] = share(random_bases)
     return {"subspace": share(bases), "random": float(chance.mean()),
             "random_sd": float(chance.std())}
 
@@ -225,7 +234,8 @@ def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=
 # --------------------------------------------------------------------------------------------------
 # PEFT's files. Its module names are ours after "model."
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
 
 # Other values make an adapter more than W + s·B·A. Other inits (PiSSA, OLoRA) change W itself
@@ -239,7 +249,8 @@ EXTRAS = """use_dora modules_to_save fan_in_fan_out lora_bias layer_replication 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str) -> None:
     """Write the adapter as PEFT does. Patterns give ranks and alphas unlike the first module's."""
-    layers, folder = lora_layers(model), Path(folder)
+    layers = lora_layers(model)
+    folder = Path(folder)
     ranks = {name: layer.rank for name, layer in layers.items()}
     # Rounding gives the whole number back that alpha / rank came from
     alphas = {name: round(layer.scale * layer.rank, 6) for name, layer in layers.items()}
@@ -268,7 +279,8 @@ def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
     Names and shapes of the tensors give modules and ranks, the config gives the scale. Raises
     InputError, and leaves the model as it was, for what isn't W + s·B·A on MODULES.
     """
-    config, path = read_config(locate(source, CONFIG)), locate(source, WEIGHTS)
+    config = read_config(locate(source, CONFIG))
+    path = locate(source, WEIGHTS)
     # Some writers leave the name of the adapter, "default", in the keys
     tensors = {key.replace(".default.", "."): tensor for key, tensor in read_tensors(path).items()}
 
@@ -330,7 +342,8 @@ def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | N
 
     dtype: "float32" or "bfloat16", else the base's.
     """
-    out, source = Path(out).expanduser(), model_folder(base)
+    out = Path(out).expanduser()
+    source = model_folder(base)
     if not is_new(out):
         raise InputError(f"{out} is there and isn't empty: give another --out")
     config = read_json(locate(source, "config.json"))

@@ -173,8 +173,9 @@ class SASA(SAE):
         """Codes (..., F) float32 of x (..., D): signed, 0 outside the blocks that stay."""
         h = F.linear(x.to(self.W_enc.dtype), self.W_enc.T, self.b_enc)
         # The choice of blocks has no gradient
-        mask = strongest(h.detach().unflatten(-1, (-1, self.block)), self.active)  # (..., K)
-        return h.unflatten(-1, (-1, self.block)).mul_(mask[..., None]).flatten(-2)
+        blocks = h.unflatten(-1, (-1, self.block))                              # (..., K, b)
+        mask = strongest(blocks.detach(), self.active)                          # (..., K)
+        return blocks.mul_(mask[..., None]).flatten(-2)
 
     def activations(self, codes):
         """(..., K) of codes (..., F): the norm of each block."""
@@ -235,7 +236,8 @@ def load_sae(source: str | Path, layer: int, width: str | int | None = None,
 def read_sizes(path, num_features):
     """{"block", "active"} of a sasa.json, which must fit the width."""
     about = read_json(path)
-    block, active = about.get("block"), about.get("active")
+    block = about.get("block")
+    active = about.get("active")
     whole = type(block) is type(active) is int
     if not whole or not 0 < block * active <= num_features or num_features % block:
         raise InputError(f"{path}: block {block} and active {active} don't fit the SAE's width")

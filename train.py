@@ -112,7 +112,8 @@ def cosine(peak: float, steps: int, warmup: float) -> Callable[[int], float]:
 
     def rate(step):
         progress = max(0, step + 1 - num_warm) / max(1, steps - num_warm + 1)
-        return peak * min((step + 1) / num_warm, 0.5 * (1 + math.cos(math.pi * progress)))
+        warm_share = (step + 1) / num_warm
+        return peak * min(warm_share, 0.5 * (1 + math.cos(math.pi * progress)))
     return rate
 
 
@@ -197,7 +198,8 @@ def train(settings, model, layers, examples, folder, log, signals):
 
 
 def progress_line(metrics, steps):
-    step, seconds = metrics["step"], metrics["seconds"]
+    step = metrics["step"]
+    seconds = metrics["seconds"]
     return (f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  "
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
             f"{1000 * seconds:6.0f} ms  {metrics['tokens'] / seconds:7,.0f} tokens/s  "
@@ -274,7 +276,8 @@ def main():
     print(settings_table(settings, source), "\n")
     if args.dry_run:
         return dry_run(settings)
-    signals, folder = Signals(), None
+    signals = Signals()
+    folder = None
     try:
         data_hash = parallel.on_rank_zero(hash_of, settings.data)
         name = Path(settings.model).name

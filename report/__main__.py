@@ -66,7 +66,8 @@ def explain_run(run, num_prompts, device=None):
     pairs, _ = read_pairs(data_file(settings.data))
     trained = {pair.turns for pair in pairs}
     # A run that chose no features has no such files
-    features, subspaces = (), None
+    features = ()
+    subspaces = None
     if (run / "subspace.safetensors").exists():
         features = read_json(run / "features.json", list)
         subspaces = load_subspaces(run / "subspace.safetensors")
@@ -99,7 +100,8 @@ def runs_table(runs) -> str:
     first = vars(runs[0][0])
     differing = [name for name in first if name != "seed"
                  and any(getattr(settings, name) != first[name] for settings, _ in runs)]
-    bases, groups = {}, defaultdict(list)
+    bases = {}
+    groups = defaultdict(list)
     for settings, scores in runs:
         values = []
         for name in differing:
@@ -148,7 +150,8 @@ def main():
     parser.add_argument("--out", metavar="DIR", type=Path, help="with --adapter: a new folder")
     add_flags(parser, FLAGS)
     args = parser.parse_args()
-    if bool(args.runs) == bool(args.adapter) or bool(args.adapter) != bool(args.out):
+    has_adapter = bool(args.adapter)
+    if bool(args.runs) == has_adapter or has_adapter != bool(args.out):
         raise InputError("give folders of finished runs, or --adapter DIR --out DIR")
     if len(args.runs) > 1:
         runs = [(saved_settings(run), read_json(run / "scores.json")) for run in args.runs]

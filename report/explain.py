@@ -112,7 +112,8 @@ def removal(model, layers, saes, subspaces, norm_aware, refusals) -> list[dict]:
         trials.append(("without the subspace", None, removed(model, bases, saes, norm_aware)))
     trials.append(("base model", None, lora.scaled(model, 0)))
 
-    rows, trained = [], None
+    rows = []
+    trained = None
     for what, feature, context in tqdm(trials, "removing", leave=False, disable=None):
         # The same prompts are answered again
         with context:

@@ -295,7 +295,8 @@ def page(folder: str | Path) -> str:
     """The page of a run's folder, or of a folder with an explain.json alone."""
     run = read_run(Path(folder))
     # What a folder doesn't hold has no section
-    sections, links = [], []
+    sections = []
+    links = []
     for title, needs, section in SECTIONS:
         if getattr(run, needs):
             key = title.replace(" ", "-").lower()

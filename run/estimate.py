@@ -53,8 +53,11 @@ def parameters_held(settings, config, num_parameters):
 
 def activation_bytes(settings, config):
     """Bytes that one row keeps for its backward; `python -m bench.memory` measures the same."""
-    D, T, L = config.hidden_size, settings.batch_tokens, config.num_hidden_layers
-    H, K = config.num_attention_heads, config.num_key_value_heads
+    D = config.hidden_size
+    T = settings.batch_tokens
+    L = config.num_hidden_layers
+    H = config.num_attention_heads
+    K = config.num_key_value_heads
     itemsize = getattr(torch, settings.dtype).itemsize
     # Of a block: the inputs of four norms and of q, k, v; q, k, v and attention's output; two of
     # the MLP's width; a float32 number for each norm and head

@@ -321,7 +321,8 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor],
                   metadata: dict[str, str] | None = None) -> None:
     """Write {name: tensor} as safetensors. transformers and peft look for format "pt"."""
-    plain, addresses = {}, set()
+    plain = {}
+    addresses = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         # The package refuses two names for one memory.

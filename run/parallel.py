@@ -85,7 +85,8 @@ def _one_of_many(main):
 
 def _take_card():
     """Make "cuda" this process's own card, where there are cards; the backend to talk by."""
-    cards, card = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    cards = torch.cuda.device_count()
+    card = int(os.environ["LOCAL_RANK"])
     if not cards:
         return "gloo"
     if card >= cards:

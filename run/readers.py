@@ -136,7 +136,8 @@ def read_items(path: str | Path) -> Iterator[str | tuple[Turn, ...]]:
 
 def _collect(path, make, kind):
     """(what `make` makes of the rows, Counts)."""
-    items, counts = [], Counts()
+    items = []
+    counts = Counts()
     for place, number, row in _read_rows(path):
         # An unusable row is counted; a malformed one ends the reading with an InputError.
         counts.read += 1

@@ -46,7 +46,8 @@ class Signals:
     """
 
     def __init__(self):
-        self.wait, self.caught = False, None
+        self.wait = False
+        self.caught = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.catch)
 
@@ -80,7 +81,8 @@ def run_folder(out: str | Path | None, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     stem = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    folder, number = Path(stem), 1
+    folder = Path(stem)
+    number = 1
     while folder.exists():                          # two runs may begin in one second
         number += 1
         folder = Path(f"{stem}-{number}")
@@ -146,7 +148,8 @@ class Log:
     """
 
     def __init__(self, path: Path, tensorboard=False):
-        self.path, self.writes = path, parallel.rank() == 0
+        self.path = path
+        self.writes = parallel.rank() == 0
         self.lines = []
         for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
@@ -285,9 +288,11 @@ GEMMA_TERMS = ("The adapter is a derivative of Gemma: the "
 def model_card(settings: SimpleNamespace, scores: dict, results: str) -> str:
     """The text of a run's README.md: metadata as the hub reads it, the figures, how to load it."""
     on_hub = "/" in settings.model and not Path(settings.model).exists()
-    license, terms = "other", "The licence is that of the base model."
+    license = "other"
+    terms = "The licence is that of the base model."
     if on_hub:
-        license, terms = f"gemma\nbase_model: {settings.model}", GEMMA_TERMS
+        license = f"gemma\nbase_model: {settings.model}"
+        terms = GEMMA_TERMS
     # A path here says nothing elsewhere
     base = settings.model if on_hub else Path(settings.model).name
     data = settings.data if settings.data.startswith("hf://") else Path(settings.data).name

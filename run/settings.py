@@ -37,7 +37,8 @@ SCOPE_9B = {"sae": "google/gemma-scope-9b-pt-res", "layers": [10, 15, 20, 25, 30
 SCOPE_9B_IT = {"sae": "google/gemma-scope-9b-it-res", "layers": [9, 20, 31]}
 SCOPE_27B = {"sae": "google/gemma-scope-27b-pt-res", "layers": [10, 22, 34], "width": "131k"}
 RECIPES: dict[str, dict] = {
-    "toy": {"sae": str(TOY / "sae"), "layers": [1, 2, 3], "data": str(TOY / "data/train.jsonl"),
+    "toy": {"sae": str(TOY / "sae"), "layers": [1, 2, 3],
+            "data": str(TOY / "data/train.jsonl"),
             "sets": {role: str(TOY / f"data/{role}.jsonl") for role in ROLES},
             "lr": 1e-3, "steps": 100, "batch_tokens": 512, "accumulate": 2, "max_new_tokens": 24,
             "eval_prompts": 0, "eval_batch": 256},
@@ -237,7 +238,8 @@ def resolve(args: argparse.Namespace, saved: dict | None = None, needed=("sae", 
     `saved` are the settings of the run that goes on. Only its places and its device may change.
     Raises InputError for a flag that contradicts it, a missing setting, a value out of range.
     """
-    given, saved = given_settings(args), saved or {}
+    given = given_settings(args)
+    saved = saved or {}
     for name in given.keys() & saved.keys() - {"device", *PLACES}:
         if given[name] != saved[name]:
             raise InputError(f"{flag(name)} {given[name]} contradicts the run, which has "
@@ -326,7 +328,8 @@ def saved_settings(run: str | Path) -> SimpleNamespace:
     config = read_json(path) if path.is_file() else {}
     if "settings" not in config:
         raise InputError(f"{run} holds no run (no config.json with settings)")
-    saved, source = config["settings"], config.get("source", {})
+    saved = config["settings"]
+    source = config.get("source", {})
     recipe = RECIPES.get(saved.get("model"), {})
     moved = {name: recipe[name] for name in PLACES
              if name in recipe and source.get(name, "").startswith("recipe")}

@@ -39,7 +39,8 @@ def contrast_gradients(model: Gemma2, pairs: Pairs, batch_tokens=2048, recompute
         rows += [(sign / num_tokens, row) for row in pack(examples, length, 0, 0)]
     model.recompute = recompute
     # Each gradient joins its sum as soon as the backward has made it, so that one is held at a time
-    sums, hooks = {}, []
+    sums = {}
+    hooks = []
     weights = {name: module.weight for name, module in model.named_modules()
                if name.endswith(TARGETS)}
     for name, weight in weights.items():
@@ -98,7 +99,9 @@ def greedy(rows: Tensor, moment: Tensor, count: int, rank: int) -> Pursuit:
     """
     numerator = energy(rows, moment)                                                # (K,)
     denominator = torch.ones_like(numerator)                                        # (K,)
-    Q, features, scores = moment.new_zeros(len(moment), 0), [], []
+    Q = moment.new_zeros(len(moment), 0)
+    features = []
+    scores = []
     for _ in range(min(count, len(rows), len(moment))):
         ratio = numerator / denominator.clamp(min=NEW)
         ratio = torch.where(denominator > NEW, ratio, -1.0)
@@ -136,5 +139,7 @@ def rotated(U: Tensor, seed: int) -> Tensor:
     the loss by about lr·‖GU‖₁, which is larger where the columns are alike.
     """
     generator = torch.Generator().manual_seed(seed)
-    R = torch.linalg.qr(torch.randn(U.shape[1], U.shape[1], generator=generator)).Q
+    r = U.shape[1]
+    noise = torch.randn(r, r, generator=generator)
+    R = torch.linalg.qr(noise).Q
     return (U @ R.to(U)).contiguous()

@@ -285,7 +285,9 @@ def least_kept(h, count, guess):
     if guess > 0:
         above = values[values > guess / 2]
         values = above if len(above) >= count else values
-    return values.topk(min(count, len(values)), sorted=False).values.min().clamp(min=1e-12)
+    count = min(count, len(values))
+    largest = values.topk(count, sorted=False).values
+    return largest.min().clamp(min=1e-12)
 
 
 def nuclear_norm(blocks: torch.Tensor, ridge=1e-6) -> tuple[torch.Tensor, torch.Tensor]:

@@ -221,7 +221,9 @@ def parse_settings():
     if not is_sasa and (settings.block or settings.nuclear):
         raise InputError("--block and --nuclear belong to --architecture sasa")
     settings.block = (settings.block or 4) if is_sasa else 1
-    width, l0, block = settings.width, settings.l0, settings.block
+    width = settings.width
+    l0 = settings.l0
+    block = settings.block
     if width % block or l0 % block or not block <= l0 <= width:
         raise InputError(f"--l0 {l0}: give 1 to --width {width}; --block {block} must divide both")
     # Wider SAEs need smaller steps: the rate falls with the root of the width

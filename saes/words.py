@@ -16,7 +16,8 @@ from sae import SAE, neuronpedia_url
 
 ANSWERS = ("aligned", "unaligned")
 NUM_PEAKS = 5            # strongest examples that are kept of a unit, for each answer
-BEFORE, AFTER = 10, 5    # tokens shown around a peak
+BEFORE = 10
+AFTER = 5    # tokens shown around a peak
 
 
 class Peaks:
@@ -90,7 +91,8 @@ def describe_features(model: Gemma2, sae: SAE, tokenizer: Tokenizer, statistics,
     for side, choice in choices.items():
         for unit, score in zip(choice.features.tolist(), choice.scores.tolist()):
             scores.setdefault(unit, {})[side] = score
-    units = sorted(scores, key=lambda unit: -max(map(abs, scores[unit].values())))
+    strength = {unit: max(map(abs, sides.values())) for unit, sides in scores.items()}
+    units = sorted(scores, key=lambda unit: -strength[unit])
     # A feature promotes what its decoder row writes; a block, what its mean codes differ by
     directions = sae.directions(units)
     if sae.block > 1:

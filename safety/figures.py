@@ -23,9 +23,11 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     """
     if n == 0:
         return 0.0, 1.0
-    p, slack = successes / n, Z * Z / n
+    p = successes / n
+    slack = Z * Z / n
     middle = (p + slack / 2) / (1 + slack)
-    half = Z * math.sqrt(p * (1 - p) / n + slack / n / 4) / (1 + slack)
+    variance = p * (1 - p) / n + slack / n / 4
+    half = Z * math.sqrt(variance) / (1 + slack)
     # Exactly 0 and 1 at the ends, not nearly
     low = 0.0 if successes == 0 else middle - half
     high = 1.0 if successes == n else middle + half
@@ -34,7 +36,8 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 def share(flags: Sequence[bool]) -> dict:
     """{"count", "n", "rate", "low", "high"}: the share of true flags, with Wilson's interval."""
-    count, n = sum(flags), len(flags)
+    count = sum(flags)
+    n = len(flags)
     low, high = wilson(count, n)
     return {"count": count, "n": n, "rate": count / n if n else None, "low": low, "high": high}
 
@@ -63,7 +66,9 @@ def compare(before: Sequence[bool], after: Sequence[bool]) -> dict:
     differ = gained + lost
     tail = sum(math.comb(differ, k) for k in range(min(gained, lost) + 1))
     # Half a pair in each cell keeps the interval of use where nothing, or everything, changed
-    g, l, m = gained + 0.5, lost + 0.5, n + 2
+    g = gained + 0.5
+    l = lost + 0.5
+    m = n + 2
     middle = (g - l) / m
     half = Z * math.sqrt(g + l - (g - l) ** 2 / m) / m
     return {"n": n, "gained": gained, "lost": lost, "change": (gained - lost) / n if n else None,
@@ -140,7 +145,8 @@ def figures(rows: Sequence[dict]) -> dict[str, dict]:
     results = {}
     for name, group in grouped(rows, "set").items():
         # The rules' verdicts
-        role, verdicts = group[0]["role"], [row["verdict"] for row in group]
+        role = group[0]["role"]
+        verdicts = [row["verdict"] for row in group]
         result = {"n": len(group), "role": role}
         for kind in VERDICTS:
             result[kind] = share([kind == other for other in verdicts])

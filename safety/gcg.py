@@ -53,14 +53,17 @@ class Slot:
     """The place of a suffix in the last turn: ids `before` it, and `after` it up to the answer."""
 
     def __init__(self, tokenizer: Tokenizer, turns, format="chat"):
-        self.tokenizer, self.turns, self.format = tokenizer, turns, format
+        self.tokenizer = tokenizer
+        self.turns = turns
+        self.format = format
         self.text = turns[-1][1].strip()
         ids = self.encode(self.text)
         if format == "plain":
             num_after = len(tokenizer.encode("\n\nAssistant:"))
         else:
             num_after = 1 + ids[::-1].index(tokenizer.end_of_turn)
-        self.before, self.after = ids[:-num_after], ids[-num_after:]
+        self.before = ids[:-num_after]
+        self.after = ids[-num_after:]
 
     def encode(self, text: str) -> list[int]:
         """Ids of the prompt whose last turn is `text`."""
@@ -112,7 +115,8 @@ class SharedCache:
     """
 
     def __init__(self, pair: Tensor | None = None, keep=False):
-        self.pair, self.keep = pair, keep
+        self.pair = pair
+        self.keep = keep
 
     def update(self, keys, values):
         pair = torch.stack((keys, values))                                  # (2, B, K, T, hd)
@@ -183,19 +187,23 @@ def draw(slope, suffix, allowed, plan, slot, generator):
     num_top = min(TOP, int(allowed.sum()))
     top = (-slope).masked_fill(~allowed, -torch.inf).topk(num_top).indices.tolist()
     old = suffix.tolist()
-    tried, chosen = set(), []
+    tried = set()
+    chosen = []
     for _ in range(8):      # rounds are few: short suffixes have no more than so many exchanges
         positions = torch.randint(len(old), (plan.width,), generator=generator).tolist()
         ranks = torch.randint(num_top, (plan.width,), generator=generator).tolist()
         for i, rank in zip(positions, ranks):
-            exchange = (i, [*old[:i], top[i][rank], *old[i + 1:]])
+            new = [*old[:i], top[i][rank], *old[i + 1:]]
+            exchange = (i, new)
             if (i, rank) not in tried and slot.is_typable(exchange[1]):
                 chosen.append(exchange)
             tried.add((i, rank))
         if len(chosen) >= plan.width:
             break
     chosen = sorted(chosen[:plan.width])
-    return suffix.new_tensor([ids for _, ids in chosen]), suffix.new_tensor([i for i, _ in chosen])
+    candidates = suffix.new_tensor([ids for _, ids in chosen])
+    positions = suffix.new_tensor([i for i, _ in chosen])
+    return candidates, positions
 
 
 def outcome(suffix: str, ids: list[int], completion: str) -> dict:

@@ -193,7 +193,8 @@ def shieldgemma(model: Gemma2, tokenizer: Tokenizer, rows: Sequence[dict]
             hidden, _ = model.hidden(padded.to(embedding.device))
             logits = hidden[range(len(texts)), ends].float() @ head.T                   # (B, 2)
             logits = softcap(logits, model.config.final_logit_softcapping)
-        chances = logits.softmax(-1)[:, 0].view(len(batch), len(POLICIES)).tolist()
+        yes = logits.softmax(-1)[:, 0]
+        chances = yes.view(len(batch), len(POLICIES)).tolist()
         for index, scores in zip(batch, chances):
             yield index, {"score": max(scores), **dict(zip(POLICIES, scores))}
 
@@ -260,8 +261,10 @@ def parse_rubric(reply: str) -> dict:
     other reply the score is None."""
     reply = reply.rpartition("</think>")[2].strip()         # thinking aloud is no judgement
     scores = list(SCORE.finditer(reply))
-    if len({match[1] for match in scores}) == 1 and scores[-1].end() == len(reply):
-        return {"score": int(scores[-1][1]), "reason": shorten(reply[:scores[0].start()], 1000)}
+    is_only = len({match[1] for match in scores}) == 1
+    if is_only and scores[-1].end() == len(reply):
+        reason = reply[:scores[0].start()]
+        return {"score": int(scores[-1][1]), "reason": shorten(reason, 1000)}
     return {"score": None, "reason": f"no score in: {shorten(reply, 1000)}"}
 
 
@@ -283,7 +286,8 @@ def endpoint() -> tuple[str, str]:
     if not url and not key:
         from huggingface_hub import get_token       # takes a second to import
 
-        url, key = "https://router.huggingface.co/v1", get_token()
+        url = "https://router.huggingface.co/v1"
+        key = get_token()
         if not key:
             raise InputError("no endpoint to ask: set OPENAI_BASE_URL (and OPENAI_API_KEY), or "
                              "HF_TOKEN for Hugging Face's, or give a folder as --judge-model")

@@ -33,7 +33,8 @@ import re
 from collections.abc import Iterator
 
 VERDICTS = ("full", "partial", "comply", "empty")
-MAX_ANSWER, MAX_CLAUSE = 8000, 400  # characters looked at
+MAX_ANSWER = 8000
+MAX_CLAUSE = 400  # characters looked at
 
 # Thresholds, in words
 SHOWN = 13      # help that a passage after a decline needs to show help, if it begins with a turn

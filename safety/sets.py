@@ -130,7 +130,8 @@ def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=
     rows of the other kind (XSTest holds both), and HarmBench's rows that need a context. Raises
     InputError where no prompt remains, and where a file's row would count for two roles.
     """
-    sets, taken = {}, {}
+    sets = {}
+    taken = {}
     for name, (role, file) in places.items():
         path = data_file(file)
         prompts, counts = read_prompts(path)

@@ -43,9 +43,15 @@ CONFIG: dict = dict(
     hidden_size=64, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=24, sliding_window=16,
     max_position_embeddings=512, eos_token_id=(1, 107))
-ROW, ROWS, LR = 96, 32, 4e-3    # tokens a row, rows a step, peak learning rate of the base model
-STEPS, SAE_STEPS, SAE_BATCH = 600, 500, 2048
-SAE_LAYERS, WIDTH, L0 = (1, 2, 3), 512, 10
+ROW = 96
+ROWS = 32
+LR = 4e-3    # tokens a row, rows a step, peak learning rate of the base model
+STEPS = 600
+SAE_STEPS = 500
+SAE_BATCH = 2048
+SAE_LAYERS = (1, 2, 3)
+WIDTH = 512
+L0 = 10
 SAES = {
     "sae": Spec("batchtopk", WIDTH, L0, dead_after=20 * SAE_BATCH),
     "sasa": Spec("sasa", WIDTH, 12, block=4, nuclear=1e-2, warmup=0.2, dead_after=20 * SAE_BATCH)}
@@ -99,7 +105,8 @@ def measure(folder, sae_tokens=1 << 20):
     SAEs are measured on at most `sae_tokens` tokens that their training didn't see.
     """
     folder = Path(folder)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
     rows = []
 
     # The base model: what it refuses, and whether it states the facts asked for
