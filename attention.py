@@ -116,7 +116,7 @@ class Cache:
         stored = index - (index - slots) % len(slots)
         return (stored >= start[:, None])[:, None, None]
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor):
         """Drop all rows of the batch but those of the bool mask `rows` (B,)."""
         self.pairs = self.pairs[:, rows]
 

@@ -75,7 +75,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def complete(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Tokenizer,
-             sets: dict[str, EvalSet], settings) -> None:
+             sets: dict[str, EvalSet], settings):
     """Answer the sets that `model_name`, "base" or "adapter", hasn't answered yet.
 
     After each set completions.jsonl is written. Its rows: model, set, role, file, line, prompt,

@@ -351,7 +351,7 @@ def sample_pairs(settings, pairs: list) -> list:
     return random.Random(settings.seed).sample(pairs, settings.pairs)
 
 
-def save_selection(folder: str | Path, choices: dict, features: list[dict]) -> None:
+def save_selection(folder: str | Path, choices: dict, features: list[dict]):
     """features.json, then subspace.safetensors with layer_N.readers and layer_N.writers (D, r̂)."""
     write_json(f"{folder}/features.json", features)
     tensors = {f"layer_{layer}.{side}": choice.U for (layer, side), choice in choices.items()}

@@ -167,7 +167,7 @@ def trainable_parameters(layers: dict[str, LoRALinear]) -> list[tuple[str, nn.Pa
 
 
 @torch.no_grad()
-def fold_lora(model: nn.Module) -> None:
+def fold_lora(model: nn.Module):
     """Merge: each layer becomes an nn.Linear with W + ΔW, summed in float32 and rounded once."""
     for name, layer in lora_layers(model).items():
         weight = layer.base.weight
@@ -247,7 +247,7 @@ EXTRAS = """use_dora modules_to_save fan_in_fan_out lora_bias layer_replication 
     monteclora_config velora_config""".split()
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str):
     """Write the adapter as PEFT does. Patterns give ranks and alphas unlike the first module's."""
     layers = lora_layers(model)
     folder = Path(folder)

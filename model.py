@@ -386,7 +386,7 @@ def weight_files(source: str | Path) -> dict[Path, dict[str, tuple[int, ...]]]:
     return {path: tensor_shapes(path) for path in paths}
 
 
-def save_model(model: Gemma2, folder: str | Path, max_shard_bytes=5 << 30) -> None:
+def save_model(model: Gemma2, folder: str | Path, max_shard_bytes=5 << 30):
     """Write config.json and the weights, in shards; fold adapters in first (lora.fold_lora)."""
     from huggingface_hub import split_torch_state_dict_into_shards  # takes a second to import
     weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}

@@ -272,12 +272,14 @@ def read_array(path, name):
 
 
 def check_tensors(path, tensors, d_model, num_features):
-    """Raise InputError unless the tensors have the shapes of D and F."""
+    """Raise InputError unless the tensors have the shapes of D and F, and finite values."""
     sizes = {"D": d_model, "F": num_features}
     for name, tensor in tensors.items():
         shape = tuple(sizes[letter] for letter in SHAPES[name])
         if tuple(tensor.shape) != shape or not tensor.numel():
             raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, not {shape}")
+        if not tensor.sum().isfinite():
+            raise InputError(f"{path}: {name} has values that aren't finite")
 
 
 def canonical_l0(repository, layer, width):

@@ -309,6 +309,8 @@ def run(settings, folder, is_new, signals):
                 saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                                  settings.device, config)
             check_rank(settings, config)
+            if any(settings.top_k > sae.n_units for sae in saes.values()):
+                raise InputError(f"--top-k {settings.top_k}: an SAE here has fewer features")
             print(*saes.values(), sep="\n")
             tokenizer = load_tokenizer(source)
             examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,

@@ -12,7 +12,7 @@ from run.settings import model_folder
 LARGE = 4000    # hidden size: the 9b has 3584, the 27b 4608
 
 
-def derive_recompute(settings: SimpleNamespace, source: dict[str, str]) -> None:
+def derive_recompute(settings: SimpleNamespace, source: dict[str, str]):
     """Where --recompute wasn't given: on for a large model under --shard, so that 27b fits 40 GB.
 
     A row of 2,048 tokens keeps 21 GB there, beside 18 GB of weights on each of four cards.

@@ -172,7 +172,7 @@ def parse_json(text: str | bytes, place: object):
     return value
 
 
-def refuse_pointer(path: str | Path) -> None:
+def refuse_pointer(path: str | Path):
     """Raise InputError if a file is what git leaves in its place where git-lfs isn't installed."""
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com/"):
@@ -305,21 +305,21 @@ def is_new(folder: str | Path) -> bool:
     return folder.is_dir() and all(re.fullmatch(r"\..+\.part", p.name) for p in folder.iterdir())
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str):
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value: object) -> None:
+def write_json(path: str | Path, value: object):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+def write_jsonl(path: str | Path, rows: Iterable[dict]):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor],
-                  metadata: dict[str, str] | None = None) -> None:
+                  metadata: dict[str, str] | None = None):
     """Write {name: tensor} as safetensors. transformers and peft look for format "pt"."""
     plain = {}
     addresses = set()

@@ -42,7 +42,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def run(main: Callable) -> None:
+def run(main: Callable):
     """run_command(main), in each process that torchrun started or in the only one."""
     launched = dist.is_available() and dist.is_torchelastic_launched()
     if not launched or int(os.environ["WORLD_SIZE"]) == 1:
@@ -188,14 +188,14 @@ def maximum(number: int) -> int:
 
 
 @_collective
-def sum_tensors(*tensors: torch.Tensor) -> None:
+def sum_tensors(*tensors: torch.Tensor):
     """Sum each tensor over the processes, in place."""
     if world_size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def sum_gradients(parameters: Sequence[torch.Tensor], *more: torch.Tensor) -> None:
+def sum_gradients(parameters: Sequence[torch.Tensor], *more: torch.Tensor):
     """Sum the parameters' gradients, and the tensors `more`, in place: one buffer, one sum."""
     if world_size() == 1:
         return
@@ -212,7 +212,7 @@ def sum_gradients(parameters: Sequence[torch.Tensor], *more: torch.Tensor) -> No
 
 @_collective
 @torch.no_grad()
-def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+def broadcast(tensors: Iterable[torch.Tensor]):
     """Put rank 0's values into all processes' tensors."""
     if world_size() > 1:
         for tensor in tensors:
@@ -222,7 +222,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
 # ------------------------------------------------------------------------------
 # A frozen base that doesn't fit on one card
 
-def shard(model, device: torch.device) -> None:
+def shard(model, device: torch.device):
     """Split the matrices of a Gemma2's blocks over the processes, by rows (FSDP2).
 
     Embedding and norms stay whole. A block is gathered when it runs, forward and backward, so a

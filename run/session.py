@@ -60,7 +60,7 @@ class Signals:
             raise Stopped(number)
 
 
-def limit_threads(model: torch.nn.Module) -> None:
+def limit_threads(model: torch.nn.Module):
     """Use one thread for a small model on a CPU, unless OMP_NUM_THREADS says otherwise.
 
     Its matrices are too small to share: threads that wait for each other cost more than they
@@ -162,13 +162,13 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter   # optional, and slow to import
             self.board = SummaryWriter(path.parent)
 
-    def keep(self, steps: float) -> None:
+    def keep(self, steps: float):
         """Forget the steps after `steps`, which are about to be made again."""
         self.lines = [line for line in self.lines if line.get("step", 0) <= steps]
         if self.writes:
             write_jsonl(self.path, self.lines)
 
-    def add(self, line: dict) -> None:
+    def add(self, line: dict):
         self.lines.append(line)
         if not self.writes:
             return
@@ -201,7 +201,7 @@ class Log:
 # ------------------------------------------------------------------------------
 # Checkpoints
 
-def write_checkpoint(folder: Path, tensors: dict, metadata: dict[str, str]) -> None:
+def write_checkpoint(folder: Path, tensors: dict, metadata: dict[str, str]):
     """Put a checkpoint in the place of the last one."""
     write_tensors(folder / CHECKPOINT, tensors, metadata)
 
@@ -215,7 +215,7 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict[str, str]] | None:
 
 
 def save_checkpoint(folder: Path, step: int, parameters: Parameters,
-                    optimizer: torch.optim.Optimizer) -> None:
+                    optimizer: torch.optim.Optimizer):
     """Parameters and AdamW's moments as tensors; step and number of threads in the file's header.
 
     Sums depend on the number of threads, so the next session takes the same.

@@ -284,6 +284,8 @@ def _check(values):
         value = values[name]
         if isinstance(value, int | float) and not value >= setting.low:
             raise InputError(f"{flag(name)} {value}: give at least {setting.low:g}")
+    if max(values["tau"], values["warmup"]) > 1:
+        raise InputError("--tau and --more warmup are shares: give at most 1")
     if values["freeze_basis"] and values["init"] == "random":
         raise InputError("--freeze-basis keeps the update in the basis that --init puts in; random "
                          "puts in none: take sails or orthonormal")

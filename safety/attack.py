@@ -35,7 +35,7 @@ REQUEST = re.compile(
     r"(?:how (?:can|do|does|could|would|should) (?:i|you|we|one|someone|people)\b|how people\b)?")
 
 
-def add_attack_flags(parser: argparse.ArgumentParser) -> None:
+def add_attack_flags(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("attacks on the harmful prompts of the sets")
     group.add_argument("--attack", choices=("prefix", "template", "gcg"),
                        help="prefix: ask for an answer that begins with the target; template: put "

@@ -42,7 +42,7 @@ MAX_REPLY = 2048                # tokens of a reply: models that think aloud nee
 NO_KEY = "none"                 # without one, InferenceClient would send the user's hub token
 
 
-def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+def add_judge_flags(parser: argparse.ArgumentParser):
     parser.add_argument("--judge", choices=JUDGES, default="rules",
                         help="who judges harmfulness (default rules: the text alone)")
     parser.add_argument("--judge-model", metavar="NAME|DIR",

@@ -83,7 +83,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation(runs, name):
         assert theirs["trained_tokens"] == ours["trained_tokens"]
     one, two = (read_tensors(runs / run / "adapter_model.safetensors") for run in ("one", name))
     assert one.keys() == two.keys()
-    assert max((one[key] - two[key]).abs().max() for key in one) < 5e-5
+    assert max((one[key] - two[key]).abs().max() for key in one) < 2e-5
     assert max(two[key].abs().max() for key in two if "q_proj.lora_B" in key) > 1e-2   # it learned
 
 

@@ -169,6 +169,9 @@ def test_bad_arrays_show_when_they_are_read(tmp_path):
     for read in (lambda: sae.decoder_rows([0]), lambda: sae.W_dec):
         with pytest.raises(InputError, match="W_dec has shape"):
             read()
+    write_npz(tmp_path, random_arrays(b_dec=np.full(D, np.nan, "f4")))
+    with pytest.raises(InputError, match="b_dec has values that aren't finite"):
+        load_sae(tmp_path, 3, N).encode(torch.zeros(2, D))
     write_npz(tmp_path, random_arrays(threshold=None))
     with pytest.raises(InputError, match=r"params.npz.*threshold can't be read"):
         load_sae(tmp_path, 3, N)

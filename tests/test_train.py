@@ -319,6 +319,8 @@ def test_a_small_model_takes_one_thread(monkeypatch):
     (["--lr", "nan"], ["--lr nan"]),
     (["--dtype", "float16"], ["float16", "bfloat16"]),
     (["--device", "tpu9"], ["tpu9"]),
+    (["--top-k", "97"], ["--top-k 97", "fewer features"]),
+    (["--tau", "1.5"], ["--tau", "at most 1"]),
     (["--log", "tensorboard"], ["pip install tensorboard"]),
     (["--freeze-basis", "--init", "random"], ["--freeze-basis"]),
     (["--shard"], ["--shard", "torchrun"]),
