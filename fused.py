@@ -296,10 +296,9 @@ def nll_sum(hidden: Tensor, labels: Tensor,
     labelled = labels != IGNORE
     h = hidden[labelled]                                    # (N, D)
     targets = labels[labelled]                              # (N,)
-    # A trained embedding needs a gradient of its own, and exp(88) is float32's largest
+    # exp(88) is float32's largest
     bounded = cap is not None and 2 * cap + math.log(len(embedding)) <= 88
-    fits = bounded and not embedding.requires_grad
-    form = FusedNLL.apply if fits else nll_sum_plain
+    form = FusedNLL.apply if bounded else nll_sum_plain
     return form(h, embedding, targets, cap), len(targets)
 
 
@@ -311,7 +310,7 @@ def nll_sum_plain(h, E, targets, cap):
 
 
 class FusedNLL(torch.autograd.Function):
-    """Σ −log softmax(c·tanh(h·Eᵀ/c))[y] of h (N, D), frozen E (V, D), targets y (N,).
+    """Σ −log softmax(c·tanh(h·Eᵀ/c))[y] of h (N, D), E (V, D), targets y (N,).
 
     Gemma-2 has 256,000 logits a token, 1 MiB in float32, of which the plain loss holds several
     copies. Here the vocabulary comes in tiles that a cache holds. With l = h·Eᵀ, t = tanh(l/c) and
@@ -321,7 +320,10 @@ class FusedNLL(torch.autograd.Function):
         dloss/dh = (Σ_v exp(z_v) (1 − t_v²) E_v) / Σ_v exp(z_v) − (1 − t_y²) E_y
 
     |z| <= c = 30, so exp can't overflow float32, no running maximum is needed, and one pass makes
-    both sums. E is frozen: dloss/dh is all that the backward needs, so the forward makes it.
+    both sums. Where E is frozen, dloss/dh is all that the backward needs, so the forward makes it.
+    A trained E needs Σ exp(z) before its own gradient: the backward makes the tiles once more.
+
+        dloss/dE_v = Σ_n (exp(z_nv) / Σ_v exp(z_nv) − [v = y_n]) (1 − t_nv²) h_n
 
     tanh is slow, the logistic function is not. With s = 1 / (1 + exp(−2l/c)), t = 2s − 1, so that
     exp(z) = exp(2cs) / exp(c) and 1 − t² = 4 (s − s²). exp(−c) and 4 come in at the end.
@@ -334,8 +336,7 @@ class FusedNLL(torch.autograd.Function):
         total = h.new_zeros(N, dtype=dtype)                          # Σ exp(2cs)
         pull = h.new_zeros(h.shape, dtype=dtype)                     # Σ exp(2cs) (s − s²) E
         # Buffers are taken once, since fresh memory is slow; products are made in h's own dtype
-        size = max(TILE, SCRATCH.get(h.device.type, LARGE) // max(1, N))
-        size = min(len(E), size)
+        size = tile_size(h, E)
         buffers = h.new_empty(2, N * size, dtype=dtype)
         products = buffers[0] if h.dtype == dtype else h.new_empty(N * size)
         for tile in E.split(size):
@@ -354,13 +355,33 @@ class FusedNLL(torch.autograd.Function):
         # The target's own term
         rows = E[targets].to(dtype)                                  # (N, D)
         t = (h * rows).sum(1).div_(cap).tanh_()                      # (N,)
-        if ctx.needs_input_grad[0]:
-            grad = pull.mul_(4 / total[:, None])
-            slope = 1 - t.square()[:, None]
-            grad.addcmul_(slope, rows, value=-1)
-            ctx.save_for_backward(grad.to(h.dtype))
+        slope = 1 - t.square()[:, None]
+        grad = pull.mul_(4 / total[:, None]).addcmul_(slope, rows, value=-1)
+        ctx.save_for_backward(grad.to(h.dtype), h, E, targets, total, slope)
+        ctx.cap = cap
         return (total.log() - cap * (1 + t)).sum()
 
     @staticmethod
     def backward(ctx, d_loss):
-        return d_loss * ctx.saved_tensors[0], None, None, None
+        d_hidden, h, E, targets, total, slope = ctx.saved_tensors
+        dE = None
+        if ctx.needs_input_grad[1]:
+            dE = torch.empty_like(E)
+            size = tile_size(h, E)
+            for first, tile, d_tile in zip(range(0, len(E), size), E.split(size), dE.split(size)):
+                s = (h @ tile.T).to(total.dtype).mul_(2 / ctx.cap).sigmoid_()
+                exp = torch.exp2(s * (2 * ctx.cap * LOG2E))
+                d_logits = s.addcmul_(s, s, value=-1).mul_(exp).mul_(4 / total[:, None])
+                # Targets in this tile. (A mask would wait for the GPU)
+                row = targets - first
+                inside = (row >= 0) & (row < len(tile))
+                row = row.clamp(0, len(tile) - 1)
+                d_logits.scatter_add_(1, row[:, None], -slope * inside[:, None])
+                torch.mm(d_logits.mul_(d_loss).to(h.dtype).T, h, out=d_tile)
+        return d_loss * d_hidden, dE, None, None
+
+
+def tile_size(h, E):
+    """Rows of E that make one tile of logits for h (N, D)."""
+    size = max(TILE, SCRATCH.get(h.device.type, LARGE) // max(1, len(h)))
+    return min(len(E), size)
