@@ -11,7 +11,6 @@ the embedding; tanh softcaps bound attention scores and logits; even layers have
 B batch, T tokens, S keys, D hidden size, H query and K key-value heads of size hd, V vocabulary.
 """
 
-import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,8 +27,8 @@ from tqdm import tqdm
 import fused
 from attention import Cache, attention, visible_keys
 from fused import document_starts, geglu, rms_norm, rotary, rotate, softcap
-from run.files import (InputError, is_file_name, locate, open_tensors, read_json, tensor_shapes,
-                       write_json, write_tensors)
+from run.files import InputError, locate, read_json, write_json, write_tensors
+from run.weights import INDEX, find_weights, read_weight
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -71,8 +70,12 @@ class Config:
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise InputError(f"{where}: {rope}: Gemma-2 has the default rotary embedding")
         values = {"rope_theta": rope.get("rope_theta", 10000.0), "model_type": None} | values
+        # null is the default's, but switches a softcap off
+        values = {key: value for key, value in values.items()
+                  if value is not None or key.endswith("softcapping") or key == "model_type"}
         for key, expected in FIXED.items():
-            if values.get(key, expected) != expected:
+            # Whether the head is the embedding all the same is for the weights to say
+            if values.get(key, expected) != expected and key != "tie_word_embeddings":
                 raise InputError(f"{where}: {key} is {values[key]!r}; Gemma-2's is {expected!r}")
         own: dict = {}
         for key in values.keys() & {field.name for field in fields(cls)}:
@@ -329,10 +332,6 @@ class Gemma2(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints in Hugging Face's layout: config.json and model.safetensors, or shards and their index
 
-INDEX = "model.safetensors.index.json"
-READ_VALUES = 4 << 20  # of a checkpoint at once: 16 MB in float32
-
-
 def load_model(source: str | Path, dtype: torch.dtype | None = None, device="cpu",
                shard: Callable | None = None) -> Gemma2:
     """Load a Gemma-2 from a folder or hub repository, frozen.
@@ -344,46 +343,14 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, device="cpu
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     with torch.device("meta"):
         model = Gemma2(load_config(source)).to(dtype).requires_grad_(False)
-    files = weight_files(source)
-    shapes = {name: shape for names in files.values() for name, shape in names.items()}
-    expected = {f"model.{name}": tuple(weight.shape) for name, weight in model.state_dict().items()}
-    for name in sorted(expected | shapes):
-        if shapes.get(name) != expected.get(name):
-            raise InputError(f"{source}: {name} has shape {shapes.get(name)}, not "
-                             f"{expected.get(name)} as config.json says (None: no such tensor)")
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    places = find_weights(source, shapes, dtype)
     if shard:
         shard(model, device)
     weights = model.to_empty(device=device).state_dict()
-    for path, names in files.items():
-        for name in tqdm(names, f"loading {path}", leave=False, delay=2, disable=None):
-            _read_weight(path, name, weights[name.removeprefix("model.")])
+    for name in tqdm(places, f"loading {source}", leave=False, delay=2, disable=None):
+        read_weight(places[name], weights[name])
     return model
-
-
-def _read_weight(path, name, weight):
-    """Copy tensor `name` of a safetensors file to `weight`, or to the rows that a shard holds."""
-    first = 0
-    if hasattr(weight, "to_local"):  # sharded by FSDP2, which cuts as torch.chunk does
-        mesh = weight.device_mesh
-        first = min(mesh.get_local_rank() * math.ceil(len(weight) / mesh.size()), len(weight))
-        weight = weight.to_local()
-    for rows in weight.split(math.ceil(READ_VALUES / math.prod(weight.shape[1:]))):
-        # Opened anew each time: what is read stays in memory until the file is closed
-        with open_tensors(path) as file:
-            rows.copy_(file.get_slice(name)[first:first + len(rows)])
-        first += len(rows)
-
-
-def weight_files(source: str | Path) -> dict[Path, dict[str, tuple[int, ...]]]:
-    """{path: {tensor name: shape}} of a checkpoint's files."""
-    index = locate(source, INDEX, optional=True)
-    names = {"model.safetensors"}
-    if index:
-        names = set(read_json(index).get("weight_map", {}).values())
-        if not names or not all(map(is_file_name, names)):
-            raise InputError(f"{index}: weight_map must give a plain file name for each tensor")
-    paths = [locate(source, name) for name in sorted(names)]
-    return {path: tensor_shapes(path) for path in paths}
 
 
 def save_model(model: Gemma2, folder: str | Path, max_shard_bytes=5 << 30):

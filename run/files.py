@@ -100,8 +100,9 @@ def table(rows: Iterable, head: Iterable[str] = (), right: Container[int] = ()) 
 def locate(source: str | Path, name: str, optional=False, repo_type="model"):
     """Path of file `name` in `source`: a folder, or a hub repository "owner/name".
 
-    The hub's files are downloaded once and then cached. A file that isn't there gives None if
-    `optional`, else InputError; so does a repository that is missing, gated or out of reach.
+    The hub's files are downloaded once and then cached. A file that isn't there, or isn't cached
+    while the hub is out of reach, gives None if `optional`, else InputError; so does a repository
+    that is missing or gated.
     """
     # A folder here wins over a repository of the same name.
     folder = Path(source).expanduser()
@@ -110,7 +111,10 @@ def locate(source: str | Path, name: str, optional=False, repo_type="model"):
             return folder / name
         if optional:
             return None
-        raise InputError(f"{folder} holds no file {name}")
+        problem = f"{folder} holds no file {name}"
+        if any(folder.glob("*model*.bin")):
+            problem += "; its .bin is a pickle, which is never loaded: save it as safetensors"
+        raise InputError(problem)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         raise InputError(f"{source}: no such folder, and not a hub repository (owner/name)")
     return _download(str(source), name, optional, repo_type)
@@ -130,6 +134,8 @@ def _download(repo, name, optional, repo_type):
     except errors.RepositoryNotFoundError:
         problem = "is no folder here and no repository on the hub (private: `hf auth login`)"
     except errors.LocalEntryNotFoundError:
+        if optional:
+            return None
         problem = "is no folder here, isn't in the cache, and the hub can't be reached"
     except errors.EntryNotFoundError:
         if optional:

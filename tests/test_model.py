@@ -1,6 +1,5 @@
 """model.py against transformers: random models, sequences past the window, softcaps that bite."""
 
-import json
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ from conftest import ROOT, SHAPES, random_gemma, transformers_twin
 
 from attention import Cache
 from model import PRESETS, Config, Gemma2, load_model, save_model
-from run.files import InputError, write_json
+from run.files import InputError
 
 
 def random_tokens(count, length, seed=1):
@@ -143,20 +142,11 @@ def test_older_config(capsys):
 
 
 @pytest.mark.parametrize("change", [
-    {"model_type": "gemma3"}, {"tie_word_embeddings": False}, {"attention_bias": True},
+    {"model_type": "gemma3"}, {"attention_bias": True},
     {"rope_parameters": {"rope_type": "yarn"}}, {"hidden_size": "64"}])
 def test_what_is_not_gemma_2_is_refused(change):
     with pytest.raises(InputError, match="yarn" if "rope_parameters" in change else [*change][0]):
         Config.from_dict(random_gemma().config.to_dict() | change)
-
-
-def test_no_shard_lies_outside_the_folder(tmp_path):
-    save_model(random_gemma(), tmp_path, max_shard_bytes=200_000)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    index["weight_map"]["model.norm.weight"] = "../evil.safetensors"
-    write_json(tmp_path / "model.safetensors.index.json", index)
-    with pytest.raises(InputError, match="plain file name"):
-        load_model(tmp_path)
 
 
 PEAK = """
