@@ -6,8 +6,8 @@
 A pair is a prompt with an aligned and an unaligned answer, aᵢ the activation of feature i on the
 residual stream after an SAE's layer, E the mean over response tokens. Selection `paper`:
 
-    Δᵢ = E_aligned[aᵢ] − E_unaligned[aᵢ]; take the k features of largest |Δᵢ|
-    M = P·S·Vᵀ, their decoder rows at unit length, (k, D), not centred (PCA)
+    Δᵢ = E_aligned[aᵢ] − E_unaligned[aᵢ]; take the k features of largest |Δᵢ|, or other --score
+    M = P·S·Vᵀ, their decoder rows at unit length, (k, D), centred only with --center (PCA)
     U = V[:, :r̂], r̂ the fewest columns that hold a share τ of ΣS², at most the rank
 
 `gradient` is ours. L = NLL(aligned) − NLL(unaligned), per token. G stacks the gradients ∂L/∂W of
@@ -28,6 +28,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -43,12 +44,14 @@ from run.session import limit_threads
 from run.settings import add_flags, model_folder, resolve
 from sae import SAE, load_saes
 from saes import blocks
+from saes.blocks import spanning_rows
 from saes.gradient import Pairs, candidates, contrast_gradients, greedy, rotated
 from saes.words import Peaks, describe_features, features_table
 
 SIDES = ("readers", "writers")
-FLAGS = ("model sae layers width l0 format data pairs tokens select top_k tau norm_aware rank "
-         "batch_tokens seed device dtype shard recompute").split()
+FLAGS = ("model sae layers width l0 format data pairs tokens select score top_k tau center "
+         "norm_aware rank batch_tokens seed device dtype shard recompute").split()
+EPSILON = 1e-6                  # of ρ: the least mean activation that divides
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -69,6 +72,12 @@ class Statistics:
         """(K,) Δ in its standard errors; NaN where the error is 0 or unknown."""
         known = self.error > 1e-12 * self.delta.abs().max()
         return torch.where(known, self.delta / self.error, torch.nan)
+
+    def score(self, name: str) -> Tensor:
+        """(K,) of `--score name`; ρ = Δ / max(E_unaligned|a|, ε), of each unit by itself."""
+        if name == "rho":
+            return self.delta / self.mean[1].clamp(min=EPSILON)
+        return self.delta.abs() if name == "delta" else self.delta
 
 
 class PairSums:
@@ -167,8 +176,7 @@ def feature_statistics(model: Gemma2, saes: dict[int, SAE], pairs: Pairs, contro
 
 def _counted(example, control, tokens):
     """Indices of an example's tokens that count."""
-    first = 0 if tokens == "all" else example.start
-    indices = range(first, len(example.tokens))
+    indices = range(0 if tokens == "all" else example.start, len(example.tokens))
     return [i for i in indices if example.tokens[i] not in control]
 
 
@@ -186,34 +194,22 @@ def _batches(pairs, numbers, batch_tokens):
 
 
 # ---- Choice and subspace -------------------------------------------------------------------------
-def choose_features(statistics: Statistics, top_k: int) -> Tensor:
-    """Indices (k,) of the units of largest |Δ|, in that order; those with Δ = 0 are left out."""
-    strength = statistics.delta.abs()
+def choose_features(statistics: Statistics, top_k: int, score="delta") -> Tensor:
+    """Indices (k,) of the units of largest score, in that order; only scores above 0 count."""
+    scores = statistics.score(score)
     # A stable sort, so that ties fall alike on every machine
-    order = strength.sort(descending=True, stable=True).indices[:top_k]
-    return order[strength[order] > 0].cpu()
+    order = scores.sort(descending=True, stable=True).indices[:top_k]
+    return order[scores[order] > 0].cpu()
 
 
-def spanning_rows(sae: SAE, statistics: Statistics, units, tau: float) -> Tensor:
-    """Directions (m, D) that `units` bring into the span: of a feature its decoder row.
-
-    Of a block with rows D_k (b, D): the leading right singular vectors of M^½·D_k, the fewest that
-    hold a share `tau`. M = ΔΔᵀ + P·Cov Δ is the second moment of what pairs differ by.
-    """
-    if sae.block == 1:
-        return sae.decoder_rows(units)
-    shift = statistics.shift[units].cpu()
-    spread = statistics.num_pairs * statistics.covariance[units].cpu()
-    M = shift[:, :, None] * shift[:, None] + spread.nan_to_num()                # (k, b, b)
-    return blocks.carrying_rows(M, sae.unit_rows(units).double().cpu(), tau)
-
-
-def subspace(rows: Tensor, tau: float, rank: int) -> tuple[Tensor, float, str]:
+def subspace(rows: Tensor, tau: float, rank: int, center=False) -> tuple[Tensor, float, str]:
     """(U, explained, limit) of decoder rows (k, D), by PCA. U (D, r̂): orthonormal, float32;
     explained: its share of the squared singular values; limit: "tau" or "rank", what set r̂."""
-    if len(rows) == 0:
+    if len(rows) <= center:
         raise InputError("no feature differs between the two sides: nothing to span a subspace")
     rows = normalize(rows.double(), dim=1)
+    if center:
+        rows = rows - rows.mean(0)
     _, S, V = torch.linalg.svd(rows, full_matrices=False)
     power = S.square()
     share = power.cumsum(0) / power.sum()                                       # (k,)
@@ -265,6 +261,7 @@ def module_bases(model: Gemma2, subspaces: dict[tuple[int, str], Tensor], norm_a
 
 
 # ---- Selections: (model, saes, pairs, statistics, settings) -> {(layer, side): Choice} -----------
+# Beside the run's own, `settings` has `targets`: the names of the modules to be adapted
 @dataclass
 class Choice:
     features: Tensor         # (k,) units, the first choice first
@@ -275,21 +272,23 @@ class Choice:
 
 
 def paper(model, saes, pairs, statistics, settings):
-    """The largest |Δ| and the PCA of their decoder rows, the same for readers and writers."""
+    """The largest scores and the PCA of their decoder rows, the same for readers and writers."""
     choices = {}
     for layer, sae in saes.items():
         # No pooling over layers: each has its own k features and its own subspace
-        features = choose_features(statistics[layer], settings.top_k)
+        features = choose_features(statistics[layer], settings.top_k, settings.score)
         rows = spanning_rows(sae, statistics[layer], features, settings.tau)
-        scores = statistics[layer].delta.abs().cpu()[features]
-        choice = Choice(features, scores, *subspace(rows, settings.tau, settings.rank))
+        scores = statistics[layer].score(settings.score).cpu()[features]
+        space = subspace(rows, settings.tau, settings.rank, settings.center)
+        choice = Choice(features, scores, *space)
         choices |= {(layer, side): choice for side in SIDES}
     return choices
 
 
 def gradient(model, saes, pairs, statistics, settings):
     """Matching pursuit in the gradient of the loss, for readers and writers apart."""
-    gradients = contrast_gradients(model, pairs, settings.batch_tokens, settings.recompute)
+    gradients = contrast_gradients(model, pairs, settings.batch_tokens, settings.recompute,
+                                   settings.targets)
     moments = gradient_moments(model, gradients, saes, settings.norm_aware)
     choices = {}
     for seed, (layer, side) in enumerate(moments):
@@ -323,24 +322,27 @@ def gradient_moments(model, gradients, layers, norm_aware=False) -> dict[tuple, 
 
 
 # ---- All of it -----------------------------------------------------------------------------------
-def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer, pairs: Pairs, settings):
+def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer, pairs: Pairs, settings,
+                    targets=TARGETS):
     """({(SAE layer, side): Choice}, entries of features.json); a table a layer is printed."""
     if settings.select not in SELECTIONS:
         raise InputError(f"--select {settings.select}: known are {', '.join(SELECTIONS)}")
     statistics = feature_statistics(model, saes, pairs, tokenizer.control, settings.tokens,
                                     settings.batch_tokens)
+    settings = SimpleNamespace(**vars(settings) | {"targets": targets})
     choices = SELECTIONS[settings.select](model, saes, pairs, statistics, settings)
+    score = settings.score if settings.select == "paper" else settings.select
     features = []
     for layer, sae in sorted(saes.items()):
         # A layer that serves no reader, or no writer, has one side
         sides = {side: choices[layer, side] for side in SIDES if (layer, side) in choices}
         for side, choice in sides.items():
-            print(f"layer {layer}, {side}: {len(choice.features)} {sae.noun} span r̂ = "
-                  f"{choice.U.shape[1]} directions, which explain {choice.explained:.1%}; "
+            print(f"layer {layer}, {side}: {len(choice.features)} {sae.noun} by {score} span "
+                  f"r̂ = {choice.U.shape[1]} directions, which explain {choice.explained:.1%}; "
                   f"{choice.limit} decided")
         entries = describe_features(model, sae, tokenizer, statistics[layer], sides, pairs)
         print(f"{features_table(entries)}\n")
-        features += entries
+        features += [entry | {"scored_by": score} for entry in entries]
     return choices, features
 
 

@@ -76,10 +76,18 @@ GROUPS = {
                 "Assistant: as text", choices=("chat", "plain")),
         Setting("select", "paper", str, "paper: the features of largest |Δ|, the difference of "
                 "mean activations; gradient: by the gradients of the loss on the two answers"),
+        Setting("score", "delta", str, "what --select paper ranks by, the largest first; delta: "
+                "|Δ|, as version 2 of the paper; signed: Δ, so that only features are chosen that "
+                "fire more on aligned answers; rho: Δ / max(E_unaligned|a|, ε), as version 1, "
+                "where we take each feature's own E and ε = 1e-6 (with the maximum over all "
+                "features instead it would choose as signed does)",
+                choices=("delta", "signed", "rho")),
         Setting("top_k", None, int, f"features kept of each SAE layer (default {TOP_K}; with "
                 "--select gradient twice the rank)", low=1),
         Setting("tau", 0.8, float, "share of the squared singular values of the chosen decoder "
                 "directions that the subspace keeps, at most --rank directions", low=1e-9),
+        Setting("center", False, bool, "subtract the mean of the chosen decoder directions before "
+                "the PCA: U then spans what they differ by"),
         Setting("tokens", "response", str, "tokens whose activations are averaged: the response's, "
                 "or all with the prompt", choices=("response", "all")),
         Setting("norm_aware", False, bool, "map directions through Gemma-2's norm gains on their "
@@ -294,6 +302,8 @@ def _check(values):
                          "`torchrun --nproc-per-node N`")
     if values["shard"] and values["select"] == "gradient":
         raise InputError("--select gradient needs whole weights on each card: leave --shard out")
+    if values["select"] != "paper" and (values["score"] != "delta" or values["center"]):
+        raise InputError("--score and --center belong to --select paper")
     if values["log"] and find_spec("tensorboard") is None:
         raise InputError("--log tensorboard: `pip install tensorboard` first")
     check_device(values["device"])

@@ -35,6 +35,21 @@ def carrying_rows(M: Tensor, rows: Tensor, tau: float) -> Tensor:
     return directions[torch.arange(S.shape[1]) < wanted].float()
 
 
+def spanning_rows(sae, statistics, units, tau: float) -> Tensor:
+    """Directions (m, D) that `units` of an SAE bring into the span: of a feature its decoder row.
+
+    Of a block with rows D_k (b, D): the leading right singular vectors of M^½·D_k, the fewest that
+    hold a share `tau`. M = ΔΔᵀ + P·Cov Δ is the second moment of what pairs differ by, from its
+    features.Statistics.
+    """
+    if sae.block == 1:
+        return sae.decoder_rows(units)
+    shift = statistics.shift[units].cpu()
+    spread = statistics.num_pairs * statistics.covariance[units].cpu()
+    M = shift[:, :, None] * shift[:, None] + spread.nan_to_num()                # (k, b, b)
+    return carrying_rows(M, sae.unit_rows(units).double().cpu(), tau)
+
+
 def strongest_directions(rows: Tensor, moment: Tensor) -> Tensor:
     """(K, D) unit directions in the spans of rows (K, b, D) that G carries most, by GᵀG (D, D)."""
     basis = torch.linalg.svd(rows.double(), full_matrices=False).Vh             # (K, b, D)

@@ -5,7 +5,7 @@ G is known by its moment GᵀG (D, D).
 Letters: T tokens, D hidden size, K units of b features, k chosen ones, r rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,9 +24,9 @@ Pairs = Sequence[tuple[Example, Example]]     # (aligned, unaligned)
 NEW = 1e-3      # of a unit row, squared: what must lie outside the span so far for it to be chosen
 
 
-def contrast_gradients(model: Gemma2, pairs: Pairs, batch_tokens=2048, recompute=False
-                       ) -> dict[str, Tensor]:
-    """{module name: ∂L/∂W (out, in)} of the q, k, v and o of a frozen model, at least float32.
+def contrast_gradients(model: Gemma2, pairs: Pairs, batch_tokens=2048, recompute=False,
+                       targets: Collection[str] = TARGETS) -> dict[str, Tensor]:
+    """{module name: ∂L/∂W (out, in)} of a frozen model's `targets`, at least float32.
 
     L = NLL(aligned) − NLL(unaligned), per token; it counts the turn's end, as in training. Rows
     have `batch_tokens` tokens, or those of the longest example; of many processes each takes a
@@ -42,7 +42,7 @@ def contrast_gradients(model: Gemma2, pairs: Pairs, batch_tokens=2048, recompute
     sums = {}
     hooks = []
     weights = {name: module.weight for name, module in model.named_modules()
-               if name.endswith(TARGETS)}
+               if name.endswith(tuple(targets))}
     for name, weight in weights.items():
         dtype = torch.promote_types(weight.dtype, torch.float32)
         sums[name] = torch.zeros_like(weight, dtype=dtype)

@@ -98,8 +98,7 @@ def describe_features(model: Gemma2, sae: SAE, tokenizer: Tokenizer, statistics,
     if sae.block > 1:
         shift = statistics.shift[units].float().to(sae.W_enc.device)
         directions = torch.einsum("kb,kbd->kd", shift, sae.unit_rows(units))
-    # Version 1 of the paper ranks by ρ
-    rho = statistics.delta / statistics.mean[1].abs().max().clamp(min=1e-30)        # (K,)
+    rho = statistics.score("rho")                                                   # (K,)
     vocabulary = promoted(model, tokenizer, directions)
     entries = []
     for unit, words in zip(units, vocabulary):

@@ -11,9 +11,10 @@ from conftest import ROOT, random_gemma
 from torch.nn.functional import normalize
 
 from data import Example
-from features import (SIDES, Choice, choose_features, contrast_gradients, feature_statistics,
-                      gradient_moments, load_subspaces, module_bases, norm_gain, save_selection,
-                      select_features, serving_layer, spanning_rows, subspace)
+from features import (SIDES, Choice, Statistics, choose_features, contrast_gradients,
+                      feature_statistics, gradient_moments, load_subspaces, module_bases,
+                      norm_gain, save_selection, select_features, serving_layer, spanning_rows,
+                      subspace)
 from model import MODULES, TARGETS
 from run.files import InputError
 from sae import SASA, JumpReLU
@@ -139,10 +140,13 @@ def test_memory_does_not_grow_with_pairs():
 
 
 # ---- Choice, subspace, bases ---------------------------------------------------------------------
-def test_choice_is_by_size_of_the_difference():
-    statistics = SimpleNamespace(delta=torch.tensor([0.1, -3.0, 0.0, 2.0, 2.5]))
-    assert choose_features(statistics, 3).tolist() == [1, 4, 3]
-    assert choose_features(statistics, 5).tolist() == [1, 4, 3, 0]      # one that never differs
+def test_choice_by_each_score():
+    """Of five features, one never differs, and the first is silent on unaligned answers."""
+    mean = torch.tensor([[0.1, 1.0, 1.0, 10.0, 7.5], [0.0, 4.0, 1.0, 8.0, 5.0]])
+    statistics = Statistics(9, mean, None, mean[0] - mean[1], None, None, None, None)
+    assert statistics.score("rho").tolist() == pytest.approx([1e5, -3 / 4, 0, 2 / 8, 2.5 / 5])
+    for score, wanted in (("delta", [1, 4, 3, 0]), ("signed", [4, 3, 0]), ("rho", [0, 4, 3])):
+        assert choose_features(statistics, 5, score).tolist() == wanted, score
 
 
 def test_subspace_by_hand():
@@ -154,8 +158,12 @@ def test_subspace_by_hand():
     U, explained, limit = subspace(rows, 0.8, 16)
     assert limit == "tau" and explained == pytest.approx(1) and U.shape == (3, 2)
     assert subspace(rows, 0.8, 1)[2] == "rank"
-    with pytest.raises(InputError, match="no feature differs"):
-        subspace(rows[:0], 0.8, 1)
+    # Centred, e1 and e2 differ by one direction
+    U = subspace(rows.abs(), 0.8, 16, center=True)[0]
+    assert (U.flatten() / U[0]).tolist() == pytest.approx([1, -1, 0])
+    for center in (False, True):
+        with pytest.raises(InputError, match="no feature differs"):
+            subspace(rows[:center], 0.8, 1, center)
 
 
 def test_directions_of_a_block_are_those_that_carry_the_difference(gemma):
@@ -242,12 +250,13 @@ def contrast_loss(model, pairs):
 
 def test_gradients_equal_autograds():
     model, pairs = random_gemma(std=0.1).double(), random_pairs(9)
-    ours = contrast_gradients(model, pairs, batch_tokens=100)
+    targets = (*TARGETS, "up_proj", "down_proj")
+    ours = contrast_gradients(model, pairs, batch_tokens=100, targets=targets)
     assert not any(weight.requires_grad for weight in model.parameters())
     modules = dict(model.named_modules())
     weights = {name: modules[name].weight.requires_grad_() for name in ours}
     wanted = torch.autograd.grad(contrast_loss(model, pairs), list(weights.values()))
-    assert len(ours) == 16 and all(name.endswith(TARGETS) for name in ours)
+    assert len(ours) == 24 and all(name.endswith(targets) for name in ours)
     for (name, G), dense in zip(ours.items(), wanted):
         assert G.dtype == torch.float64 and (G - dense).norm() < 1e-5 * dense.norm(), name
 
@@ -346,11 +355,12 @@ def test_candidate_of_a_block_is_what_the_gradient_carries_most():
 WORDS = SimpleNamespace(control=CONTROL, token=str)       # a tokenizer of numbers
 
 
-def selection(model, select, make=random_sae):
+def selection(model, select, make=random_sae, targets=TARGETS, **more):
     saes = {layer: make(layer) for layer in LAYERS}
-    settings = SimpleNamespace(select=select, top_k=8, tau=0.8, rank=4, tokens="response",
-                               batch_tokens=256, norm_aware=False, recompute=True)
-    return select_features(model, saes, WORDS, random_pairs(12), settings)
+    settings = {"score": "delta", "top_k": 8, "tau": 0.8, "center": False, "rank": 4,
+                "tokens": "response", "batch_tokens": 256, "norm_aware": False, "recompute": True}
+    settings = SimpleNamespace(select=select, **settings | more)
+    return select_features(model, saes, WORDS, random_pairs(12), settings, targets)
 
 
 @pytest.mark.parametrize("make", [random_sae, random_sasa])
@@ -366,9 +376,25 @@ def test_selections(gemma, select, make, capsys):
     assert gemma.recompute == (select == "gradient")        # as the settings say
     # A feature has one entry, with a score for each side that chose it
     assert {"layer", "index", "delta", "effect", "peaks", "promotes"} <= entries[0].keys()
+    score = "delta" if select == "paper" else "gradient"
+    assert {entry["scored_by"] for entry in entries} == {score}
     assert len({(entry["layer"], entry["index"]) for entry in entries}) == len(entries)
     for (layer, side), choice in choices.items():
         scores = {entry["index"]: entry["scores"][side] for entry in entries
                   if entry["layer"] == layer and side in entry["scores"]}
         assert scores == dict(zip(choice.features.tolist(), choice.scores.tolist()))
-    assert "layer 1, readers: 8" in capsys.readouterr().out
+    assert f" by {score} span r̂ = " in capsys.readouterr().out
+
+
+def test_scores_and_centring_reach_the_choice(gemma):
+    _, entries = selection(gemma, "paper", score="rho", top_k=3)
+    assert {entry["scored_by"] for entry in entries} == {"rho"}
+    assert all(entry["scores"]["readers"] == entry["rho"] > 0 for entry in entries)
+    choices, entries = selection(gemma, "paper", score="signed", top_k=3, tau=1.0, center=True)
+    assert all(entry["scores"]["readers"] == entry["delta"] > 0 for entry in entries)
+    assert choices[1, "readers"].U.shape[1] == 2
+
+
+def test_gradient_selection_follows_the_targets(gemma):
+    choices, _ = selection(gemma, "gradient", targets=("down_proj",))
+    assert choices.keys() == {(layer, "writers") for layer in LAYERS}
