@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from fused import lora_linear
 from model import MODULES, TARGETS, load_model, save_model
-from run.files import (InputError, Parser, is_new, locate, read_json, read_tensors, run_command,
-                       write_json, write_tensors)
+from run.files import (InputError, Parser, is_new, locate, read_json, read_tensors, refuse_pointer,
+                       run_command, write_json, write_tensors)
 from run.settings import base_of, model_folder
 
 
@@ -237,14 +237,17 @@ def subspace_share(model: nn.Module, bases: dict[str, Tensor], seed: int, draws=
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
+# What some writers leave in a name: the adapter's own, peft's wrappers, torch.compile's and FSDP's
+AROUND = re.compile(r"\b(default|base_layer|original_module|modules_to_save|_orig_mod|"
+                    r"_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # Other values make an adapter more than W + s·B·A. Other inits (PiSSA, OLoRA) change W itself
-PLAIN = {"peft_type": ("LORA",), "bias": ("none", None),
+PLAIN = {"peft_type": ("LORA",),
          "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica")}
 # So do these, unless they are null, false or empty
-EXTRAS = """use_dora modules_to_save fan_in_fan_out lora_bias layer_replication target_parameters
-    trainable_token_indices alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config
-    monteclora_config velora_config""".split()
+EXTRAS = """use_dora lora_bias layer_replication target_parameters trainable_token_indices
+    alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config monteclora_config
+    velora_config""".split()
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str):
@@ -276,21 +279,30 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name: str):
 def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
     """Put an adapter in PEFT's layout, a folder or hub repository, on a model: {name: LoRALinear}.
 
-    Names and shapes of the tensors give modules and ranks, the config gives the scale. Raises
-    InputError, and leaves the model as it was, for what isn't W + s·B·A on MODULES.
+    Names and shapes of the tensors give modules and ranks, the config gives the scale. Weights of
+    the base model that the file carries along must be as they are here. Raises InputError, and
+    leaves the model as it was, for what isn't W + s·B·A on MODULES.
     """
     config = read_config(locate(source, CONFIG))
     path = locate(source, WEIGHTS)
-    # Some writers leave the name of the adapter, "default", in the keys
-    tensors = {key.replace(".default.", "."): tensor for key, tensor in read_tensors(path).items()}
+    factors = {}
+    weights = dict(model.named_parameters())
+    for key, tensor in read_tensors(path).items():
+        # AutoModel's adapters have one "model." less
+        name = AROUND.sub("", key).removeprefix("base_model.model.").removeprefix("model.")
+        if ".lora_" in name:
+            factors[name] = tensor
+        elif not is_same(weights.get(name.replace("lm_head", "embed_tokens")), tensor):
+            raise InputError(f"{path}: {key} is not the base model's, so this is more than plain "
+                             "LoRA: merge the adapter with peft and load the result as a model")
 
     layers = {}
     for name, base in linears(model, MODULES).items():
-        keys = [f"{PREFIX}{name}.lora_{letter}.weight" for letter in "AB"]
-        if not all(key in tensors for key in keys):
+        keys = [f"{name}.lora_{letter}.weight" for letter in "AB"]
+        if not all(key in factors for key in keys):
             continue
-        A, B = (tensors.pop(key) for key in keys)
-        rank = len(A)
+        A, B = (factors.pop(key) for key in keys)
+        rank = len(A) if A.dim() else 0
         fits = A.shape == (rank, base.in_features) and B.shape == (base.out_features, rank)
         try:
             scale = read_scale(config, name, rank)
@@ -301,10 +313,19 @@ def load_adapter(model: nn.Module, source: str | Path) -> dict[str, LoRALinear]:
         writer = MODULES[leaf(name)].side == "writers"
         layers[name] = LoRALinear(base, A, B, scale, writer)
     # What is left belongs to other modules, or is half a pair
-    if tensors or not layers:
+    if factors or not layers:
         raise InputError(f"{path} holds A and B of {len(layers)} modules here, and tensors of "
-                         f"no {', '.join(MODULES)}: {list(tensors)[:1]}")
+                         f"no {', '.join(MODULES)}: {list(factors)[:1]}")
     return place_layers(model, layers)
+
+
+def is_same(weight, tensor):
+    """Whether a weight of the model is `tensor`, in the dtype of either."""
+    if weight is None or weight.shape != tensor.shape:
+        return False
+    tensor = tensor.to(weight.device)
+    return (torch.equal(weight, tensor.to(weight.dtype))
+            or torch.equal(weight.to(tensor.dtype), tensor))
 
 
 def read_config(path):
@@ -355,6 +376,7 @@ def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | N
     out.mkdir(parents=True, exist_ok=True)
     for name in BESIDE:
         if path := locate(source, name, optional=True):
+            refuse_pointer(path)
             shutil.copyfile(path, out / name)
     # Writes config.json last: without it the folder isn't a checkpoint
     save_model(model, out)

@@ -21,6 +21,7 @@ RANK, ALPHA = 5, 8
 TOKENS = torch.randint(1, 90, (2, 20), generator=torch.Generator().manual_seed(5))
 Q1 = "layers.1.self_attn.q_proj"
 KEY = f"base_model.model.model.{Q1}.lora_A.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def base_model(config=SMALL, dtype=torch.float32):
@@ -224,6 +225,10 @@ def test_peft_opens_what_is_saved_here(twin, tmp_path, sizes, freeze):
     dict(target_modules=r".*\.self_attn\.(q|v)_proj", alpha_pattern={r"layers\.\d.*v_proj": 3}),
     dict(target_modules=["q_proj"], layers_to_transform=[1, 3], layers_pattern="layers"),
     dict(target_modules=["q_proj", "down_proj"], exclude_modules=[Q1]),
+    dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"], bias="all"),
+    dict(target_modules="all-linear", modules_to_save=["lm_head"], exclude_modules=r".*mlp.*"),
+    dict(target_modules=["up_proj"], fan_in_fan_out=True, rank_pattern={r"layers\.[13].*": 2},
+         alpha_pattern={r"\d\.mlp\.up_proj": 3, "up_proj": 2}),
     dict(target_modules=[f"model.{Q1}", "11.self_attn.o_proj"], init_lora_weights="gaussian"),
 ])
 def test_what_peft_saved_opens_here(twin, tmp_path, options):
@@ -262,11 +267,16 @@ def saved(tmp_path):
 def test_names_and_dtypes_of_other_writers_load(saved):
     _, folder, trained = saved
     tensors, expected = load_file(folder / lora.WEIGHTS), trained(TOKENS)
-    renamed = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
-    save_file(renamed, folder / lora.WEIGHTS)
-    model = base_model(TWO)
-    load_adapter(model, folder)
-    assert torch.equal(model(TOKENS), expected)
+    raw = {"base_model.model.lm_head.weight": trained.embed_tokens.weight.clone(),
+           KEY.replace("lora_A", "base_layer"): trained.get_submodule(Q1).base.weight.clone()}
+    for old, new in ((".weight", ".default.weight"), ("model.layers", "layers"),
+                     ("base_model.model.", ""), (".layers.", "._orig_mod.layers."),
+                     (".self_attn", "._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn")):
+        renamed = {key.replace(old, new): tensor for key, tensor in (tensors | raw).items()}
+        save_file(renamed, folder / lora.WEIGHTS)
+        model = base_model(TWO)
+        load_adapter(model, folder)
+        assert torch.equal(model(TOKENS), expected), new
     save_file({key: t.bfloat16() for key, t in tensors.items()}, folder / lora.WEIGHTS)
     assert load_adapter(base_model(TWO), folder)[Q1].A.dtype == torch.float32
 
@@ -279,12 +289,16 @@ def refused(folder, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias is 'all'"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(peft_type="IA3"), "IA3"),
+    (dict(use_dora=True), "use_dora"), (dict(peft_type="IA3"), "IA3"),
     (dict(init_lora_weights="pissa_niter_4"), "pissa"), (dict(alpha_pattern={"(": 2}), "no scale"),
     (dict.clear, "of 0 modules"), (lambda t: t.pop(KEY), "no q_proj, .*q_proj.lora_B"),
     (lambda t: t.update({KEY.replace("layers.1", "layers.7"): torch.zeros(5, 32)}), "no q_proj"),
     (lambda t: t.update({KEY: torch.zeros(32, RANK)}), "don't fit"),
+    (lambda t: t.update({KEY: torch.tensor(1.0)}), "no scale"),
+    (lambda t: t.update({f"base_model.model.{EMBEDDING}": torch.zeros(90, 32)}), "embed_tokens"),
+    (lambda t: t.update({f"base_model.model.{EMBEDDING}": torch.zeros(91, 32)}), "embed_tokens"),
+    (lambda t: t.update({KEY.replace("lora_A.weight", "bias"): torch.zeros(40)}), "q_proj.bias"),
+    (lambda t: t.update({KEY.replace("A.weight", "magnitude_vector"): torch.ones(40)}), "magnit"),
     (lambda t: t.update({KEY: torch.full((RANK, 32), torch.nan)}), "finite"),
 ])
 def test_what_is_not_plain_lora_or_fits_no_module_is_refused(saved, change, message):
