@@ -1,15 +1,18 @@
-"""Evaluate a finished run: answers become verdicts, verdicts shares with intervals, shares a table.
+"""Evaluate models: answers become verdicts, verdicts shares with intervals, shares a table.
 
     python eval.py RUN                          # judge the run's answers again; no model is loaded
     python eval.py RUN --judge shieldgemma      # by one more judge (safety/judges.py)
     python eval.py --list                       # prompt sets known by name (safety/sets.py)
     python eval.py RUN --sets jailbreakbench xstest --set xstest=xstest_prompts.csv --out other
+    python eval.py toy RUN ADAPTER FOLDER --sets toy --out all     # a column each (safety/arms.py)
+    python eval.py google/gemma-2-9b google/gemma-2-9b-it RUN --sets hex-phi --out hex
     python eval.py RUN --sets toy-harmful --attack gcg --out gcg           # safety/attack.py
     torchrun --nproc-per-node 4 eval.py RUN --sets hh-rlhf --out hh        # on 4 cards
 
-The run's own answers are in its completions.jsonl, those to other sets in --out DIR. The command
-writes judged.jsonl and scores.json beside them. Judging reads the answers alone, so that a judge
-can be changed without answering again.
+A run or an adapter by itself is compared with its base. Of several models each is compared with the
+first, prompt by prompt. A run's own answers are in its completions.jsonl, all others in --out DIR.
+The command writes judged.jsonl and scores.json beside them. Judging reads the answers alone, so
+that a judge can be changed without answering again.
 """
 
 from collections.abc import Sequence
@@ -19,22 +22,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import lora
-from data import Tokenizer, load_tokenizer, prompt_tokens
-from model import Gemma2, load_model
+from data import Tokenizer, prompt_tokens
+from model import Gemma2
 from run import parallel
-from run.files import (InputError, Parser, data_file, is_new, printable, read_json, read_jsonl,
-                       table, write_json, write_jsonl)
+from run.files import (InputError, Parser, data_file, is_new, read_json, read_jsonl, write_json,
+                       write_jsonl)
 from run.readers import Prompt, read_pairs
-from run.session import FINISHED, limit_threads
-from run.settings import ROLES, absolute, check_device, model_folder, saved_settings
+from run.session import FINISHED
+from run.settings import ROLES, absolute
 from safety import attack
-from safety.figures import figures, grouped, main_figure, paired
+from safety.arms import find_arms, loaded, shared_settings, tokenizers_of
+from safety.figures import figures, grouped, paired
 from safety.judges import JUDGES, add_judge_flags, find_judge, judged
 from safety.sets import EvalSet, listing, load_sets, places
-
-MODELS = ("base", "adapter")            # whose answers are compared
-
+from safety.table import MODELS, is_run, result_table, samples
 
 # --------------------------------------------------------------------------------------------------
 # Answers
@@ -76,28 +77,37 @@ def read_rows(path: Path) -> list[dict]:
 
 def complete(folder: str | Path, model_name: str, model: Gemma2, tokenizer: Tokenizer,
              sets: dict[str, EvalSet], settings):
-    """Answer the sets that `model_name`, "base" or "adapter", hasn't answered yet.
+    """Answer the sets that `model_name`, as "base" or "adapter", hasn't answered yet.
 
     After each set completions.jsonl is written. Its rows: model, set, role, file, line, prompt,
     completion, and fields, the other columns of the prompt's own row.
     """
     path = Path(folder) / "completions.jsonl"
-    for name, eval_set in sets.items():
-        # A run that goes on has the answers to some sets already
+    for name in unanswered(path, model_name, sets):
+        eval_set = sets[name]
+        texts = answer(model, tokenizer, eval_set.prompts, settings.max_new_tokens,
+                       settings.eval_batch, settings.format, f"{model_name}, {name}")
         rows = parallel.on_rank_zero(read_rows, path)
-        prompts = [as_text(prompt.turns) for prompt in eval_set.prompts]
+        for prompt, text in zip(eval_set.prompts, texts):
+            rows.append({"model": model_name, "set": name, "role": eval_set.role,
+                         "file": eval_set.file, "line": prompt.line,
+                         "prompt": as_text(prompt.turns), "completion": text,
+                         "fields": prompt.fields})
+        parallel.on_rank_zero(write_jsonl, path, rows)
+
+
+def unanswered(path: Path, model_name: str, sets: dict[str, EvalSet]) -> list[str]:
+    """The names of the sets that a model has no answers to in completions.jsonl."""
+    rows = parallel.on_rank_zero(read_rows, path)
+    names = []
+    for name, eval_set in sets.items():
+        prompts = {as_text(prompt.turns) for prompt in eval_set.prompts}
         answered = [row for row in rows if row["set"] == name]
         if any(row["prompt"] not in prompts for row in answered):
             raise InputError(f"{path} answers other prompts of {name}: give the set's old file")
-        if any(row["model"] == model_name for row in answered):
-            continue
-        texts = answer(model, tokenizer, eval_set.prompts, settings.max_new_tokens,
-                       settings.eval_batch, settings.format, f"{model_name}, {name}")
-        for prompt, prompt_text, text in zip(eval_set.prompts, prompts, texts):
-            rows.append({"model": model_name, "set": name, "role": eval_set.role,
-                         "file": eval_set.file, "line": prompt.line, "prompt": prompt_text,
-                         "completion": text, "fields": prompt.fields})
-        parallel.on_rank_zero(write_jsonl, path, rows)
+        if all(row["model"] != model_name for row in answered):
+            names.append(name)
+    return names
 
 
 def as_text(turns) -> str:
@@ -110,11 +120,12 @@ def as_text(turns) -> str:
 # --------------------------------------------------------------------------------------------------
 # Verdicts and figures
 
-def score(folder: str | Path, **judging) -> dict:
+def score(folder: str | Path, models: Sequence[str] = MODELS, **judging) -> dict:
     """Judge a folder's completions into judged.jsonl: {"judge": names, "sets": {model: figures},
     "paired": {set: {figure: adapter against base}}}.
 
-    `judging` goes to judges.judged. Earlier scores for the same answers stay.
+    Of other `models` "paired" is {model: {set: {figure: against the first}}}. `judging` goes to
+    judges.judged. Earlier scores for the same answers stay.
     """
     path = Path(folder) / "judged.jsonl"
     earlier = {(row["prompt"], row["completion"]): row for row in read_rows(path)}
@@ -125,130 +136,14 @@ def score(folder: str | Path, **judging) -> dict:
     finally:        # a judge that fails half-way isn't paid for the same answers twice
         write_jsonl(path, rows)
 
-    # Figures of each model, and the adapter against the base, prompt by prompt
-    base, adapter = ([row for row in rows if row["model"] == name] for name in MODELS)
-    before = grouped(base, "set")
-    after = grouped(adapter, "set")
+    # Figures of each model, and each against the first, prompt by prompt
+    rows_of = {model: [row for row in rows if row["model"] == model] for model in models}
+    before, *others = (grouped(rows_of[model], "set") for model in models)
+    changes = [{name: paired(before[name], after[name]) for name in after} for after in others]
     judges = [f"{judge} by {row[judge]['by']}" for judge in JUDGES for row in rows if judge in row]
     return {"judge": ", ".join(["rules", *dict.fromkeys(judges)]),
-            "sets": {"base": figures(base), "adapter": figures(adapter)},
-            "paired": {name: paired(before[name], after[name]) for name in after}}
-
-
-# --------------------------------------------------------------------------------------------------
-# The table
-
-MAIN_LABELS = {"safe": "safe", "over_refusal": "over-refusal", "correct": "right"}
-ROLE_LABELS = {"harmful": "harmful prompts", "jailbreak": "harmful, under jailbreak",
-               "lookalike": "harmless look-alikes", "benign": "benign answers"}
-VERDICT_LABELS = {"partial": "  refused, then gave some of it",
-                  "empty": "  no word in the answer"}
-SCORE_LABELS = {"harmfulness": "  rubric: mean harmfulness, 1 to 5",
-                "low_risk": "  rubric: score 1 or 2", "high_risk": "  rubric: score 5",
-                "violates": "  ShieldGemma: violates a policy"}
-HEAD = ["share of answers, 95 % interval", "base", "adapter", "change, points", "n"]
-
-
-def percent(figure: dict | None) -> str | None:
-    """A share, or an average, with its interval as text."""
-    if figure is None:
-        return None
-    if "rate" in figure:
-        return f"{figure['rate']:6.1%}  [{figure['low']:.1%}, {figure['high']:.1%}]"
-    return f"{figure['mean']:6.2f}" + interval(figure)
-
-
-def points(change: dict | None) -> str | None:
-    """A change as text: of shares in points, with McNemar's p; of averages with its interval."""
-    if change is None:
-        return None
-    if "p" in change:
-        p = f"p {change['p']:.2g}" if change["p"] >= 1e-4 else "p < 1e-4"
-        return f"{100 * change['change']:+.1f}  {p}"
-    return f"{change['change']:+.2f}" + interval(change)
-
-
-def interval(figure: dict) -> str:
-    """The interval of an average as text; a single value has none."""
-    if figure["low"] is None:
-        return ""
-    return f"  [{figure['low']:.2f}, {figure['high']:.2f}]"
-
-
-def figure_row(label: str, base: dict | None, adapter: dict, change: dict | None = None) -> list:
-    return [label, percent(base), percent(adapter), points(change), adapter["n"]]
-
-
-def set_rows(scores: dict) -> list[list]:
-    """Rows [figure, base, adapter, change, n] of all sets that were answered."""
-    rows = []
-    for name, adapter in scores["sets"]["adapter"].items():
-        base = scores["sets"]["base"][name]
-        changes = scores["paired"][name]
-        # The main figure first, then the others that say something
-        main = main_figure(adapter["role"], adapter)
-        labels = {main: f"{MAIN_LABELS[main]}: {ROLE_LABELS.get(name, name)}"}
-        for key, label in VERDICT_LABELS.items():
-            if adapter[key]["count"] or base[key]["count"]:
-                labels[key] = label
-        labels |= {key: label for key, label in SCORE_LABELS.items() if key in adapter}
-        for key, label in labels.items():
-            rows.append(figure_row(label, base.get(key), adapter[key], changes.get(key)))
-        for category, figure in adapter.get("categories", {}).items():
-            rows.append(figure_row(f"  {category}", base["categories"][category], figure))
-    return rows
-
-
-def attack_rows(attacks: dict) -> list[list]:
-    """Rows [figure, base, adapter, None, n] of attack.success."""
-    rows = []
-    for name, of_set in attacks["adapter"].items():
-        for key, figure in of_set.items():
-            label = f"attack success: {name}, {key}"
-            rows.append(figure_row(label, attacks["base"][name][key], figure))
-    return rows
-
-
-def run_rows(scores: dict) -> list[list]:
-    """Rows [label, text] of a run of train.py: where the update lies, and what it took."""
-    rows = []
-    inside = scores["share"]
-    if inside["subspace"] is not None:
-        chance = f"{inside['random']:6.1%}  ± {inside['random_sd']:.1%}"
-        rows.append(["update inside the safety subspace", f"{inside['subspace']:6.1%}"])
-        rows.append(["  inside random bases of that rank", chance])
-    trained = scores["trainable"]
-    total = scores["parameters"]
-    rows.append(["trainable parameters", f"{trained:,} of {total:,} ({trained / total:.4%})"])
-    rows.append(["peak memory", f"{scores['peak_bytes'] / 1e6:,.0f} MB"])
-    for stage, seconds in scores["seconds"].items():
-        rows.append([f"seconds: {stage}", f"{seconds:6.1f}"])
-    return rows
-
-
-def result_table(scores: dict) -> str:
-    """The table that a run or an evaluation ends with: base beside adapter, and what it took."""
-    rows = set_rows(scores)
-    if "attacks" in scores:
-        rows += attack_rows(scores["attacks"])
-    if "seconds" in scores:
-        rows += [[label, None, text, None, None] for label, text in run_rows(scores)]
-    return table(rows, HEAD, right=(4,))
-
-
-def samples(folder: str | Path) -> str:
-    """Of each set the first prompt whose verdict changed (else the first), with both answers."""
-    lines = []
-    for name, rows in grouped(read_rows(Path(folder) / "judged.jsonl"), "set").items():
-        # Both models answered the same prompts in the same order
-        pairs = list(zip(*grouped(rows, "model").values()))
-        changed = [pair for pair in pairs if pair[0]["verdict"] != pair[1]["verdict"]]
-        pair = (changed or pairs)[0]
-        lines.append(f"{name}: {printable(pair[0]['prompt'])[:100]}")
-        for row in pair:
-            text = printable(row["completion"])[:100]
-            lines.append(f"  {row['model']:7}  {row['verdict']:7}  {text}")
-    return "\n".join(lines)
+            "sets": {model: figures(rows_of[model]) for model in models},
+            "paired": changes[0] if is_run(models) else dict(zip(models[1:], changes))}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,12 +151,17 @@ def samples(folder: str | Path) -> str:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a finished run")
+    parser.add_argument("models", metavar="MODEL", nargs="*",
+                        help="a finished run, a folder with an adapter in PEFT's layout or with a "
+                             "checkpoint, or a name on the hub")
+    parser.add_argument("--model", metavar="NAME|DIR",
+                        help="the base of adapters (default: the one that they name)")
     parser.add_argument("--list", action="store_true", help="print the sets known by name")
     parser.add_argument("--sets", metavar="NAME", nargs="+", default=[], help="sets by name")
     parser.add_argument("--set", metavar="NAME=FILE", action="append", default=[],
                         help="the file of a set; for one that isn't known by name NAME:ROLE=FILE, "
-                             f"with a role of {', '.join(ROLES)}")
+                             f"with a role of {', '.join(ROLES)} (without --sets and --set: the "
+                             "first run's sets, or those of the recipe for a model of this size)")
     parser.add_argument("--prompts", metavar="N", type=int,
                         help="prompts taken of each set; 0: all (default: as in the run)")
     parser.add_argument("--out", metavar="DIR", help="where answers to other sets go")
@@ -271,95 +171,105 @@ def main():
     args = parser.parse_args()
     if args.list:
         return print(listing())
-    if not args.run:
-        raise InputError("give the folder of a finished run of train.py (or --list)")
-    run = Path(args.run).expanduser()
-    if not (run / FINISHED).exists():
-        raise InputError(f"{run} isn't finished: go on with `python train.py --resume {run}`")
+    if not args.models:
+        raise InputError("give a finished run of train.py, an adapter or a model (or --list)")
+    with parallel.agreed():
+        arms = find_arms(args.models, args.model)
     find_judge(args.judge, args.judge_model)            # is it there? Answering can take hours
-    has_sets = bool(args.sets or args.set)
-    if has_sets != bool(args.out) or args.attack and not has_sets:
-        raise InputError("--out DIR goes with sets (--sets, --set), and sets go with --out DIR; "
-                         "--attack wants both")
 
     # Answer, then judge
-    folder = Path(args.out or run).expanduser()
+    folder = Path(args.out or args.models[0]).expanduser()
     if args.out:
-        answer_sets(args, run, folder)
-    parallel.on_rank_zero(conclude, folder, args)
+        answer_sets(args, arms, folder)
+    elif len(args.models) > 1 or not arms[-1].run or args.sets or args.set or args.attack:
+        raise InputError("give --out DIR, where the answers go: only a run has its own")
+    parallel.on_rank_zero(conclude, folder, [arm.name for arm in arms], args)
 
 
-def sets_of(args, settings) -> dict[str, EvalSet]:
-    """The sets that --sets and --set name, under --attack."""
+def sets_of(args, arms, settings) -> dict[str, EvalSet]:
+    """The sets that --sets and --set name, else those of the settings, under --attack."""
     files = {}
     for text in args.set:
         name, _, file = text.partition("=")
         if not file:
             raise InputError(f"--set {text}: give NAME=FILE")
         files[name] = absolute(file)
-    trained = {pair.turns for pair in read_pairs(data_file(settings.data))[0]}
+    found = places(args.sets, files)
+    if not found:
+        found = {role: (role, file) for role, file in (settings.sets or {}).items()}
+    if not found:
+        raise InputError(f"no recipe is for models of this size ({arms[0].base}): give --sets or "
+                         "--set")
+    # What some of these runs were trained on is no test of the others either
+    trained = {pair.turns for data in {arm.run.data for arm in arms if arm.run}
+               for pair in read_pairs(data_file(data))[0]}
     most = settings.eval_prompts if args.prompts is None else args.prompts
-    sets = load_sets(places(args.sets, files), trained, most)
+    sets = load_sets(found, trained, most)
     if args.attack:
         sets = attack.attacked_sets(sets, args.attack, args.template, args.target)
     return sets
 
 
-def answer_sets(args, run, out):
-    """Answers of base and adapter to the sets, in the folder `out`; those there stay."""
+def answer_sets(args, arms, out):
+    """Answers of all models to the sets, in the folder `out`; those there stay."""
     if args.attack == "gcg" and parallel.world_size() > 1:
         raise InputError("--attack gcg runs in one process: start it without torchrun")
     # All inputs are read before the folder is made
-    settings = saved_settings(run)
-    source = model_folder(settings.model)
     with parallel.agreed():
-        device = check_device(args.device or settings.device)
-        tokenizer = load_tokenizer(source)
-        sets = sets_of(args, settings)
-    parallel.on_rank_zero(open_folder, out, args)
-    with parallel.agreed():
-        shard = parallel.shard if settings.shard else None
-        model = load_model(source, getattr(torch, settings.dtype), device, shard)
-    limit_threads(model)
+        settings = shared_settings(arms, args.device)
+        tokenizers = tokenizers_of(arms)
+        sets = sets_of(args, arms, settings)
+    parallel.on_rank_zero(open_folder, out, args, arms)
 
-    # The adapter goes on top of the base model, which has answered by then
-    replies = partial(answer, model, tokenizer, max_new_tokens=settings.max_new_tokens,
-                      batch_size=settings.eval_batch, format=settings.format)
+    if args.attack != "gcg":
+        path = out / "completions.jsonl"
+        arms = [arm for arm in arms if unanswered(path, arm.name, sets)]
     plan = attack.Plan(args.attack_steps, args.attack_width, args.attack_length, args.target)
-    for name in MODELS:
-        if name == "adapter":
-            lora.load_adapter(model, run)
+    for arm, model in loaded(arms, settings):
+        tokenizer = tokenizers[arm.base]
         if args.attack == "gcg":
-            attack.gcg(out, name, model, tokenizer, sets, replies, plan, settings.format)
+            replies = partial(answer, model, tokenizer, max_new_tokens=settings.max_new_tokens,
+                              batch_size=settings.eval_batch, format=settings.format)
+            attack.gcg(out, arm.name, model, tokenizer, sets, replies, plan, settings.format)
         else:
-            complete(out, name, model, tokenizer, sets, settings)
+            complete(out, arm.name, model, tokenizer, sets, settings)
 
 
-def open_folder(out, args):
-    """Make a folder for these answers, or go on in one that has the same flags in its eval.json."""
+def open_folder(out, args, arms):
+    """Make a folder for these answers, or go on in one whose eval.json has the same flags.
+
+    More models may join those that have answered there; a name stays one model's.
+    """
     flags = {name: value for name, value in vars(args).items()
-             if name not in ("out", "device", "judge", "judge_model")}
+             if name not in ("models", "out", "device", "judge", "judge_model")}
+    models = {arm.name: arm.place for arm in arms}
     path = out / "eval.json"
-    if not is_new(out) and not (path.exists() and read_json(path) == flags):
-        raise InputError(f"{out} isn't of these sets and this run: give another --out")
-    write_json(path, flags)
+    if not is_new(out):
+        old = read_json(path) if path.exists() else {}
+        known = old.pop("models", {})
+        models = known | models
+        if old != flags or not known.items() <= models.items():
+            raise InputError(f"{out} isn't of these sets and models: give another --out")
+    write_json(path, flags | {"models": models})
 
 
-def conclude(folder, args):
+def conclude(folder, models, args):
     """Judge the answers, write scores.json, print the table."""
     path = folder / FINISHED
     suffixes = folder / "attacks.jsonl"
-    scores = score(folder, judge=args.judge, judge_model=args.judge_model, device=args.device)
+    scores = score(folder, models, judge=args.judge, judge_model=args.judge_model,
+                   device=args.device)
     if path.exists():
         scores = read_json(path) | scores       # a run's own has more than figures
     if suffixes.exists():
-        scores["attacks"] = attack.success(read_jsonl(suffixes))
+        success = attack.success(read_jsonl(suffixes))
+        scores["attacks"] = {model: success[model] for model in models}
     write_json(path, scores)
     print(f"\n{result_table(scores)}\n")
     if suffixes.exists():
         print(f"suffixes: {suffixes}")
     else:
-        print(f"{samples(folder)}\n\nanswers: {folder / 'completions.jsonl'}")
+        print(f"{samples(folder, models)}\n\nanswers: {folder / 'completions.jsonl'}")
 
 
 if __name__ == "__main__":

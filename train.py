@@ -27,7 +27,7 @@ import torch
 import lora
 from attention import use_compile
 from data import Example, Row, load_examples, load_tokenizer, pack
-from eval import complete, result_table, samples, score
+from eval import complete, score
 from features import (SELECTIONS, load_subspaces, module_bases, sample_pairs, save_selection,
                       select_features)
 from fused import IGNORE
@@ -40,6 +40,7 @@ from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads
 from run.settings import add_flags, model_folder, resolve, saved_settings, settings_table
 from sae import load_saes
 from safety.sets import load_sets
+from safety.table import result_table, samples
 
 
 # ------------------------------------------------------------------------------

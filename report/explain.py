@@ -206,7 +206,7 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
         flags = {"safe": [], "over_refusal": []}
         for (role, _), text in zip(questions, answers()):
             key = "safe" if role in HARMFUL else "over_refusal"
-            flags[key].append(refused(role, text))
+            flags[key].append(refused(text))
         return flags
 
     # Features that selection chose are described as it did, the others by the adapter's answers
