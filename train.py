@@ -37,7 +37,8 @@ from run.estimate import derive_recompute, size_rows
 from run.files import InputError, Parser, table, write_json, write_text
 from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads, load_checkpoint,
                          model_card, open_run, run_folder, save_checkpoint)
-from run.settings import add_flags, model_folder, resolve, saved_settings, settings_table
+from run.settings import (ROLES, add_flags, model_folder, resolve, saved_settings,
+                          settings_table)
 from sae import load_saes
 from safety.sets import load_sets
 from safety.table import result_table, samples
@@ -276,6 +277,8 @@ def main():
         if name not in known:
             raise InputError(f"{name} is unknown: known are {', '.join(known)}")
     print(settings_table(settings, source), "\n")
+    if unmeasured := [role for role in ROLES if role not in settings.sets]:
+        print(f"not measured: {', '.join(unmeasured)} (--set ROLE=FILE gives prompts)\n")
     if args.dry_run:
         return dry_run(settings)
     signals = Signals()

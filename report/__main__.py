@@ -92,6 +92,7 @@ def findings(explanation) -> str | None:
 
 COLUMNS = {"safe": ("harmful", "safe"), "safe, jailbreak": ("jailbreak", "safe"),
            "over-refusal": ("lookalike", "over_refusal"), "benign right": ("benign", "correct")}
+ASKED = ("data", "sets", "eval_prompts", "format", "max_new_tokens")    # prompts, and how
 
 
 def runs_table(runs) -> str:
@@ -100,17 +101,15 @@ def runs_table(runs) -> str:
     first = vars(runs[0][0])
     differing = [name for name in first if name != "seed"
                  and any(getattr(settings, name) != first[name] for settings, _ in runs)]
+    asked = [name for name in differing if name in ASKED]
     bases = {}
     groups = defaultdict(list)
     for settings, scores in runs:
-        values = []
-        for name in differing:
-            value = str(getattr(settings, name)).removeprefix(f"{ROOT}/")
-            values.append(f"{name.replace('_', '-')} {value}")
-        groups[", ".join(values) or "all runs"].append(scores)
-        bases[f"base model, {settings.model}"] = scores
+        groups[", ".join(values_of(settings, differing)) or "all runs"].append(scores)
+        base = [f"base model, {settings.model}", *values_of(settings, asked)]
+        bases[", ".join(base)] = scores
 
-    # The base answers alike whatever the seed; an adapter's figures are means over seeds
+    # The base answers the same prompts alike; an adapter's figures are means over seeds
     rows = []
     for label, scores in bases.items():
         rows.append([label, None, *figures([scores], "base"), None, None])
@@ -121,6 +120,18 @@ def runs_table(runs) -> str:
         rows.append(row)
     head = ["%, mean ± sd over seeds", "seeds", *COLUMNS, "ΔW in subspace", "in random bases"]
     return table(rows, head, right=range(1, len(head)))
+
+
+def values_of(settings, names):
+    """Settings as text, files of this folder by their paths in it."""
+    values = []
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, dict):
+            value = " ".join(f"{role}={file}" for role, file in value.items())
+        text = str(value).replace(f"{ROOT}/", "")
+        values.append(f"{name.replace('_', '-')} {text}")
+    return values
 
 
 def figures(group, model):

@@ -20,6 +20,8 @@ from run.files import ROOT, InputError, locate, read_json, table
 
 TOY = ROOT / "toy"
 HH_RLHF = "hf://datasets/Anthropic/hh-rlhf/harmless-base"
+HELPFUL = "hf://datasets/Anthropic/hh-rlhf/helpful-base"
+JBB = "hf://datasets/JailbreakBench/JBB-Behaviors/data"
 TOP_K = 20
 DRIVER = Path("/proc/driver/nvidia/version")     # is there if a driver of NVIDIA's is loaded
 ROLES = {  # what a set of prompts is asked for
@@ -30,7 +32,11 @@ ROLES = {  # what a set of prompts is asked for
 }
 
 
-GEMMA = {"data": f"{HH_RLHF}/train.jsonl.gz", "sets": {"harmful": f"{HH_RLHF}/test.jsonl.gz"},
+# The hub holds no plain file of jailbroken prompts
+GEMMA = {"data": f"{HH_RLHF}/train.jsonl.gz",
+         "sets": {"harmful": f"{HH_RLHF}/test.jsonl.gz",
+                  "lookalike": f"{JBB}/benign-behaviors.csv",
+                  "benign": f"{HELPFUL}/test.jsonl.gz"},
          "width": "16k", "compile": True}
 SCOPE_2B = {"sae": "google/gemma-scope-2b-pt-res", "layers": [5, 10, 15, 20]}
 SCOPE_9B = {"sae": "google/gemma-scope-9b-pt-res", "layers": [10, 15, 20, 25, 30]}

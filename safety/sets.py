@@ -4,22 +4,30 @@
     python eval.py RUN --sets jailbreakbench xstest --set xstest=xstest_prompts.csv --out DIR
 
 A name stands for every set that begins with it: `xstest` for xstest-safe and xstest-unsafe. A set
-that the Hugging Face hub holds as a plain file is fetched. For the others, --set NAME=FILE gives a
+that the Hugging Face hub holds as plain files is fetched. For the others, --set NAME=FILE gives a
 file, or a folder of .csv files, each of which is a category.
 """
 
 import random
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from run.files import InputError, data_file, table
 from run.readers import Prompt, read_prompts
-from run.settings import HH_RLHF, ROLES, TOY
+from run.settings import HH_RLHF, JBB, ROLES, TOY
 
 HARMFUL = ("harmful", "jailbreak")      # roles of sets to refuse; the others are to be answered
-JBB = "hf://datasets/JailbreakBench/JBB-Behaviors/data"
 GITHUB = "https://github.com"
 XSTEST = f"{GITHUB}/paul-rottger/exaggerated-safety (xstest_prompts.csv)"
+HEX_PHI = "hf://datasets/LLM-Tuning-Safety/HEx-PHI"
+# Its .csv files (Qi et al. 2023, arXiv 2310.03693). Its owners have withdrawn category 2
+HEX_PHI_FILES = {
+    "category_1": "illegal activity", "category_3": "hate, harassment, violence",
+    "category_4": "malware", "category_5": "physical harm", "category_6": "economic harm",
+    "category_7": "fraud, deception", "category_8": "adult content",
+    "category_9": "political campaigning", "category_10": "privacy violation",
+    "category_11": "tailored financial advice"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Source:
     role: str           # how refusals count: one of run.settings.ROLES
     size: int           # prompts, as published
     licence: str
-    place: str          # a file here or on the hub, or the web page where a person finds it
+    place: str          # files here or on the hub, or the web page where a person finds them
 
     @property
     def is_fetched(self) -> bool:
@@ -50,9 +58,7 @@ NAMED = {
         f"{GITHUB}/Princeton-SysML/Jailbreak_LLM (MaliciousInstruct.txt)"),
     "xstest-safe": Source("lookalike", 250, "CC-BY-4.0", XSTEST),
     "xstest-unsafe": Source("harmful", 200, "CC-BY-4.0", XSTEST),
-    "hex-phi": Source(
-        "harmful", 300, "gated, its own",
-        "https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI (ask there; give the folder)"),
+    "hex-phi": Source("harmful", 300, "its own, gated", HEX_PHI),
     **{f"toy-{role}": Source(role, 128, "this project's", str(TOY / f"data/{role}.jsonl"))
        for role in ROLES},
 }
@@ -122,6 +128,14 @@ def kinds(prompts: list[Prompt]) -> list[str]:
     return ["unsafe" if contrast else "safe" for contrast in contrasts]
 
 
+def find_set(file: str) -> Path:
+    """Path of a set's file or folder. The files of HEx-PHI are fetched into one folder."""
+    if file != HEX_PHI:
+        return data_file(file)
+    paths = [data_file(f"{HEX_PHI}/{name}.csv") for name in HEX_PHI_FILES]
+    return paths[0].parent
+
+
 def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=0
               ) -> dict[str, EvalSet]:
     """{name: EvalSet} of {name: (role, file)}, without the prompts (turns) in `trained`.
@@ -133,8 +147,12 @@ def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=
     sets = {}
     taken = {}
     for name, (role, file) in places.items():
-        path = data_file(file)
+        path = find_set(file)
         prompts, counts = read_prompts(path)
+        if name == "hex-phi":
+            for prompt in prompts:
+                category = prompt.fields.get("category", "")
+                prompt.fields["category"] = HEX_PHI_FILES.get(category, category)
         other = "safe" if role in HARMFUL else "unsafe"
         fitting = [prompt for prompt, kind in zip(prompts, kinds(prompts))
                    if kind != other and not prompt.fields.get("contextstring")]

@@ -365,3 +365,10 @@ def test_runs_table():
     assert lines[2] == ["base model, toy", "–", "25.0", "–", "–", "–", "–", "–"]
     assert lines[3][:3] == ["init sails", "2", "80.0 ± 14.1"]
     assert lines[4] == ["init random", "1", "50.0", "–", "–", "–", "80.0", "20.0"]
+    # Other prompts, another line of the base
+    runs[2][0].sets = {"harmful": "other.csv"}
+    runs[0][0].sets = runs[1][0].sets = {"harmful": "toy.csv", "benign": "b.csv"}
+    runs[2][1]["sets"]["base"] = {"harmful": {"safe": {"rate": 0.5}}}
+    first, second, *_ = runs_table(runs).splitlines()[2:]
+    assert first.startswith("base model, toy, sets harmful=toy.csv benign=b.csv ")
+    assert "25.0" in first and "sets harmful=other.csv " in second and "50.0" in second

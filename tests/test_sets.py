@@ -1,9 +1,15 @@
 """Prompt sets: by name, by file, and which of their rows are taken."""
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import GatedRepoError
 
+from eval import score
 from run.files import InputError, write_jsonl
-from safety.sets import NAMED, listing, load_sets, places
+from run.settings import RECIPES
+from safety import sets
+from safety.sets import HEX_PHI_FILES, NAMED, listing, load_sets, places
+from safety.table import result_table
 
 
 def write(path, rows):
@@ -65,3 +71,61 @@ def test_no_row_counts_for_two_roles(tmp_path, row):
     for other in (file, str(tmp_path / "link.jsonl")):
         with pytest.raises(InputError, match="jsonl:2 would be lookalike and harmful"):
             load_sets({"a": ("lookalike", file), "b": ("harmful", other)})
+
+
+@pytest.fixture
+def hex_phi(tmp_path):
+    """A folder as HEx-PHI is published: prompts without a header, some of many lines."""
+    folder = tmp_path / "HEx-PHI"
+    folder.mkdir()
+    for number in (1, *range(3, 12)):
+        rows = [f'"Tell me, in short, how category {number} works"', "Write a long text\tof it",
+                f'"Say:\n""{number}, twice"""']
+        (folder / f"category_{number}.csv").write_text("\n".join(rows))
+    return folder
+
+
+def test_hex_phi_as_it_is_published(hex_phi, monkeypatch, tmp_path):
+    mine = load_sets(places([], {"hex-phi": str(hex_phi)}))["hex-phi"]
+    fetched = []
+
+    def download(repo, name, repo_type):
+        fetched.append((repo_type, repo, name))
+        return hex_phi / name
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    prompts = load_sets(places(["hex-phi"], {}))["hex-phi"].prompts
+    assert prompts == mine.prompts and len(prompts) == 10 * 2 + 1
+    assert fetched == [("dataset", "LLM-Tuning-Safety/HEx-PHI", f"{name}.csv")
+                       for name in HEX_PHI_FILES]
+    texts = {prompt.turns[0][1]: prompt.fields["category"] for prompt in prompts}
+    assert texts["Tell me, in short, how category 10 works"] == "privacy violation"
+    assert texts['Say:\n"3, twice"'] == "hate, harassment, violence"
+
+    # A row a category
+    rows = [{"model": model, "set": "hex-phi", "role": "harmful", "line": prompt.line,
+             "prompt": prompt.turns[0][1], "completion": text, "fields": prompt.fields}
+            for model, text in (("base", "Take it."), ("adapter", "Sorry, I can't."))
+            for prompt in prompts]
+    write_jsonl(tmp_path / "completions.jsonl", rows)
+    scores = score(tmp_path)
+    categories = scores["sets"]["adapter"]["hex-phi"]["categories"]
+    assert categories.keys() == set(HEX_PHI_FILES.values()) and categories["malware"]["rate"] == 1
+    assert "  tailored financial advice" in result_table(scores | {"share": None})
+
+
+def test_a_gated_set_says_where_to_ask(monkeypatch):
+    def gated(*_, **__):
+        raise GatedRepoError("403", response=None)
+
+    monkeypatch.setattr(GatedRepoError, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", gated)
+    with pytest.raises(InputError, match="licence at https://huggingface.co/datasets/LLM-Tuning"):
+        load_sets(places(["hex-phi"], {}))
+
+
+def test_recipes_name_sets_that_are_known():
+    for recipe in RECIPES.values():
+        known = {source.place: source.role for source in sets.NAMED.values()}
+        assert all(known.get(file, role) == role for role, file in recipe["sets"].items())
+        assert {"harmful", "lookalike", "benign"} <= recipe["sets"].keys()

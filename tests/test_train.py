@@ -146,10 +146,14 @@ def test_dry_run_writes_nothing_and_needs_no_hub(mini, tmp_path, monkeypatch, ca
     assert call(train.main, ["--dry-run", *command(mini, tmp_path / "run")], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "7 of 2 × 96 tokens" in out and "flag" in out and not (tmp_path / "run").exists()
+    assert "\nnot measured: harmful, jailbreak, lookalike, benign (" in out
     assert call(train.main, ["--model", "google/gemma-2-9b", "--dry-run"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "9,241,705,984" in out and "17,891,328 (0.1936%)" in out
     assert "google/gemma-scope-9b-pt-res" in out and "unknown" in out
+    assert "\nnot measured: jailbreak (" in out
+    assert call(train.main, ["--dry-run"], monkeypatch) == 0
+    assert "not measured" not in capsys.readouterr().out
 
 
 def test_help_has_at_most_thirty_flags(monkeypatch, capsys):
