@@ -16,6 +16,7 @@ import itertools
 import json
 import random
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,9 @@ class Tokenizer:
     start_of_turn: int
     end_of_turn: int
     size: int                # largest id + 1
+    rows: int                # that an embedding needs: largest id of a text or a turn + 1
     control: frozenset[int]  # ids that steer the model
+    positions = sys.maxsize  # that the model beside it knows
 
     def __init__(self, spec: dict, name: str | Path):
         """spec: the parsed tokenizer.json, which is changed. name: what errors call it.
@@ -64,6 +67,8 @@ class Tokenizer:
             for attribute in NEEDED:
                 setattr(self, attribute, ids[f"<{attribute}>"])
             control = _take_control_tokens_out(spec, ids)
+            needed = [ids[f"<{attribute}>"] for attribute in NEEDED]
+            self.rows = max(*needed, *_text_ids(spec["model"], spec["added_tokens"])) + 1
             self.encoder = tokenizers.Tokenizer.from_str(json.dumps(spec))
             self.decode(self.encode("user\nmodel\n "))
         except (KeyboardInterrupt, MemoryError):
@@ -134,12 +139,35 @@ def _take_control_tokens_out(spec, ids):
     return control
 
 
+def _text_ids(model, added):
+    """Ids that a text can give. BPE makes no token of several characters but by a merge."""
+    vocab = model["vocab"]
+    if model["type"] == "BPE" and not model.get("ignore_merges"):
+        made = {a + b for a, b in model["merges"]} | {token["content"] for token in added}
+        made.add(model.get("unk_token"))
+        vocab = {token: id for token, id in vocab.items()
+                 if len(token) == 1 or token in made or PLAIN.fullmatch(token)}
+    return vocab.values()
+
+
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Tokenizer of a folder or hub repository with a tokenizer.json, or of such a file (or .gz)."""
+    """Tokenizer of a folder or hub repository with a tokenizer.json, or of such a file (or .gz).
+
+    Raises InputError where it gives ids that the model beside it has no embedding for.
+    """
     path = Path(source).expanduser()
-    if not path.is_file():
-        path = locate(source, "tokenizer.json")
-    return Tokenizer(read_json(path), path)
+    if path.is_file():
+        return Tokenizer(read_json(path), path)
+    path = locate(source, "tokenizer.json")
+    tokenizer = Tokenizer(read_json(path), path)
+    config = locate(source, "config.json", optional=True)
+    values = read_json(config) if config else {}
+    rows = values.get("vocab_size")
+    if isinstance(rows, int) and tokenizer.rows > rows:
+        raise InputError(f"{path} gives ids up to {tokenizer.rows - 1:,}, but the model beside it "
+                         f"has {rows:,} embeddings (vocab_size): give it the tokenizer of its own")
+    tokenizer.positions = values.get("max_position_embeddings") or sys.maxsize
+    return tokenizer
 
 
 # ----------------------------------------------------------------- Ids and loss mask
@@ -193,9 +221,10 @@ def load_examples(path: str | Path, tokenizer: Tokenizer, max_length: int, forma
                   ) -> tuple[list[tuple[Example, Example]], list[Pair]]:
     """A file's pairs as [(aligned Example, unaligned Example)], and as read.
 
-    `path` may be hf://datasets/…. Prints what was dropped or cut. Raises InputError if nothing is
-    left.
+    `path` may be hf://datasets/…. Prints what was dropped or cut: what is longer than `max_length`
+    or the model's positions. Raises InputError if nothing is left.
     """
+    max_length = min(max_length, tokenizer.positions)
     pairs, counts = read_pairs(data_file(path))
     print(f"pairs: {counts}")
     # Both sides must fit: the statistics need them, and training takes the aligned one.

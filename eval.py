@@ -15,6 +15,7 @@ The command writes judged.jsonl and scores.json beside them. Judging reads the a
 that a judge can be changed without answering again.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,10 @@ def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_n
     """
     ids = [prompt_tokens(tokenizer, prompt.turns, format) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    num_positions = model.config.max_position_embeddings
+    if num_long := sum(len(tokens) + max_new_tokens > num_positions for tokens in ids):
+        print(f"warning: {label or 'answers'}: {num_long:,} prompts with their answers may be "
+              f"longer than the {num_positions:,} positions that the model knows", file=sys.stderr)
     is_sharded = parallel.is_sharded(model)     # what FSDP gathers must be fit for training later
     if not is_sharded:
         order = parallel.own_share(order)
@@ -155,7 +160,9 @@ def main():
                         help="a finished run, a folder with an adapter in PEFT's layout or with a "
                              "checkpoint, or a name on the hub")
     parser.add_argument("--model", metavar="NAME|DIR",
-                        help="the base of adapters (default: the one that they name)")
+                        help="the base of adapters (default: the one that they name), and of a "
+                             "run whose model has moved")
+    parser.add_argument("--data", metavar="FILE", help="what a run was trained on, if it has moved")
     parser.add_argument("--list", action="store_true", help="print the sets known by name")
     parser.add_argument("--sets", metavar="NAME", nargs="+", default=[], help="sets by name")
     parser.add_argument("--set", metavar="NAME=FILE", action="append", default=[],
@@ -174,7 +181,7 @@ def main():
     if not args.models:
         raise InputError("give a finished run of train.py, an adapter or a model (or --list)")
     with parallel.agreed():
-        arms = find_arms(args.models, args.model)
+        arms = find_arms(args.models, args.model, args.data)
     find_judge(args.judge, args.judge_model)            # is it there? Answering can take hours
 
     # Answer, then judge
@@ -241,7 +248,7 @@ def open_folder(out, args, arms):
     More models may join those that have answered there; a name stays one model's.
     """
     flags = {name: value for name, value in vars(args).items()
-             if name not in ("models", "out", "device", "judge", "judge_model")}
+             if name not in ("models", "out", "data", "device", "judge", "judge_model")}
     models = {arm.name: arm.place for arm in arms}
     path = out / "eval.json"
     if not is_new(out):

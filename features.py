@@ -384,12 +384,12 @@ def main():
     # What one process can't read ends all of them
     with parallel.agreed():
         place = model_folder(settings.model)
+        tokenizer = load_tokenizer(place)
         shard = parallel.shard if settings.shard else None
         model = load_model(place, getattr(torch, settings.dtype), settings.device, shard)
         limit_threads(model)
         saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                          settings.device, model.config)
-        tokenizer = load_tokenizer(place)
         pairs, _ = load_examples(settings.data, tokenizer, settings.batch_tokens, settings.format)
     print(*saes.values(), sep="\n")
     pairs = sample_pairs(settings, pairs)

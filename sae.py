@@ -17,6 +17,7 @@ Letters: D width of the residual stream, F features, r features of a block (Jump
 K = F/r units.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ CANONICAL_L0 = {
     ("google/gemma-scope-27b-pt-res", "131k"): {10: 106, 22: 82, 34: 72},
 }
 WIDTHS = {f"{2**n // 1000}k": 2**n for n in range(12, 20)} | {"1m": 2**20}  # 4k, 8k, 16k, ...
+PLACE = re.compile(r"layer_(\d+)/width_(\w+)/average_l0_(\d+)$")
 SHAPES = {
     "W_enc": "DF",
     "b_enc": "F",
@@ -201,29 +203,19 @@ def load_sae(source: str | Path, layer: int, width: str | int | None = None,
     Raises InputError where the file is missing (and lists what is there), is damaged, or holds
     another width than its name says.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        width, l0 = place_in_folder(folder, layer, width, l0)
-    else:
-        width = str(width or "16k")
-        l0 = canonical_l0(str(source), layer, width) if l0 is None else l0
-    num_features = WIDTHS.get(width) or int(width if width.isdecimal() else 0)
-    if not num_features:
-        raise InputError(f"width {width}: known are {', '.join(WIDTHS)}, or a number of features")
-    place = f"layer_{layer}/width_{width}/average_l0_{l0}"
+    path, width, l0 = find_sae(source, layer, width, l0)
     where = {"source": source, "layer": layer, "width": width, "l0": l0}
-
-    # A folder with a sasa.json holds a SASA, every other one a JumpReLU
-    is_sasa = (folder / place / "sasa.json").is_file()
+    is_sasa = path.name != "params.npz"
     if is_sasa:
-        where |= read_sizes(folder / place / "sasa.json", num_features)
-        path = locate(folder, f"{place}/sasa.safetensors")
         tensors = {name: tensor.float() for name, tensor in read_tensors(path).items()}
         if tensors.keys() != SHAPES.keys() - {"threshold"}:
             raise InputError(f"{path} holds {', '.join(tensors)}: not a SASA's tensors")
     else:
-        path = locate(source, f"{place}/params.npz")
         tensors = {name: read_array(path, name) for name in SHAPES if name != "W_dec"}
+    # A folder's name may be another than Gemma Scope's: width_24k
+    num_features = named_width(width) or tensors["b_enc"].numel()
+    if is_sasa:
+        where |= read_sizes(path.with_name("sasa.json"), num_features)
     # D is what b_dec says. A JumpReLU's W_dec is checked when it is read
     check_tensors(path, tensors, tensors["b_dec"].numel(), num_features)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -231,6 +223,27 @@ def load_sae(source: str | Path, layer: int, width: str | int | None = None,
         return SASA(**tensors, **where)
     # The decoder is half of the file, and encoding doesn't need it
     return JumpReLU(**tensors, W_dec=path, **where)
+
+
+def find_sae(source, layer, width=None, l0=None) -> tuple[Path, str, int]:
+    """(params.npz or sasa.safetensors, width, average L0) of the SAE that `load_sae` reads."""
+    folder = Path(source).expanduser()
+    if folder.exists():
+        place, width, l0 = place_in_folder(folder, layer, width, l0)
+        # A folder with a sasa.json holds a SASA, every other one a JumpReLU
+        is_sasa = (place / "sasa.json").is_file()
+        return locate(place, "sasa.safetensors" if is_sasa else "params.npz"), width, l0
+    width = str(width or "16k")
+    l0 = canonical_l0(str(source), layer, width) if l0 is None else l0
+    if not named_width(width):
+        raise InputError(f"width {width}: known are {', '.join(WIDTHS)}, or a number of features")
+    name = f"layer_{layer}/width_{width}/average_l0_{l0}/params.npz"
+    return locate(source, name), width, l0
+
+
+def named_width(width: str) -> int:
+    """The number of features that a width names; 0 where it isn't known."""
+    return WIDTHS.get(width) or int(width if width.isdecimal() else 0)
 
 
 def read_sizes(path, num_features):
@@ -249,8 +262,8 @@ def load_saes(source, layers, width, l0, device, config) -> dict[int, SAE]:
 
     Raises InputError where one doesn't fit the model's Config.
     """
-    layers = layers or dict.fromkeys(layer for layer, _, _ in saes_in(source))
-    saes = {layer: load_sae(source, layer, width, l0, device) for layer in layers}
+    saes = {layer: load_sae(source, layer, width, l0, device)
+            for layer in layers or layers_in(source)}
     for layer, sae in saes.items():
         if layer >= config.num_hidden_layers or sae.d_model != config.hidden_size:
             raise InputError(
@@ -292,20 +305,36 @@ def canonical_l0(repository, layer, width):
     return table[layer]
 
 
-def saes_in(folder) -> list[tuple[int, str, int]]:
-    """Sorted (layer, width, average L0) of all SAEs in a folder. Raises InputError without any."""
-    places = []
-    for path in Path(folder).expanduser().glob("layer_[0-9]*/width_*/average_l0_[0-9]*"):
-        layer, width, l0 = (part.rsplit("_", 1)[1] for part in path.parts[-3:])
-        places.append((int(layer), width, int(l0)))
+def saes_in(folder) -> dict[tuple[int, str, int], Path]:
+    """{(layer, width, average L0): its folder} of all SAEs in a folder, sorted.
+
+    The folder may also be that of a layer, of a width, or of one SAE, or an SAE's file. Raises
+    InputError without any.
+    """
+    top = Path(folder).expanduser().absolute()
+    top = top.parent if top.is_file() else top
+    steps = ["layer_*", "width_*", "average_l0_*"]
+    places = {}
+    for path in (top, *(path for i in range(3) for path in top.glob("/".join(steps[i:])))):
+        if match := PLACE.search(path.as_posix()):
+            places[int(match[1]), match[2], int(match[3])] = path
+    if not places and [*top.glob("cfg.json"), *top.glob("*/cfg.json")]:
+        raise InputError(f"{folder} is in SAELens' layout (cfg.json), which isn't read: convert it "
+                         "by sae.save_sae to layer_N/width_W/average_l0_X/params.npz")
     if not places:
         raise InputError(f"{folder}: give --layers of a repository, or a folder that holds "
                          "layer_N/width_W/average_l0_X/params.npz")
-    return sorted(places)
+    return dict(sorted(places.items()))
+
+
+def layers_in(folder) -> list[int]:
+    """The layers that a folder has SAEs of."""
+    return sorted({layer for layer, _, _ in saes_in(folder)})
 
 
 def place_in_folder(folder, layer, width, l0):
-    """(width, average L0) of the SAE to take. Raises InputError that lists all if it isn't one."""
+    """(folder, width, average L0) of the SAE to take. Raises InputError that lists all if it isn't
+    one."""
     places = saes_in(folder)
     matches = [place for place in places if place[0] == layer
                and (width is None or place[1] == str(width))
@@ -315,7 +344,7 @@ def place_in_folder(folder, layer, width, l0):
         problem = "several SAEs" if matches else "no SAE"
         raise InputError(f"{folder} holds {problem} of layer {layer}, width {width or 'any'}, "
                          f"L0 {l0 or 'any'}; there are {listing}")
-    return matches[0][1:]
+    return places[matches[0]], *matches[0][1:]
 
 
 def neuronpedia_url(source: str, layer: int, width: str, index: int, l0=None) -> str | None:

@@ -35,7 +35,8 @@ from model import PRESETS, TARGETS, Gemma2, load_config, load_model
 from run import parallel
 from run.estimate import derive_recompute, size_rows
 from run.files import InputError, Parser, table, write_json, write_text
-from run.session import (FINISHED, Log, Signals, Stopped, hash_of, limit_threads, load_checkpoint,
+from run.places import contents
+from run.session import (FINISHED, Log, Signals, Stopped, limit_threads, load_checkpoint,
                          model_card, open_run, run_folder, save_checkpoint)
 from run.settings import (ROLES, add_flags, model_folder, resolve, saved_settings,
                           settings_table)
@@ -284,11 +285,14 @@ def main():
     signals = Signals()
     folder = None
     try:
-        data_hash = parallel.on_rank_zero(hash_of, settings.data)
+        # What can be known before a folder is made
+        with parallel.agreed():
+            tokenizer = load_tokenizer(model_folder(settings.model))
+            hashes = contents(settings)
         name = Path(settings.model).name
         folder = Path(parallel.on_rank_zero(run_folder, args.resume or args.out, name))
-        is_new = parallel.on_rank_zero(open_run, folder, settings, source, data_hash)
-        run(settings, folder, is_new, signals)
+        is_new = parallel.on_rank_zero(open_run, folder, settings, source, hashes)
+        run(settings, tokenizer, folder, is_new, signals)
     except Stopped as stop:
         start = "python"
         if parallel.world_size() > 1:
@@ -301,7 +305,7 @@ def main():
         return 128 + stop.args[0]
 
 
-def run(settings, folder, is_new, signals):
+def run(settings, tokenizer, folder, is_new, signals):
     """All stages of a run, in its folder. A new folder goes again where an input can't be read."""
     log = Log(folder / "metrics.jsonl", settings.log == "tensorboard")
     torch.manual_seed(settings.seed)
@@ -317,7 +321,6 @@ def run(settings, folder, is_new, signals):
             if any(settings.top_k > sae.n_units for sae in saes.values()):
                 raise InputError(f"--top-k {settings.top_k}: an SAE here has fewer features")
             print(*saes.values(), sep="\n")
-            tokenizer = load_tokenizer(source)
             examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
                                             settings.format)
             sets = evaluation_sets(settings, pairs)

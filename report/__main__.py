@@ -24,12 +24,13 @@ from run import parallel
 from run.files import ROOT, InputError, Parser, data_file, is_new, read_json, table, write_json
 from run.readers import read_pairs
 from run.session import limit_threads
-from run.settings import (add_flags, base_of, check_device, model_folder, resolve,
+from run.places import check_places, moved_settings
+from run.settings import (add_flags, base_of, check_device, given_settings, model_folder, resolve,
                           saved_settings)
 from sae import load_saes
 from safety.sets import load_sets
 
-FLAGS = ("model", "sae", "layers", "width", "sets", "device")
+FLAGS = ("model", "sae", "layers", "width", "l0", "data", "sets", "device")
 
 
 def explain_to(path, adapter, settings, num_prompts, trained=(), features=(), subspaces=None):
@@ -54,10 +55,14 @@ def explain_to(path, adapter, settings, num_prompts, trained=(), features=(), su
     write_json(path, about | explanation)
 
 
-def explain_run(run, num_prompts, device=None):
-    """Explain a run of train.py, on the prompts that it was evaluated on."""
-    settings = saved_settings(run)
-    settings.device = check_device(device or settings.device)
+def explain_run(run, num_prompts, given):
+    """Explain a run of train.py, on the prompts that it was evaluated on.
+
+    given: {name: where its model, SAEs, data or sets are now}, and the device.
+    """
+    settings = moved_settings(run, given)
+    check_places(settings)
+    check_device(settings.device)
     if not settings.sae:
         raise InputError(f"{run} knows no SAEs: `python -m report --adapter {run} --sae DIR`")
     if not (run / "scores.json").exists():
@@ -72,6 +77,21 @@ def explain_run(run, num_prompts, device=None):
         features = read_json(run / "features.json", list)
         subspaces = load_subspaces(run / "subspace.safetensors")
     explain_to(run / "explain.json", run, settings, num_prompts, trained, features, subspaces)
+
+
+def adapter_settings(args):
+    """Settings to explain --adapter with: flags, else of the run that it may be, else recipes."""
+    given = given_settings(args)
+    config = Path(args.adapter).expanduser() / "config.json"
+    saved = {}
+    if config.is_file() and "settings" in read_json(config):
+        saved = vars(saved_settings(args.adapter))
+    # The run's layers and widths are those of its own SAEs
+    kept = ("model", "sets") if args.sae else ("model", "sae", "layers", "width", "l0", "sets")
+    saved = {name: saved[name] for name in kept if saved.get(name) and name not in given}
+    if "model" not in saved:
+        args.model = args.model or base_of(args.adapter)
+    return resolve(args, saved, needed=("sae", "sets"))[0]
 
 
 def findings(explanation) -> str | None:
@@ -172,12 +192,11 @@ def main():
     if args.adapter:
         if not is_new(folder):
             raise InputError(f"{folder} is there and isn't empty: give another --out")
-        args.model = args.model or base_of(args.adapter)
-        settings, _ = resolve(args, needed=("sae", "sets"))
+        settings = adapter_settings(args)
         settings.norm_aware = True       # directions as the residual stream has them
         explain_to(folder / "explain.json", args.adapter, settings, args.prompts)
     elif not (folder / "explain.json").exists():
-        explain_run(folder, args.prompts, args.device)
+        explain_run(folder, args.prompts, given_settings(args))
     explanation = read_json(folder / "explain.json")
     if line := findings(explanation):
         print(line)

@@ -6,6 +6,7 @@ wrong with it. `run_command` prints that line and exits with code 2. Nothing is 
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -156,6 +157,19 @@ def data_file(spec: str | Path) -> Path:
     return path
 
 
+def moved_place(place, old: str | None, new: str | Path):
+    """A place that a run in the folder `old` names: where it is if both have moved together.
+
+    A place is a file, folder or hub name, or {role: file}.
+    """
+    if isinstance(place, dict):
+        return {role: moved_place(file, old, new) for role, file in place.items()}
+    if not old or not place or not os.path.isabs(place) or os.path.exists(place):
+        return place
+    beside = os.path.join(Path(new).expanduser(), os.path.relpath(place, old))
+    return os.path.abspath(beside) if os.path.exists(beside) else place
+
+
 def is_file_name(name: object) -> bool:
     """Whether `name`, read from a file, is a plain name, which can't lead out of its folder."""
     return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) is not None
@@ -183,6 +197,24 @@ def refuse_pointer(path: str | Path):
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs.github.com/"):
             raise InputError(f"{path} is a git-lfs pointer, fetch the file: `git lfs pull`")
+
+
+def content_hash(paths: Iterable[Path], sampled=True) -> str:
+    """SHA-256 of files' bytes. Where `sampled`, 4 KB in each part of a file larger than 16 MB.
+
+    There are 4,096 parts, so that a change of weights is seen in every matrix, and 54 GB of them
+    cost seconds. A change of single rows of data would not be seen.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        size = os.path.getsize(path)
+        step = max(1, size // (1 << 24) if sampled else 1) << 12
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(1 << 12))
+    return digest.hexdigest()
 
 
 @contextmanager

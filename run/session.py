@@ -4,7 +4,6 @@ A run may take many sessions. Whatever ends one, the next finds in the folder al
 go on to the same numbers.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from run import parallel
-from run.files import (InputError, data_file, is_new, read_json, read_metadata, read_tensors,
+from run.files import (InputError, is_new, read_json, read_metadata, read_tensors,
                        write_json, write_jsonl, write_tensors)
 from run.settings import PLACES, flag
 
@@ -91,11 +90,12 @@ def run_folder(out: str | Path | None, name: str) -> Path:
 
 
 def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],
-             data_hash: str) -> bool:
+             contents: dict[str, str]) -> bool:
     """Write the config.json of a new run, or check that an unfinished one has the same settings.
 
-    Returns whether the run is new. Folders may move between two sessions; what the data file holds
-    may not change. Raises InputError for a finished run, another configuration, other data.
+    contents: {place: SHA-256 of what it holds}. Returns whether the run is new. Folders may move
+    between two sessions; what they hold may not change. Raises InputError for a finished run,
+    another configuration, other weights, SAEs or data.
     """
     path = folder / "config.json"
     if (folder / FINISHED).exists():
@@ -103,14 +103,15 @@ def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],
                          f"--out (`python -m report {folder}` shows it)")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     config = {"settings": vars(settings), "source": source, "command": sys.argv,
-              "data_sha256": data_hash, "processes": parallel.world_size(), "versions": versions}
+              "contents": contents, "folder": str(folder.absolute()),
+              "processes": parallel.world_size(), "versions": versions}
     if not path.exists():
         if not is_new(folder):
             raise InputError(f"{folder} is there and holds no run: give another --out")
         write_json(path, config)
         return True
     old = read_json(path)
-    if not old.keys() >= config.keys():
+    if not old.keys() >= {"settings", "source", "command", "processes"}:
         raise InputError(f"{folder} is there and holds no run: give another --out")
     saved = _fixed(old)
     for name, value in _fixed(config).items():
@@ -119,7 +120,8 @@ def open_run(folder: Path, settings: SimpleNamespace, source: dict[str, str],
                              f"{value}: give another --out, or only `--resume {folder}`")
     # Places may have moved
     flags = {name: origin for name, origin in source.items() if origin == "flag"}
-    write_json(path, old | {"settings": vars(settings), "source": old["source"] | flags})
+    write_json(path, old | {"settings": vars(settings), "source": old["source"] | flags,
+                            "folder": config["folder"]})
     print(f"going on with the unfinished run in {folder}\n")
     return False
 
@@ -130,14 +132,9 @@ def _fixed(config):
              if name not in ("device", "log", *PLACES)}
     # A fork's run goes on with the fork
     script = Path(config["command"][0]).name
-    return fixed | {"script": script, "data of SHA-256": config["data_sha256"],
-                    "processes": config["processes"]}
-
-
-def hash_of(data: str) -> str:
-    """SHA-256 of a data file's bytes."""
-    with open(data_file(data), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    for place, value in config.get("contents", {}).items():
+        fixed[f"{place} of SHA-256"] = value
+    return fixed | {"script": script, "processes": config["processes"]}
 
 
 class Log:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 
 from run import parallel
-from run.files import ROOT, InputError, locate, read_json, table
+from run.files import ROOT, InputError, locate, moved_place, read_json, table
 
 TOY = ROOT / "toy"
 HH_RLHF = "hf://datasets/Anthropic/hh-rlhf/harmless-base"
@@ -271,9 +271,22 @@ def resolve(args: argparse.Namespace, saved: dict | None = None, needed=("sae", 
     if missing := [flag(name) for name in needed if not values[name]]:
         raise InputError(f"{model} has no recipe: give {' and '.join(missing)}. Recipes are for "
                          f"{', '.join(RECIPES)}; another name is a hub repository or a folder")
+    _leave_to_folder(values, source)
     _derive(values, source)
     _check(values)
     return SimpleNamespace(**values), source
+
+
+def _leave_to_folder(values, source):
+    """Drop the recipe's SAE layers and width where a folder of SAEs holds others."""
+    folder = Path(values["sae"] or "").expanduser()
+    if not values["sae"] or not folder.is_dir():
+        return
+    layers = [folder / f"layer_{layer}" for layer in values["layers"] or ()]
+    widths = folder.glob(f"layer_*/width_{values['width']}")
+    for name, is_there in (("layers", all(map(Path.is_dir, layers))), ("width", any(widths))):
+        if source[name].startswith("recipe") and not is_there:
+            values[name], source[name] = None, "the folder"
 
 
 def _derive(values, source):
@@ -339,7 +352,8 @@ def check_device(name: str) -> str:
 def saved_settings(run: str | Path) -> SimpleNamespace:
     """Settings of a run, from its config.json; defaults for those that came after it.
 
-    A place that its recipe named is the recipe's of today, so that this folder may move.
+    A place that its recipe named is the recipe's of today, so that this folder may move; another
+    place may have moved together with the run.
     Raises InputError where the folder holds no run.
     """
     path = Path(run).expanduser() / "config.json"
@@ -349,8 +363,9 @@ def saved_settings(run: str | Path) -> SimpleNamespace:
     saved = config["settings"]
     source = config.get("source", {})
     recipe = RECIPES.get(saved.get("model"), {})
-    moved = {name: recipe[name] for name in PLACES
-             if name in recipe and source.get(name, "").startswith("recipe")}
+    moved = {name: moved_place(saved.get(name), config.get("folder"), run) for name in PLACES}
+    moved |= {name: recipe[name] for name in PLACES
+              if name in recipe and source.get(name, "").startswith("recipe")}
     defaults = {name: setting.default for name, setting in SETTINGS.items()}
     known = {name: value for name, value in saved.items() if name in SETTINGS}
     return SimpleNamespace(**defaults | known | moved)

@@ -20,6 +20,7 @@ from data import Tokenizer, load_tokenizer
 from model import PRESETS, Gemma2, load_config, load_model
 from run import parallel
 from run.files import InputError, locate, read_json
+from run.places import check_places, is_gone, moved_settings
 from run.session import FINISHED, limit_threads
 from run.settings import (RECIPES, absolute, base_of, check_device, model_folder, resolve,
                           saved_settings)
@@ -37,10 +38,12 @@ class Arm:
         return self.adapter or self.base
 
 
-def find_arms(places: Sequence[str], model: str | None = None) -> list[Arm]:
+def find_arms(places: Sequence[str], model: str | None = None, data: str | None = None
+              ) -> list[Arm]:
     """An Arm for each place, each place once. `model` is the base of adapters (default: the one
-    that they name). Of a single run or adapter: "base" and "adapter". Raises InputError."""
-    arms = [find_arm(place, model) for place in dict.fromkeys(places)]
+    that they name). Of a single run or adapter: "base" and "adapter". `model` and `data` are also
+    those of a run whose own have moved. Raises InputError."""
+    arms = [find_arm(place, model, data) for place in dict.fromkeys(places)]
     if len(arms) == 1 and arms[0].adapter:
         arms[0].name = "adapter"
         return [Arm("base", arms[0].base), *arms]
@@ -51,7 +54,7 @@ def find_arms(places: Sequence[str], model: str | None = None) -> list[Arm]:
     return arms
 
 
-def find_arm(place, model):
+def find_arm(place, model, data):
     path = Path(place).expanduser()
     name = path.name or place
     is_folder = path.is_dir() and place not in RECIPES
@@ -61,6 +64,10 @@ def find_arm(place, model):
             raise InputError(f"{place} isn't finished: go on with `python train.py --resume "
                              f"{place}`")
         settings = saved_settings(path)
+        moved = {"model": model, "data": data}
+        moved = {name: absolute(now) for name, now in moved.items()
+                 if now and is_gone(getattr(settings, name))}
+        settings = moved_settings(path, moved)
         return Arm(name, settings.model, absolute(place), settings)
     # Some checkpoints on the hub can't say that they hold no other file without a network
     if is_folder:
@@ -80,6 +87,8 @@ def shared_settings(arms: Sequence[Arm], device: str | None = None) -> SimpleNam
     """Settings that all arms are asked under: the first run's; without a run, those of the recipe
     for a model of the first one's size. Raises InputError where runs differ in their format."""
     runs = [arm.run for arm in arms if arm.run]
+    for run in runs:
+        check_places(run, ("model", "data"))
     if len({run.format for run in runs}) > 1:
         raise InputError("some of these runs were trained with --format plain and some with chat, "
                          "so they can't be asked alike: give them one by one")

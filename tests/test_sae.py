@@ -126,8 +126,25 @@ def test_a_folder_lists_what_it_holds(tmp_path):
                                ((0, "16k"), f"no SAE.*width_{N}"), ((0, "../x"), "no SAE")]:
         with pytest.raises(InputError, match=message):
             load_sae(tmp_path, *arguments)
-    with pytest.raises(InputError, match="layer_N/width_W"):
-        load_sae(tmp_path / "layer_0", 0, N)
+
+
+def test_a_folder_may_be_of_one_layer_or_one_sae(tmp_path):
+    path = write_npz(tmp_path, random_arrays(), width="24k")     # a name that only the folder has
+    for source in (tmp_path, *list(path.parents)[:3], path):
+        assert list(load_saes(source, None, None, None, "cpu", SMALL)) == [3]
+        assert load_sae(source, 3).n_features == N
+        with pytest.raises(InputError, match="no SAE of layer 2"):
+            load_sae(source, 2)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("cfg.json", "SAELens' layout"), ("layer_3/cfg.json", "SAELens' layout"),
+    ("ae.pt", "layer_N/width_W"), ("layer_3/width_20/average_l0_x/params.npz", "layer_N/width_W")])
+def test_a_folder_without_saes_is_named(tmp_path, name, message):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=message):
+        load_sae(tmp_path, 3)
 
 
 def test_hub_names(tmp_path, monkeypatch):
@@ -152,6 +169,9 @@ def test_hub_names(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=message):
             load_sae(source, layer, width)
     assert len(requests) == 2
+
+
+SMALL = SimpleNamespace(hidden_size=D, num_hidden_layers=4)
 
 
 def test_saes_of_another_model_are_refused(tmp_path):
@@ -209,10 +229,11 @@ def test_a_sasa_comes_back_or_is_named(tmp_path):
         write_tensors(path, tensors | changes)
         with pytest.raises(InputError, match=message):
             load_sae(tmp_path, 3, N)
-    path.unlink()
-    with pytest.raises(InputError, match="holds no file"):
-        load_sae(tmp_path, 3, N)
+    write_tensors(path, tensors)
     for text in ("{", '{"block": "5", "active": 2}', '{"block": 3, "active": 1}'):
         text_path.write_text(text)
         with pytest.raises(InputError, match="sasa.json"):
             load_sae(tmp_path, 3, N)
+    path.unlink()
+    with pytest.raises(InputError, match="holds no file"):
+        load_sae(tmp_path, 3, N)

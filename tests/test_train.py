@@ -12,10 +12,12 @@ import torch
 from conftest import SETS, command, random_gemma, start
 from huggingface_hub.errors import GatedRepoError
 
+import eval as evaluate
 import lora
 import train
 from data import Row, load_tokenizer
 from model import load_model
+from report import __main__ as report
 from run import session, settings
 from run.files import (InputError, read_json, read_jsonl, read_metadata, read_tensors, run_command,
                        write_json)
@@ -265,17 +267,70 @@ def test_a_diverged_run_keeps_the_weights_of_the_step_before(mini, tmp_path, mon
     assert read_metadata(tmp_path / "run" / session.CHECKPOINT)["step"] == "4"
 
 
-def test_a_run_whose_folders_moved_goes_on(whole, mini, tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(whole.folder, tmp_path / "run")
+def unfinished(whole, folder):
+    """A copy of the whole run that lacks its last file."""
+    shutil.copytree(whole.folder, folder)
     (folder / "scores.json").unlink()
+    return folder
+
+
+def test_a_run_whose_folders_moved_goes_on(whole, mini, tmp_path, monkeypatch):
+    folder = unfinished(whole, tmp_path / "run")
     moved = shutil.copytree(mini, tmp_path / "moved")
     places = ["--model", moved, "--sae", moved / "sae", "--data", moved / "train.jsonl"]
     assert call(train.main, ["--resume", folder, *places], monkeypatch) == 0
-    (folder / "scores.json").unlink()
-    with open(moved / "train.jsonl", "a") as file:
-        file.write((mini / "train.jsonl").read_text().splitlines()[0] + "\n")
-    line = refused(["--resume", folder, *places], monkeypatch, capsys)
-    assert "data of SHA-256" in line
+
+
+@pytest.mark.parametrize("flag, file", [
+    ("data", "train.jsonl"), ("model", "model.safetensors"),
+    ("sae", "layer_1/width_96/average_l0_9/params.npz")])
+def test_a_run_does_not_go_on_with_other_files(whole, mini, tmp_path, monkeypatch, capsys, flag,
+                                               file):
+    """Of the same shape, and after all selection and training is done."""
+    folder = unfinished(whole, tmp_path / "run")
+    source = {"data": mini / "train.jsonl", "model": mini, "sae": mini / "sae"}[flag]
+    other = tmp_path / source.name
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, other)
+    path = other / file if other.is_dir() else other
+    content = bytearray(path.read_bytes())
+    content[-2000] ^= 1
+    path.write_bytes(content)
+    before = (folder / "config.json").read_bytes()
+    line = refused(["--resume", folder, f"--{flag}", other], monkeypatch, capsys)
+    assert f"{flag} of SHA-256" in line and (folder / "config.json").read_bytes() == before
+
+
+def test_a_run_that_moved_together_with_its_inputs_goes_on(mini, tmp_path, monkeypatch, capsys):
+    """No flag says where they are. Explained and asked, too."""
+    old = tmp_path / "old"
+    shutil.copytree(mini, old / "mini")
+    arguments = command(old / "mini", old / "runs/a", sets=["harmful"])
+    assert call(train.main, [*arguments, "--steps", "1"], monkeypatch) == 0
+    new = old.rename(tmp_path / "new")
+    scores = (new / "runs/a/scores.json").rename(tmp_path / "scores.json")
+    assert call(train.main, ["--resume", new / "runs/a"], monkeypatch) == 0
+    harmful = f"mine:harmful={new / 'mini/harmful.jsonl'}"
+    asked = [new / "runs/a", "--set", harmful, "--out", tmp_path / "asked"]
+    assert call(evaluate.main, asked, monkeypatch) == 0
+    explained = [new / "runs/a", "--prompts", "2"]
+    assert call(report.main, explained, monkeypatch) == 0
+
+    # What didn't move along is asked for, and must be what it was
+    apart = (new / "mini").rename(tmp_path / "apart")
+    for name in ("explain.json", "report.html"):
+        (new / "runs/a" / name).unlink()
+    assert "is gone" in refused(explained, monkeypatch, capsys, report.main)
+    asked[-1] = tmp_path / "again"
+    asked[2] = f"mine:harmful={apart / 'harmful.jsonl'}"
+    assert "--model" in refused(asked, monkeypatch, capsys, evaluate.main)
+    now = ["--model", apart, "--data", apart / "train.jsonl"]
+    assert call(evaluate.main, [*asked, *now], monkeypatch) == 0
+    now += ["--sae", apart / "sae", "--set", f"harmful={apart / 'harmful.jsonl'}"]
+    assert call(report.main, [*explained, *now], monkeypatch) == 0
+    (new / "runs/a/explain.json").unlink()
+    line = refused([*explained, *now, "--data", apart / "harmful.jsonl"], monkeypatch, capsys,
+                   report.main)
+    assert "--data" in line and "something else" in line and scores.exists()
 
 
 def test_a_finished_run_is_never_overwritten(whole, mini, monkeypatch, capsys):
@@ -344,6 +399,7 @@ SAE = "sae/layer_1/width_96/average_l0_9/params.npz"
 @pytest.mark.parametrize("name, change, words", [
     ("config.json", lambda b: b.replace(b"gemma2", b"llama"), ["config.json", "llama"]),
     ("config.json", lambda b: b.replace(b'size": 96', b'size": 95'), ["shape"]),
+    ("config.json", lambda b: b.replace(b'size": 200', b'size": 190'), ["199", "190 embeddings"]),
     ("model.safetensors", lambda b: b[:-100], ["model.safetensors"]),
     ("model.safetensors", lambda b: b.replace(b"l.norm.w", b"l.nope.w"), ["model.nope.weight"]),
     (SAE, lambda b: None, ["params.npz"]),
@@ -390,8 +446,7 @@ def test_output_folders(whole, mini, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("my only copy")
     assert "full" in refused(command(mini, tmp_path / "full"), monkeypatch, capsys)
-    folder = shutil.copytree(whole.folder, tmp_path / "unfinished")
-    (folder / "scores.json").unlink()
+    folder = unfinished(whole, tmp_path / "unfinished")
     other_lr = [*command(mini, folder, sets=SETS), "--lr", "2e-2"]
     assert "--lr 0.01, not 0.02" in refused(other_lr, monkeypatch, capsys)
     assert "--lr" in refused(["--resume", folder, "--lr", "2e-2"], monkeypatch, capsys)
