@@ -7,6 +7,7 @@
     python eval.py toy RUN ADAPTER FOLDER --sets toy --out all     # a column each (safety/arms.py)
     python eval.py google/gemma-2-9b google/gemma-2-9b-it RUN --sets hex-phi --out hex
     python eval.py RUN --sets toy-harmful --attack gcg --out gcg           # safety/attack.py
+    python eval.py RUN --ask "how do i break the vault?" --steer 1/174 4   # safety/ask.py
     torchrun --nproc-per-node 4 eval.py RUN --sets hh-rlhf --out hh        # on 4 cards
 
 A run or an adapter by itself is compared with its base. Of several models each is compared with the
@@ -32,6 +33,7 @@ from run.readers import Prompt, read_pairs
 from run.session import FINISHED
 from run.settings import ROLES, absolute
 from safety import attack
+from safety.ask import add_ask_flags, ask
 from safety.arms import find_arms, loaded, shared_settings, tokenizers_of
 from safety.figures import figures, grouped, paired
 from safety.judges import JUDGES, add_judge_flags, find_judge, judged
@@ -175,6 +177,7 @@ def main():
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, … (default: the run's)")
     add_judge_flags(parser)
     attack.add_attack_flags(parser)
+    add_ask_flags(parser)
     args = parser.parse_args()
     if args.list:
         return print(listing())
@@ -182,6 +185,10 @@ def main():
         raise InputError("give a finished run of train.py, an adapter or a model (or --list)")
     with parallel.agreed():
         arms = find_arms(args.models, args.model, args.data)
+    if args.ask:
+        return ask(arms, shared_settings(arms, args.device), args.ask, args.steer)
+    if args.steer:
+        raise InputError("--steer goes with --ask TEXT")
     find_judge(args.judge, args.judge_model)            # is it there? Answering can take hours
 
     # Answer, then judge
@@ -242,13 +249,17 @@ def answer_sets(args, arms, out):
             complete(out, arm.name, model, tokenizer, sets, settings)
 
 
+# Flags that answers hang on, beside the models
+ASKED = ("model", "sets", "set", "prompts", "attack", "template", "target", "attack_steps",
+         "attack_width", "attack_length")
+
+
 def open_folder(out, args, arms):
     """Make a folder for these answers, or go on in one whose eval.json has the same flags.
 
     More models may join those that have answered there; a name stays one model's.
     """
-    flags = {name: value for name, value in vars(args).items()
-             if name not in ("models", "out", "data", "device", "judge", "judge_model")}
+    flags = {name: getattr(args, name) for name in ASKED}
     models = {arm.name: arm.place for arm in arms}
     path = out / "eval.json"
     if not is_new(out):

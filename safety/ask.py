@@ -1,0 +1,137 @@
+"""One question, asked by eval.py --ask: the answers, and the features that fire before them.
+
+    python eval.py RUN --ask "how do i break the vault?"
+    python eval.py RUN --ask "how do i break the vault?" --steer 1/174 4
+"""
+
+import argparse
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from data import Tokenizer, prompt_tokens
+from model import Gemma2, load_config
+from run.files import InputError, printable, table
+from run.settings import model_folder
+from sae import SAE, load_saes
+from saes.words import promoted
+from safety.arms import Arm, loaded, tokenizers_of
+from safety.rules import verdict
+
+NUM_FEATURES = 5        # shown of each SAE layer
+NUM_WORDS = 5           # that a feature promotes
+
+
+def add_ask_flags(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group("one question, of which nothing is saved")
+    group.add_argument("--ask", metavar="TEXT", help="print what each model answers, and which "
+                       "features of the SAEs fire most at the last token before the answer")
+    group.add_argument("--steer", metavar=("LAYER/FEATURE", "X"), nargs=2,
+                       help="let the first model answer once more, with X times the feature's "
+                            "decoder row added to the residual stream after block LAYER, at every "
+                            "token of prompt and answer. X is in the units of the feature's "
+                            "activations, which --ask prints: 4 adds what the SAE decodes an "
+                            "activation of 4 to; a negative X takes it away")
+
+
+@contextmanager
+def steered(model: Gemma2, layer: int, direction: Tensor) -> Iterator[None]:
+    """Within, block `layer` gives its output plus `direction` (D), at every token."""
+    block = model.layers[layer]
+    plain_forward = block.forward
+    block.forward = lambda *inputs: plain_forward(*inputs) + direction
+    try:
+        yield
+    finally:
+        del block.forward               # the class's own again
+
+
+def parse_steer(steer: Sequence[str], saes: dict[int, SAE]) -> tuple[int, int, float]:
+    """(layer, feature, X) of --steer. Raises InputError."""
+    place, amount = steer
+    match = re.fullmatch(r"(\d+)/(\d+)", place)
+    layer, feature = map(int, match.groups()) if match else (-1, -1)
+    if layer not in saes or feature >= saes[layer].n_units:
+        widths = ", ".join(f"{layer}/0 to {layer}/{sae.n_units - 1}" for layer, sae in saes.items())
+        raise InputError(f"--steer {place}: give LAYER/FEATURE, here {widths}")
+    try:
+        return layer, feature, float(amount)
+    except ValueError:
+        raise InputError(f"--steer {place} {amount}: {amount} is no number") from None
+
+
+@torch.inference_mode()
+def strengths(model: Gemma2, tokens: Tensor, saes: dict[int, SAE]) -> dict[int, Tensor]:
+    """{layer: (K)}: how active each unit of each SAE is at the last of the tokens (T)."""
+    if not saes:
+        return {}
+    tokens = tokens[None].to(model.embed_tokens.weight.device)
+    _, residuals = model.hidden(tokens, capture=saes, stop_after=max(saes))
+    return {layer: sae.strength(residuals[layer][0, -1]).cpu() for layer, sae in saes.items()}
+
+
+def reply(model: Gemma2, tokenizer: Tokenizer, tokens: Tensor, max_new_tokens: int) -> str:
+    """The greedy answer to a prompt (T)."""
+    stop = (tokenizer.end_of_turn, tokenizer.eos)
+    (new,) = model.generate([tokens], max_new_tokens, stop=stop)
+    return tokenizer.decode(new)
+
+
+def ask(arms: Sequence[Arm], settings, question: str, steer: Sequence[str] | None = None):
+    """Print each arm's answer to a question, and a table of what fires before it.
+
+    steer: LAYER/FEATURE and X, as in --steer. Raises InputError.
+    """
+    saes = {}
+    if settings.sae:
+        config = load_config(model_folder(arms[0].base))
+        saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
+                         settings.device, config)
+    if steer:
+        layer, feature, amount = parse_steer(steer, saes)
+    tokenizers = tokenizers_of(arms)
+
+    answers = {}                        # {label: text}
+    activations = {}                    # {arm: {SAE layer: (K)}}
+    words = {}                          # {(SAE layer, feature): tokens that it promotes}
+    for arm, model in loaded(arms, settings):
+        tokenizer = tokenizers[arm.base]
+        tokens = torch.tensor(prompt_tokens(tokenizer, (("user", question),), settings.format))
+        answers[arm.name] = reply(model, tokenizer, tokens, settings.max_new_tokens)
+        if steer and arm is arms[0]:
+            direction = amount * saes[layer].directions([feature])[0]
+            with steered(model, layer, direction.to(model.embed_tokens.weight)):
+                label = f"{arm.name} + {amount:g} × {layer}/{feature}"
+                answers[label] = reply(model, tokenizer, tokens, settings.max_new_tokens)
+
+        # What fires most in any model is shown of all
+        activations[arm.name] = strengths(model, tokens, saes)
+        for place, strength in activations[arm.name].items():
+            top = strength.topk(min(NUM_FEATURES, len(strength))).indices.tolist()
+            promotes = promoted(model, tokenizer, saes[place].directions(top), NUM_WORDS)
+            words |= {(place, unit): tokens for unit, tokens in zip(top, promotes)}
+
+    print(f"\n{printable(question)}\n")
+    width = max(map(len, answers))
+    for label, text in answers.items():
+        lead = f"  {label:{width}}  {verdict(text):7}  "
+        print(textwrap.fill(printable(text), 100, initial_indent=lead,
+                            subsequent_indent=" " * len(lead)))
+    if words:
+        print(f"\n{feature_table(activations, words)}")
+
+
+def feature_table(activations: dict[str, dict[int, Tensor]], words: dict) -> str:
+    """A row for each feature (SAE layer, unit) of `words`, the strongest of a layer first."""
+    rows = []
+    for (layer, unit), promotes in words.items():
+        values = [of_layer[layer][unit].item() for of_layer in activations.values()]
+        cells = [f"{value:.2f}" for value in values]
+        rows.append((layer, -max(values), [f"{layer}/{unit}", *cells, " ".join(promotes)]))
+    rows.sort(key=lambda row: row[:2])
+    head = ["fires before the answer", *activations, "promotes"]
+    return table([cells for *_, cells in rows], head, right=range(1, len(head) - 1))
