@@ -110,8 +110,9 @@ def unanswered(path: Path, model_name: str, sets: dict[str, EvalSet]) -> list[st
     for name, eval_set in sets.items():
         prompts = {as_text(prompt.turns) for prompt in eval_set.prompts}
         answered = [row for row in rows if row["set"] == name]
-        if any(row["prompt"] not in prompts for row in answered):
-            raise InputError(f"{path} answers other prompts of {name}: give the set's old file")
+        if answered and {row["prompt"] for row in answered} != prompts:
+            raise InputError(f"{path} answers other prompts of {name}: give the set's old file, "
+                             "or another --out")
         if all(row["model"] != model_name for row in answered):
             names.append(name)
     return names

@@ -275,7 +275,7 @@ def draw_curves(lines, path) -> None:
             axes.fill_between(looks, mean - error, mean + error, alpha=0.15)
     # The second half of the steps is level
     last = lines[0]["steps"] / 2
-    label = "held-out harmful prompts refused in full, %"
+    label = "held-out harmful prompts refused, %"
     axes.set(xlabel="step", ylabel=label, ylim=(0, 101), xlim=(0, last))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

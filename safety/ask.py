@@ -71,7 +71,8 @@ def strengths(model: Gemma2, tokens: Tensor, saes: dict[int, SAE]) -> dict[int, 
         return {}
     tokens = tokens[None].to(model.embed_tokens.weight.device)
     _, residuals = model.hidden(tokens, capture=saes, stop_after=max(saes))
-    return {layer: sae.strength(residuals[layer][0, -1]).cpu() for layer, sae in saes.items()}
+    return {layer: sae.strength(residuals[layer][0, -1]).cpu()
+            for layer, sae in saes.items()}
 
 
 def reply(model: Gemma2, tokenizer: Tokenizer, tokens: Tensor, max_new_tokens: int) -> str:
@@ -86,6 +87,7 @@ def ask(arms: Sequence[Arm], settings, question: str, steer: Sequence[str] | Non
 
     steer: LAYER/FEATURE and X, as in --steer. Raises InputError.
     """
+    tokenizers = tokenizers_of(arms)
     saes = {}
     if settings.sae:
         config = load_config(model_folder(arms[0].base))
@@ -93,7 +95,7 @@ def ask(arms: Sequence[Arm], settings, question: str, steer: Sequence[str] | Non
                          settings.device, config)
     if steer:
         layer, feature, amount = parse_steer(steer, saes)
-    tokenizers = tokenizers_of(arms)
+        direction = amount * saes[layer].directions([feature])[0]       # (D)
 
     answers = {}                        # {label: text}
     activations = {}                    # {arm: {SAE layer: (K)}}
@@ -103,35 +105,39 @@ def ask(arms: Sequence[Arm], settings, question: str, steer: Sequence[str] | Non
         tokens = torch.tensor(prompt_tokens(tokenizer, (("user", question),), settings.format))
         answers[arm.name] = reply(model, tokenizer, tokens, settings.max_new_tokens)
         if steer and arm is arms[0]:
-            direction = amount * saes[layer].directions([feature])[0]
+            label = f"{arm.name} + {amount:g} × {layer}/{feature}"
             with steered(model, layer, direction.to(model.embed_tokens.weight)):
-                label = f"{arm.name} + {amount:g} × {layer}/{feature}"
                 answers[label] = reply(model, tokenizer, tokens, settings.max_new_tokens)
 
-        # What fires most in any model is shown of all
+        # What fires most in one model is shown of all
         activations[arm.name] = strengths(model, tokens, saes)
-        for place, strength in activations[arm.name].items():
-            top = strength.topk(min(NUM_FEATURES, len(strength))).indices.tolist()
-            promotes = promoted(model, tokenizer, saes[place].directions(top), NUM_WORDS)
-            words |= {(place, unit): tokens for unit, tokens in zip(top, promotes)}
+        for sae_layer, strength in activations[arm.name].items():
+            sae = saes[sae_layer]
+            top = strength.topk(min(NUM_FEATURES, sae.n_units)).indices.tolist()
+            vocabularies = promoted(model, tokenizer, sae.directions(top), NUM_WORDS)
+            for unit, vocabulary in zip(top, vocabularies):
+                words[sae_layer, unit] = " ".join(vocabulary)
 
     print(f"\n{printable(question)}\n")
     width = max(map(len, answers))
     for label, text in answers.items():
         lead = f"  {label:{width}}  {verdict(text):7}  "
-        print(textwrap.fill(printable(text), 100, initial_indent=lead,
-                            subsequent_indent=" " * len(lead)))
+        indent = " " * len(lead)
+        print(textwrap.fill(printable(text), 100, initial_indent=lead, subsequent_indent=indent))
     if words:
         print(f"\n{feature_table(activations, words)}")
 
 
 def feature_table(activations: dict[str, dict[int, Tensor]], words: dict) -> str:
-    """A row for each feature (SAE layer, unit) of `words`, the strongest of a layer first."""
+    """A row for each feature of `words` {(SAE layer, unit): text}, the strongest of a layer first.
+    """
+    values = {}                         # {(SAE layer, unit): [activation in each model]}
+    for layer, unit in words:
+        values[layer, unit] = [of_layer[layer][unit].item() for of_layer in activations.values()]
+    order = sorted(values, key=lambda place: (place[0], -max(values[place])))
     rows = []
-    for (layer, unit), promotes in words.items():
-        values = [of_layer[layer][unit].item() for of_layer in activations.values()]
-        cells = [f"{value:.2f}" for value in values]
-        rows.append((layer, -max(values), [f"{layer}/{unit}", *cells, " ".join(promotes)]))
-    rows.sort(key=lambda row: row[:2])
+    for layer, unit in order:
+        cells = [f"{value:.2f}" for value in values[layer, unit]]
+        rows.append([f"{layer}/{unit}", *cells, words[layer, unit]])
     head = ["fires before the answer", *activations, "promotes"]
-    return table([cells for *_, cells in rows], head, right=range(1, len(head) - 1))
+    return table(rows, head, right=range(1, len(head) - 1))
