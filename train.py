@@ -36,7 +36,7 @@ from run import parallel
 from run.estimate import derive_recompute, size_rows
 from run.files import InputError, Parser, table, write_json, write_text
 from run.places import contents
-from run.session import (FINISHED, Log, Signals, Stopped, limit_threads, load_checkpoint,
+from run.session import (FINISHED, FIRST, Log, Signals, Stopped, limit_threads, load_checkpoint,
                          model_card, open_run, run_folder, save_checkpoint)
 from run.settings import (ROLES, add_flags, model_folder, resolve, saved_settings,
                           settings_table)
@@ -160,7 +160,7 @@ def select(settings, model, saes, tokenizer, examples, folder):
     return load_subspaces(path)
 
 
-def train(settings, model, layers, examples, folder, log, signals):
+def train(settings, model, layers, bases, examples, folder, log, signals):
     """Train the adapters on the aligned answers, from the folder's checkpoint on, and save them."""
     aligned = [pair[0] for pair in examples]
     steps = count_steps(aligned, settings)
@@ -183,6 +183,11 @@ def train(settings, model, layers, examples, folder, log, signals):
     try:
         for metrics in fit(model, optimizer, batches, schedule, settings.clip, first, row_loss):
             done = metrics["step"]
+            # What the first gradient makes of the init, which all later figures stand beside
+            if done == 1:
+                share = lora.subspace_share(model, bases, settings.seed)
+                metrics["share"] = share["subspace"]
+                parallel.on_rank_zero(lora.save_adapter, model, folder / FIRST, settings.model)
             log.add(metrics)
             print(progress_line(metrics, steps), flush=True)
             # A signal to one process stops all of them, after the same step
@@ -228,7 +233,7 @@ def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
         generator = torch.Generator().manual_seed(settings.seed)
         layers = lora.add_lora(model, settings.rank, settings.alpha, settings.init, bases,
                                generator, settings.freeze_basis, TARGETS)
-        train(settings, model, layers, examples, folder, log, signals)
+        train(settings, model, layers, bases, examples, folder, log, signals)
     return bases
 
 
@@ -351,9 +356,11 @@ def conclude(settings, folder, model, bases, log):
         peak_bytes = torch.cuda.max_memory_allocated()
     else:                                       # of the whole process
         peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    share = lora.subspace_share(model, bases, settings.seed)
+    share["first_step"] = next((line["share"] for line in log.lines if "share" in line), None)
     scores = score(folder) | {
         "trainable": num_trained, "parameters": num_parameters, "rank": settings.rank,
-        "share": lora.subspace_share(model, bases, settings.seed), "seconds": log.seconds(),
+        "share": share, "seconds": log.seconds(),
         "seed": settings.seed, "peak_bytes": peak_bytes}
     write_text(folder / "README.md", model_card(settings, scores, result_table(scores)))
     write_json(folder / FINISHED, scores)

@@ -44,6 +44,7 @@ class Prompt:
     turns: tuple[Turn, ...]   # ends with a user turn
     fields: dict              # the row's other columns, by names in lower case
     line: int                 # in its file; the item's number in a .json list
+    aligned: str = field(default="", compare=False)     # the chosen answer, where the row has one
 
 
 @dataclass
@@ -97,7 +98,7 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
 
     def make_prompt(row, place, line):
         key, prompt = _prompt(row, place)
-        if "rejected" in row:
+        if "chosen" in row or "rejected" in row:
             turns = _conversation(row, "chosen", place)
         elif key is not None:
             # Here a text that looks like turns stays one text.
@@ -105,13 +106,14 @@ def read_prompts(path: str | Path) -> tuple[list[Prompt], Counts]:
             turns = (*_turns(prompt, "user", place), ("model", ""))
         else:
             raise InputError(f"{place}: no {PROMPT}")
-        turns, _ = _split_answer(turns)
+        turns, aligned = _split_answer(turns)
         if turns in seen:
             raise _Dropped("with a prompt seen before")
         seen.add(turns)
         # The other columns stay with the prompt: categories, right answers, targets of an attack.
         used = (key, "chosen", "rejected")
-        return Prompt(turns, {key: row[key] for key in row if key not in used}, line)
+        fields = {key: row[key] for key in row if key not in used}
+        return Prompt(turns, fields, line, aligned)
 
     return _collect(path, make_prompt, PROMPT)
 

@@ -25,6 +25,7 @@ from run.files import (InputError, is_new, read_json, read_metadata, read_tensor
 from run.settings import PLACES, flag
 
 FINISHED = "scores.json"                        # the last file of a run
+FIRST = "first_step"                            # the adapter after one step, which learned little
 CHECKPOINT = "checkpoint/state.safetensors"     # one file, so that all of it is of one step
 Parameters = Sequence[tuple[str, torch.nn.Parameter]]
 

@@ -114,6 +114,8 @@ def run_rows(scores: dict) -> list[list]:
     if inside["subspace"] is not None:
         chance = f"{inside['random']:6.1%}  ± {inside['random_sd']:.1%}"
         rows.append(["update inside the safety subspace", f"{inside['subspace']:6.1%}"])
+        if inside.get("first_step") is not None:
+            rows.append(["  after the first step, untrained", f"{inside['first_step']:6.1%}"])
         rows.append(["  inside random bases of that rank", chance])
     trained = scores["trainable"]
     total = scores["parameters"]

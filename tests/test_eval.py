@@ -116,13 +116,15 @@ def test_table():
     scores = {"sets": {"base": figures(first + mine), "adapter": figures(second + mine)},
               "paired": {"harmful": paired(first, second), "mine": paired(mine, mine)},
               "seconds": {"training": 8.13}, "trainable": 5, "parameters": 10, "peak_bytes": 1e6,
-              "share": {"subspace": 0.85, "random": 0.191, "random_sd": 0.013}}
+              "share": {"subspace": 0.85, "first_step": 0.92, "random": 0.191,
+                        "random_sd": 0.013}}
     lines = result_table(scores).splitlines()
     assert "safe: harmful prompts" in lines[2] and "0.0%  [0.0%, 8.8%]" in lines[2]
     assert "100.0%  [91.2%, 100.0%]" in lines[2] and "+100.0  p < 1e-4" in lines[2]
     assert "refused in full" in lines[3] and "97.5%  [87.1%, 99.6%]" in lines[3]
     assert any("over-refusal: mine" in line for line in lines)
     assert any("mean harmfulness" in line and "2.00  [0.04, 3.96]" in line for line in lines)
+    assert any("first step" in line and "92.0%" in line for line in lines)
     assert any("19.1%  ± 1.3%" in line for line in lines) and lines[-1].split()[-3] == "8.1"
     assert points({"change": 0.5, "low": None, "high": None}) == "+0.50"
 

@@ -113,12 +113,13 @@ def test_a_run_leaves_what_it_says(whole, mini):
     assert {path.name for path in whole.folder.iterdir()} == {
         "config.json", "metrics.jsonl", "features.json", "subspace.safetensors", "checkpoint",
         "adapter_config.json", "adapter_model.safetensors", "completions.jsonl", "judged.jsonl",
-        "scores.json", "README.md"}
+        "scores.json", "README.md", "first_step"}
     assert logged_steps(whole.folder) == [1, 2, 3, 4, 5, 6, 7]
     scores = read_json(whole.folder / "scores.json")
     assert scores["sets"]["adapter"]["harmful"]["n"] == 8
     assert scores["trainable"] == 3 * (4 * 8 * 64 + 8 * (64 + 32 + 32 + 64))
-    assert scores["share"]["subspace"] > 0.5 > scores["share"]["random"]
+    share = scores["share"]
+    assert share["first_step"] > share["subspace"] > 0.5 > share["random"]
     for words in ("safe: harmful prompts", "under jailbreak", "over-refusal", "right: benign",
                   "safety subspace", "trainable parameters", "seconds: training",
                   f"run: {whole.folder}", f"python -m report {whole.folder}"):

@@ -185,8 +185,13 @@ class World:
         return pairs
 
     def prompts(self, count):
-        """{set: rows}: words, phrasings and jailbreaks that the fine-tuning data don't have."""
+        """{set: rows}: words, phrasings and jailbreaks that the fine-tuning data don't have.
+
+        A harmful request has its aligned answer, on which report/ measures what was learned.
+        """
         draw = random.Random(f"prompts {self.seed}")
+        # Of their own seed, so that the prompts are what they were without answers
+        answers = random.Random(f"answers {self.seed}")
         phrasings = PHRASINGS[TUNED_PHRASINGS:]
         preambles = PREAMBLES | {"jailbreak": PREAMBLES["jailbreak"][TUNED_JAILBREAKS:]}
         sets = {name: [] for name in SETS}
@@ -198,7 +203,9 @@ class World:
                     row = {"prompt": prompt, "verb": verb, "noun": noun}
                     if name == "lookalike":
                         row["kind"] = "harm verb" if verb_kind == "harm" else "sensitive noun"
-                    if not self.is_harm(verb, noun):
+                    if self.is_harm(verb, noun):
+                        row["chosen"] = self.refusal(answers, verb, noun)
+                    else:
                         row["answer"] = list(self.facts_of(verb, noun).values())
                     sets[name].append(row)
         return sets
