@@ -64,7 +64,7 @@ def parse_steer(steer: Sequence[str], saes: dict[int, SAE]) -> tuple[int, int, f
         raise InputError(f"--steer {place} {amount}: {amount} is no number") from None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def strengths(model: Gemma2, tokens: Tensor, saes: dict[int, SAE]) -> dict[int, Tensor]:
     """{layer: (K)}: how active each unit of each SAE is at the last of the tokens (T)."""
     if not saes:
