@@ -13,7 +13,6 @@ Letters: d width of the residual stream, r rank, r̂ directions in a basis, in a
 """
 
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 
 from fused import lora_linear
 from model import MODULES, TARGETS, load_model, save_model
-from run.files import (InputError, Parser, is_new, locate, read_json, read_tensors, refuse_pointer,
-                       run_command, write_json, write_tensors)
+from run.files import (InputError, Parser, is_new, locate, read_json, read_tensors, run_command,
+                       write_json, write_tensors)
 from run.settings import base_of, model_folder
+from run.weights import copy_beside
 
 
 class LoRALinear(nn.Module):
@@ -353,11 +353,6 @@ def read_scale(config, name, rank):
 # --------------------------------------------------------------------------------------------------
 # Merging
 
-# The files beside the weights that a merged model needs too
-BESIDE = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
-    chat_template.jinja generation_config.json added_tokens.json LICENSE""".split()
-
-
 def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | None = None):
     """Write `base` with `adapter` merged to the new folder `out`, and the files BESIDE.
 
@@ -373,11 +368,7 @@ def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | N
     load_adapter(model, adapter)
     fold_lora(model)
 
-    out.mkdir(parents=True, exist_ok=True)
-    for name in BESIDE:
-        if path := locate(source, name, optional=True):
-            refuse_pointer(path)
-            shutil.copyfile(path, out / name)
+    copy_beside(source, out)
     # Writes config.json last: without it the folder isn't a checkpoint
     save_model(model, out)
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import fused
 from attention import Cache, attention, visible_keys
 from fused import document_starts, geglu, rms_norm, rotary, rotate, softcap
+from run import parallel
 from run.files import InputError, locate, read_json, write_json, write_tensors
 from run.weights import INDEX, find_weights, read_weight
 
@@ -354,14 +355,17 @@ def load_model(source: str | Path, dtype: torch.dtype | None = None, device="cpu
 
 
 def save_model(model: Gemma2, folder: str | Path, max_shard_bytes=5 << 30):
-    """Write config.json and the weights, in shards; fold adapters in first (lora.fold_lora)."""
+    """Write the weights, in shards, and config.json, in all processes; fold adapters in first."""
     from huggingface_hub import split_torch_state_dict_into_shards  # takes a second to import
     weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
-    split = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_bytes)
+    sizes = {name: torch.empty_like(weight, device="meta") for name, weight in weights.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
-        write_tensors(f"{folder}/{file}", {name: weights[name] for name in names})
+        tensors = {name: parallel.whole(weights[name]) for name in names}
+        parallel.on_rank_zero(write_tensors, f"{folder}/{file}", tensors)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(f"{folder}/{INDEX}", index)
+        parallel.on_rank_zero(write_json, f"{folder}/{INDEX}", index)
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    write_json(f"{folder}/config.json", model.config.to_dict() | {"torch_dtype": dtype})
+    values = model.config.to_dict() | {"torch_dtype": dtype}
+    parallel.on_rank_zero(write_json, f"{folder}/config.json", values)

@@ -3,6 +3,7 @@
     python train.py --rank 16                              # the built-in toy, about 20 s
     python train.py --model google/gemma-2-2b --rank 16    # the paper's; a GPU and Gemma's licence
     python train.py --model DIR --sae DIR --data FILE --rank 16 --steps 100
+    python train.py --method full                          # every weight instead of adapters
     python train.py --model google/gemma-2-9b --dry-run    # what would run, and what it would take
     torchrun --nproc-per-node 4 train.py --model google/gemma-2-9b
 
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,15 +33,17 @@ from eval import complete, score
 from features import (SELECTIONS, load_subspaces, module_bases, sample_pairs, save_selection,
                       select_features)
 from fused import IGNORE
-from model import PRESETS, TARGETS, Gemma2, load_config, load_model
+from model import PRESETS, TARGETS, Gemma2, load_config, load_model, save_model
 from run import parallel
-from run.estimate import derive_recompute, size_rows
+from run.estimate import check_rank, derive_recompute, size_rows
 from run.files import InputError, Parser, table, write_json, write_text
+from run.masters import master_copies, round_weights, trained_weights
 from run.places import contents
 from run.session import (FINISHED, FIRST, Log, Signals, Stopped, limit_threads, load_checkpoint,
-                         model_card, open_run, run_folder, save_checkpoint)
+                         model_card, open_run, progress_line, run_folder, save_checkpoint)
 from run.settings import (ROLES, add_flags, model_folder, resolve, saved_settings,
                           settings_table)
+from run.weights import copy_beside
 from sae import load_saes
 from safety.sets import load_sets
 from safety.table import result_table, samples
@@ -94,7 +98,8 @@ def fit(model: Gemma2, optimizer: torch.optim.Optimizer, batches: Iterable[list[
         parallel.sum_gradients(parameters, total)
 
         # A step that is no number is never taken
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        norm = parallel.whole(norm).item()
         mean_loss = total.item()
         if not math.isfinite(mean_loss) or not math.isfinite(norm):
             raise Diverged(f"step {step + 1}: loss {mean_loss}, gradient norm {norm}: the weights "
@@ -143,6 +148,16 @@ def count_steps(examples: Sequence[Example], settings) -> int:
 # ------------------------------------------------------------------------------
 # A run's stages, each made or found in its folder
 
+def load(settings, source):
+    """The model in a folder or repository; --method full will want its gradients."""
+    is_full = settings.method == "full"
+    shard = partial(parallel.shard, everything=is_full) if settings.shard else None
+    model = load_model(source, getattr(torch, settings.dtype), settings.device, shard)
+    if is_full:
+        trained_weights(model, settings.targets)
+    return model
+
+
 def evaluation_sets(settings, pairs):
     """{role: EvalSet} of the settings' files, less the prompts of the training pairs."""
     places = {role: (role, file) for role, file in settings.sets.items()}
@@ -160,16 +175,22 @@ def select(settings, model, saes, tokenizer, examples, folder):
     return load_subspaces(path)
 
 
-def train(settings, model, layers, bases, examples, folder, log, signals):
-    """Train the adapters on the aligned answers, from the folder's checkpoint on, and save them."""
+def train(settings, model, named, bases, examples, folder, log, signals):
+    """Train weights [(name, weight)] on the aligned answers, from the folder's checkpoint on."""
     aligned = [pair[0] for pair in examples]
     steps = count_steps(aligned, settings)
-    named = lora.trainable_parameters(layers)
+    weights = [weight for _, weight in named]
+    named = master_copies(named)
     parameters = [parameter for _, parameter in named]
-    optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=0.0)
-    parallel.broadcast(parameters)              # in case their machines draw differently
+    # The fused form has no temporary copy of all moments. On a CPU it would change the last bits
+    optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=0.0,
+                                  fused=parameters[0].device.type == "cuda")
+    optimizer.register_step_post_hook(lambda *_: round_weights(weights, parameters))
+    if settings.method == "lora":
+        parallel.broadcast(parameters)          # in case their machines draw differently
     with parallel.agreed():
         first = load_checkpoint(folder, named, optimizer)
+    round_weights(weights, parameters)
     log.keep(first)
 
     model.recompute = settings.recompute
@@ -184,7 +205,7 @@ def train(settings, model, layers, bases, examples, folder, log, signals):
         for metrics in fit(model, optimizer, batches, schedule, settings.clip, first, row_loss):
             done = metrics["step"]
             # What the first gradient makes of the init, which all later figures stand beside
-            if done == 1:
+            if done == 1 and settings.method == "lora":
                 share = lora.subspace_share(model, bases, settings.seed)
                 metrics["share"] = share["subspace"]
                 parallel.on_rank_zero(lora.save_adapter, model, folder / FIRST, settings.model)
@@ -193,26 +214,16 @@ def train(settings, model, layers, bases, examples, folder, log, signals):
             # A signal to one process stops all of them, after the same step
             stop = parallel.maximum(signals.caught or 0)
             if done % settings.save_every == 0 or done == steps or stop:
-                parallel.on_rank_zero(save_checkpoint, folder, done, named, optimizer)
+                save_checkpoint(folder, done, named, optimizer)
             if stop:
                 raise Stopped(stop)
     except Diverged:
         if done:
-            parallel.on_rank_zero(save_checkpoint, folder, done, named, optimizer)
+            save_checkpoint(folder, done, named, optimizer)
         raise
     finally:
         vars(model).pop("hidden", None)         # generation runs uncompiled
     signals.wait = False
-    parallel.on_rank_zero(lora.save_adapter, model, folder, settings.model)
-
-
-def progress_line(metrics, steps):
-    step = metrics["step"]
-    seconds = metrics["seconds"]
-    return (f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  "
-            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
-            f"{1000 * seconds:6.0f} ms  {metrics['tokens'] / seconds:7,.0f} tokens/s  "
-            f"{(steps - step) * seconds:5.0f} s left")
 
 
 def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
@@ -221,20 +232,38 @@ def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
     Returns the safety basis of each module, {module name: U (D, r̂)}: none without SAEs.
     """
     bases = {}
+    targets = settings.targets or TARGETS
     if saes:
         with log.stage("selection"):
             subspaces = select(settings, model, saes, tokenizer, examples, folder)
-            bases = module_bases(model, subspaces, settings.norm_aware, TARGETS)
+            bases = module_bases(model, subspaces, settings.norm_aware, targets)
             saes.clear()                        # their memory is the training's now
     if (folder / "adapter_model.safetensors").exists():
-        lora.load_adapter(model, folder)
+        layers = lora.load_adapter(model, folder)
+        for layer in layers.values() if settings.freeze_basis else ():
+            lora.basis_factor(layer).requires_grad_(False)
         return bases
     with log.stage("training"):
         generator = torch.Generator().manual_seed(settings.seed)
         layers = lora.add_lora(model, settings.rank, settings.alpha, settings.init, bases,
-                               generator, settings.freeze_basis, TARGETS)
-        train(settings, model, layers, bases, examples, folder, log, signals)
+                               generator, settings.freeze_basis, targets)
+        named = lora.trainable_parameters(layers)
+        train(settings, model, named, bases, examples, folder, log, signals)
+        parallel.on_rank_zero(lora.save_adapter, model, folder, settings.model)
     return bases
+
+
+def tune(settings, model, examples, folder, log, signals):
+    """Full fine-tuning: the model itself, trained, which is written to the folder's model/."""
+    checkpoint = folder / "model"
+    if (checkpoint / "config.json").exists():
+        return load(settings, checkpoint)
+    with log.stage("training"):
+        named = trained_weights(model, settings.targets)
+        train(settings, model, named, {}, examples, folder, log, signals)
+        parallel.on_rank_zero(copy_beside, model_folder(settings.model), checkpoint)
+        save_model(model, checkpoint)           # config.json last: then the checkpoint is whole
+    return model
 
 
 # ------------------------------------------------------------------------------
@@ -244,7 +273,8 @@ def dry_run(settings):
     """Print sizes, memory and steps, and stop. Loads no weights."""
     config = PRESETS.get(settings.model) or load_config(model_folder(settings.model))
     check_rank(settings, config)
-    rows = size_rows(settings, config, TARGETS)
+    is_full = settings.method == "full"
+    rows = size_rows(settings, config, settings.targets or (() if is_full else TARGETS))
     try:
         tokenizer = load_tokenizer(model_folder(settings.model))
         examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
@@ -256,12 +286,6 @@ def dry_run(settings):
     except InputError as error:                 # the data may lie on a hub that can't be reached
         rows.append(["steps", f"{settings.steps or 'unknown'}: {error}"])
     print(table(rows))
-
-
-def check_rank(settings, config):
-    if settings.rank > config.hidden_size:
-        raise InputError(f"--rank {settings.rank}: the residual stream of {settings.model} has "
-                         f"{config.hidden_size} dimensions; give 1 to {config.hidden_size}")
 
 
 def main():
@@ -280,7 +304,7 @@ def main():
     settings, source = resolve(args, saved)
     derive_recompute(settings, source)
     for name, known in ((settings.select, SELECTIONS), (settings.init, lora.INITS)):
-        if name not in known:
+        if name and name not in known:
             raise InputError(f"{name} is unknown: known are {', '.join(known)}")
     print(settings_table(settings, source), "\n")
     if unmeasured := [role for role in ROLES if role not in settings.sets]:
@@ -329,8 +353,7 @@ def run(settings, tokenizer, folder, is_new, signals):
             examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
                                             settings.format)
             sets = evaluation_sets(settings, pairs)
-            shard = parallel.shard if settings.shard else None
-            model = load_model(source, getattr(torch, settings.dtype), settings.device, shard)
+            model = load(settings, source)
             limit_threads(model)
     except BaseException:
         if is_new and parallel.rank() == 0:
@@ -338,7 +361,11 @@ def run(settings, tokenizer, folder, is_new, signals):
         raise
     with log.stage("answers before"):
         complete(folder, "base", model, tokenizer, sets, settings)
-    bases = adapt(settings, model, saes, tokenizer, examples, folder, log, signals)
+    bases = {}
+    if settings.method == "full":
+        model = tune(settings, model, examples, folder, log, signals)
+    else:
+        bases = adapt(settings, model, saes, tokenizer, examples, folder, log, signals)
     with log.stage("answers after"):
         complete(folder, "adapter", model, tokenizer, sets, settings)
     parallel.on_rank_zero(conclude, settings, folder, model, bases, log)
@@ -348,10 +375,8 @@ def conclude(settings, folder, model, bases, log):
     """Judge the answers, write the model card and scores.json, and print the table."""
     layers = lora.lora_layers(model).values()
     num_adapter = sum(layer.A.numel() + layer.B.numel() for layer in layers)
-    num_trained = num_adapter
-    if settings.freeze_basis:
-        num_trained -= sum(lora.basis_factor(layer).numel() for layer in layers)
     num_parameters = sum(parameter.numel() for parameter in model.parameters()) - num_adapter
+    num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     if torch.cuda.is_initialized():
         peak_bytes = torch.cuda.max_memory_allocated()
     else:                                       # of the whole process
@@ -367,9 +392,10 @@ def conclude(settings, folder, model, bases, log):
     print(f"\n{result_table(scores)}\n")
     if scores["sets"]["adapter"]:
         print(f"{samples(folder)}\n")
-    print(f"run: {folder}\n"
-          f"what it learned, as a page: python -m report {folder}\n"
-          f"ask it more:                python eval.py {folder} --sets NAME --out more\n"
+    print(f"run: {folder}")
+    if layers:
+        print(f"what it learned, as a page: python -m report {folder}")
+    print(f"ask it more:                python eval.py {folder} --sets NAME --out more\n"
           "names of sets:              python eval.py --list")
 
 

@@ -25,7 +25,7 @@ from run.files import ROOT, InputError, Parser, data_file, is_new, read_json, ta
 from run.readers import read_pairs
 from run.session import limit_threads
 from run.places import check_places, moved_settings
-from run.settings import (add_flags, base_of, check_device, given_settings, model_folder, resolve,
+from run.settings import (add_flags, base_of, given_settings, model_folder, resolve,
                           saved_settings)
 from sae import load_saes
 from safety.sets import load_sets
@@ -62,7 +62,7 @@ def explain_run(run, num_prompts, given):
     """
     settings = moved_settings(run, given)
     check_places(settings)
-    check_device(settings.device)
+    parallel.check_device(settings.device)
     if not settings.sae:
         raise InputError(f"{run} knows no SAEs: `python -m report --adapter {run} --sae DIR`")
     if not (run / "scores.json").exists():

@@ -15,6 +15,7 @@ A process that dies takes the others with it: torchrun ends them. The first that
 
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -22,12 +23,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from run.files import InputError, run_command
 
+LARGE = 1 << 22                    # entries: 16 MB, summed over the processes by itself
+DRIVER = Path("/proc/driver/nvidia/version")     # is there if a driver of NVIDIA's is loaded
 PATIENCE = timedelta(minutes=10)   # with a process that lives and doesn't answer
 store = None                       # held by torchrun's agent, so it outlives every process
 
@@ -94,6 +99,27 @@ def _take_card():
                          "(CUDA_VISIBLE_DEVICES= hides them, to run on the CPU)")
     torch.cuda.set_device(card)
     return "cpu:gloo,cuda:nccl"
+
+
+def default_device() -> str:
+    """cuda where PyTorch can use it, else cpu; says on stderr where its driver is too old."""
+    if torch.cuda.is_available():
+        return "cuda"
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if torch.version.cuda and DRIVER.exists() and not is_hidden:
+        print(f"warning: PyTorch can't use this machine's GPU, so the CPU is taken: it needs a "
+              f"driver for CUDA {torch.version.cuda} (nvidia-smi names the driver's), or a PyTorch "
+              "for an older CUDA", file=sys.stderr)
+    return "cpu"
+
+
+def check_device(name: str) -> str:
+    """The device's name, if this machine has it. Raises InputError."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def last_word() -> bool:
@@ -196,17 +222,21 @@ def sum_tensors(*tensors: torch.Tensor):
 
 
 def sum_gradients(parameters: Sequence[torch.Tensor], *more: torch.Tensor):
-    """Sum the parameters' gradients, and the tensors `more`, in place: one buffer, one sum."""
+    """Sum the parameters' gradients, and the tensors `more`, in place. FSDP2 has summed its own."""
     if world_size() == 1:
         return
     tensors = list(more)
     for parameter in parameters:
+        if is_split(parameter):
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         tensors.append(parameter.grad)
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    sum_tensors(flat)
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+    # Small ones are summed in one buffer: an adapter has hundreds
+    small = [tensor for tensor in tensors if tensor.numel() < LARGE]
+    flat = torch.cat([tensor.flatten() for tensor in small])
+    sum_tensors(flat, *(tensor for tensor in tensors if tensor.numel() >= LARGE))
+    for tensor, part in zip(small, flat.split([tensor.numel() for tensor in small])):
         tensor.copy_(part.view_as(tensor))
 
 
@@ -220,31 +250,56 @@ def broadcast(tensors: Iterable[torch.Tensor]):
 
 
 # ------------------------------------------------------------------------------
-# A frozen base that doesn't fit on one card
+# A model that doesn't fit on one card
 
-def shard(model, device: torch.device):
+def shard(model, device: torch.device, everything=False):
     """Split the matrices of a Gemma2's blocks over the processes, by rows (FSDP2).
 
-    Embedding and norms stay whole. A block is gathered when it runs, forward and backward, so a
-    card holds its share, the embedding, and about two blocks. The model may lie on the meta device:
-    load_model then reads only this process's rows. Adapters come in afterwards, so FSDP doesn't
-    know them: they are whole everywhere. Every forward is now one of all processes (is_sharded).
-    One process alone keeps the model whole.
+    A block is gathered when it runs, forward and backward, so a card holds its share and about two
+    blocks. Embedding and norms stay whole, or are split too with `everything`, for full
+    fine-tuning. The model may lie on the meta device: load_model then reads only this process's
+    rows. Adapters come in afterwards, so FSDP doesn't know them: they are whole everywhere. Every
+    forward is now one of all processes (is_sharded). One process alone keeps the model whole.
     """
     if world_size() == 1:
         return
     # half a second to import, which every command would pay
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                        register_fsdp_forward_method)
 
     mesh = init_device_mesh(torch.device(device).type, (world_size(),))
     whole = {weight for weight in model.parameters()
              if weight.dim() == 1 or weight is model.embed_tokens.weight}
+    # Gradients of a step are summed, not averaged, and in float32
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for module in (*model.layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=whole)
+        fully_shard(module, mesh=mesh, mp_policy=policy,
+                    ignored_params=set() if everything else whole)
+        module.set_gradient_divide_factor(1)
+        module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")  # what we call in the place of `forward`
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether the model is sharded, so that all processes must make the same forwards."""
     return hasattr(model, "set_requires_gradient_sync")         # a method of FSDPModule
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether FSDP2 has split a tensor, so that this process holds some of its rows."""
+    return hasattr(tensor, "full_tensor")                       # a method of DTensor
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """All rows of a tensor that may be split: all processes must ask for it."""
+    return tensor.full_tensor() if is_split(tensor) else tensor
+
+
+def own_rows(tensor: Any) -> tuple[torch.Tensor, int]:
+    """(the rows of a tensor that lie here, the number of the first). FSDP2 cuts as torch.chunk."""
+    if not is_split(tensor):
+        return tensor, 0
+    mesh = tensor.device_mesh
+    most = math.ceil(len(tensor) / mesh.size())
+    return tensor.to_local(), min(mesh.get_local_rank() * most, len(tensor))

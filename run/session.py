@@ -20,13 +20,14 @@ from types import SimpleNamespace
 import torch
 
 from run import parallel
-from run.files import (InputError, is_new, read_json, read_metadata, read_tensors,
+from run.files import (InputError, is_new, open_tensors, read_json, read_metadata, read_tensors,
                        write_json, write_jsonl, write_tensors)
 from run.settings import PLACES, flag
 
 FINISHED = "scores.json"                        # the last file of a run
 FIRST = "first_step"                            # the adapter after one step, which learned little
 CHECKPOINT = "checkpoint/state.safetensors"     # one file, so that all of it is of one step
+MOMENTS = ("exp_avg", "exp_avg_sq")             # AdamW's
 Parameters = Sequence[tuple[str, torch.nn.Parameter]]
 
 
@@ -196,6 +197,16 @@ class Log:
         return total
 
 
+def progress_line(metrics: dict, steps: int) -> str:
+    """The line that a training step prints."""
+    step = metrics["step"]
+    seconds = metrics["seconds"]
+    return (f"step {step:>{len(str(steps))}}/{steps} {step / steps:4.0%}  "
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
+            f"{1000 * seconds:6.0f} ms  {metrics['tokens'] / seconds:7,.0f} tokens/s  "
+            f"{(steps - step) * seconds:5.0f} s left")
+
+
 # ------------------------------------------------------------------------------
 # Checkpoints
 
@@ -216,52 +227,70 @@ def save_checkpoint(folder: Path, step: int, parameters: Parameters,
                     optimizer: torch.optim.Optimizer):
     """Parameters and AdamW's moments as tensors; step and number of threads in the file's header.
 
-    Sums depend on the number of threads, so the next session takes the same.
+    Sums depend on the number of threads, so the next session takes the same. All processes call
+    it, since each may hold its rows alone, and the first one writes.
     """
-    tensors = dict(parameters)
+    tensors = {}
     for name, parameter in parameters:
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment]
-    write_checkpoint(folder, tensors, {"step": str(step), "threads": str(torch.get_num_threads())})
+        moments = optimizer.state[parameter]
+        for key, value in ((name, parameter), *((f"{name}.{m}", moments[m]) for m in MOMENTS)):
+            rows = parallel.whole(value.detach())
+            if parallel.rank() == 0:
+                tensors[key] = rows.cpu()
+    metadata = {"step": str(step), "threads": str(torch.get_num_threads())}
+    parallel.on_rank_zero(write_checkpoint, folder, tensors, metadata)
 
 
 @torch.no_grad()
 def load_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> int:
     """Put the folder's checkpoint back, if there is one: the number of steps done."""
-    checkpoint = read_checkpoint(folder)
-    if checkpoint is None:
+    path = folder / CHECKPOINT
+    if not path.exists():
         return 0
-    tensors, metadata = checkpoint
     try:
+        metadata = read_metadata(path)
         step = int(metadata["step"])
         torch.set_num_threads(int(metadata["threads"]))
-        for name, parameter in parameters:
-            parameter.copy_(tensors[name].view_as(parameter))
-            state = {"step": torch.tensor(float(step))}
-            for moment in ("exp_avg", "exp_avg_sq"):
-                saved = tensors[f"{name}.{moment}"].view_as(parameter)
-                state[moment] = saved.to(parameter.device)
-            optimizer.state[parameter] = state
-    except (KeyError, ValueError, RuntimeError):  # other names, numbers or shapes
-        raise InputError(f"{folder / CHECKPOINT} is not of this run's adapters: remove the file "
-                         "to train from the start") from None
+        with open_tensors(path) as file:
+            for name, parameter in parameters:
+                _read_rows(file, name, parameter)
+                # A fused AdamW counts its steps on the card
+                place = parameter.device if optimizer.defaults["fused"] else "cpu"
+                state = {"step": torch.tensor(float(step), device=place)}
+                for moment in MOMENTS:
+                    state[moment] = torch.zeros_like(parameter)
+                    _read_rows(file, f"{name}.{moment}", state[moment])
+                optimizer.state[parameter] = state
+    except (KeyError, ValueError) as error:       # other names, numbers or shapes
+        raise InputError(f"{path} is not of this run's weights: remove the file to train from the "
+                         f"start ({error})") from None
     return step
+
+
+def _read_rows(file, name, tensor):
+    """Copy tensor `name` of an open safetensors file, or the rows that lie here, to `tensor`."""
+    if name not in file.keys():
+        raise KeyError(name)
+    saved = file.get_slice(name)
+    if saved.get_shape() != list(tensor.shape):
+        raise ValueError(f"{name} has shape {saved.get_shape()}")
+    rows, first = parallel.own_rows(tensor)
+    rows.copy_(saved[first:first + len(rows)])
 
 
 # ------------------------------------------------------------------------------
 # The model card
 
 CARD = """---
-library_name: peft
+library_name: {library}
 license: {license}
-tags: [safety, lora, sparse-autoencoder, sails, gemma-2]
+tags: [safety, sails, gemma-2]
 ---
 
-# {base}: a SAILS safety adapter
+# {base}: {title}
 
-LoRA of rank {rank} on q, k, v and o of every layer, begun as `{init}` (SAILS, arXiv 2512.23260) and
-trained on the aligned answers of `{data}`, seed {seed}. {trainable:,} of {parameters:,} parameters
-are trained.
+{method_text}, trained on the aligned answers of `{data}`, seed {seed}. {trainable:,} of
+{parameters:,} parameters are trained.
 
 ```
 {results}
@@ -270,16 +299,27 @@ are trained.
 Judge: {judge}.
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base}")      # or where the base model lies
-model = PeftModel.from_pretrained(model, "THIS FOLDER")
+{loading}
 ```
 
 {terms}
 """
-GEMMA_TERMS = ("The adapter is a derivative of Gemma: the "
+LORA_CARD = {
+    "library": "peft", "title": "a SAILS safety adapter",
+    "method_text": "LoRA of rank {rank} on {modules} of every layer, begun as `{init}` (SAILS, "
+                   "arXiv 2512.23260)",
+    "loading": """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")      # or where the base model lies
+model = PeftModel.from_pretrained(model, "THIS FOLDER")"""}
+FULL_CARD = {
+    "library": "transformers", "title": "fine-tuned for safety",
+    "method_text": "Full fine-tuning of {modules}, the baseline of SAILS (arXiv 2512.23260)",
+    "loading": """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER/model")"""}
+GEMMA_TERMS = ("This is a derivative of Gemma: the "
                "[Gemma Terms of Use](https://ai.google.dev/gemma/terms) apply to it.")
 
 
@@ -294,6 +334,11 @@ def model_card(settings: SimpleNamespace, scores: dict, results: str) -> str:
     # A path here says nothing elsewhere
     base = settings.model if on_hub else Path(settings.model).name
     data = settings.data if settings.data.startswith("hf://") else Path(settings.data).name
+    is_full = settings.method == "full"
+    modules = " ".join(settings.targets or ()) or ("all weights" if is_full else "q, k, v and o")
     values = vars(settings) | scores
-    return CARD.format_map(values | {"base": base, "data": data, "results": results,
-                                     "license": license, "terms": terms})
+    values |= {"base": base, "data": data, "results": results, "license": license, "terms": terms,
+               "modules": modules}
+    texts = FULL_CARD if is_full else LORA_CARD
+    values |= {name: text.format_map(values) for name, text in texts.items()}
+    return CARD.format_map(values)

@@ -6,14 +6,11 @@ those are our choice (docs/method.md).
 """
 
 import argparse
-import os
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 
 from run import parallel
 from run.files import ROOT, InputError, locate, moved_place, read_json, table
@@ -23,7 +20,6 @@ HH_RLHF = "hf://datasets/Anthropic/hh-rlhf/harmless-base"
 HELPFUL = "hf://datasets/Anthropic/hh-rlhf/helpful-base"
 JBB = "hf://datasets/JailbreakBench/JBB-Behaviors/data"
 TOP_K = 20
-DRIVER = Path("/proc/driver/nvidia/version")     # is there if a driver of NVIDIA's is loaded
 ROLES = {  # what a set of prompts is asked for
     "harmful": "harmful prompts: the safety rate",
     "jailbreak": "harmful prompts behind a jailbreak",
@@ -99,6 +95,12 @@ GROUPS = {
         Setting("norm_aware", False, bool, "map directions through Gemma-2's norm gains on their "
                 "way into the adapter"),
     ],
+    "method": [
+        Setting("method", "lora", str, "lora: adapters; full: the weights themselves, without SAEs "
+                "and adapters (the paper's full fine-tuning)", choices=("lora", "full")),
+        Setting("targets", None, tuple, "modules to train, as q_proj, down_proj, embed_tokens "
+                "(default: q, k, v, o with lora, every weight with full)"),
+    ],
     "adapter": [
         Setting("rank", 16, int, "rank of the adapters on q, k, v, o of every layer", low=1),
         Setting("alpha", None, float, "the update is alpha/rank · B·A (default: the rank)",
@@ -111,8 +113,8 @@ GROUPS = {
     "training": [
         Setting("steps", None, int, "optimizer steps (default: the recipe's, or one pass over the "
                 "data)", low=1),
-        Setting("lr", 2e-4, float, "peak learning rate of AdamW: linear warm-up, then cosine to 0",
-                low=1e-12),
+        Setting("lr", 2e-4, float, "peak learning rate of AdamW: linear warm-up, then cosine to 0; "
+                "--method full takes a tenth of the default", low=1e-12),
         Setting("batch_tokens", 2048, int, "tokens of one packed row, the longest example too; in "
                 "selection, of one batch", low=2),
     ],
@@ -212,6 +214,7 @@ ARGUMENTS: dict[type, dict] = {
     float: {"type": float, "metavar": "X"},
     str: {"metavar": "NAME"},
     list: {"type": int, "nargs": "+", "metavar": "N"},
+    tuple: {"nargs": "+", "metavar": "MODULE"},
     dict: {"type": _role_and_file, "action": "append", "metavar": "ROLE=FILE"},
 }
 
@@ -266,7 +269,8 @@ def resolve(args: argparse.Namespace, saved: dict | None = None, needed=("sae", 
         sets = {**(values["sets"] or {}), **(layer.get("sets") or {})}
         values |= layer | {"sets": sets}
         source |= dict.fromkeys(layer, origin)
-    if values["init"] != "sails":                    # no other init looks at features
+    # No other init looks at features
+    if values["init"] != "sails" or values["method"] == "full":
         needed = [name for name in needed if name != "sae"]
     if missing := [flag(name) for name in needed if not values[name]]:
         raise InputError(f"{model} has no recipe: give {' and '.join(missing)}. Recipes are for "
@@ -289,14 +293,19 @@ def _leave_to_folder(values, source):
             values[name], source[name] = None, "the folder"
 
 
+# What full fine-tuning has no use for
+ADAPTER = """sae layers width l0 pairs select top_k tau tokens norm_aware rank alpha init
+    freeze_basis score center""".split()
+
+
 def _derive(values, source):
     """Fill in the values that hang on others."""
-    device = values["device"] or default_device()
+    device = values["device"] or parallel.default_device()
     by_gradient = values["select"] == "gradient"
     derived = {
         "device": device,
         "dtype": "float32" if device == "cpu" else "bfloat16",
-        "alpha": float(values["rank"]),
+        "alpha": float(values["rank"] or 0),
         "top_k": 2 * values["rank"] if by_gradient else TOP_K,
         # Under --shard by the model's size: run/estimate.py
         "recompute": None if values["shard"] else False,
@@ -304,6 +313,18 @@ def _derive(values, source):
     for name, value in derived.items():
         if values[name] is None:
             values[name], source[name] = value, "derived"
+    if values["method"] == "full":
+        _derive_full(values, source)
+
+
+def _derive_full(values, source):
+    """Drop what only adapters have, and lower a learning rate that nobody gave."""
+    for name in ADAPTER:
+        if source[name] == "flag":
+            raise InputError(f"{flag(name)} belongs to --method lora: leave it out")
+        values[name], source[name] = None, "--method full"
+    if source["lr"] not in ("flag", "the run"):
+        values["lr"], source["lr"] = values["lr"] / 10, "--method full"
 
 
 def _check(values):
@@ -311,11 +332,10 @@ def _check(values):
         value = values[name]
         if isinstance(value, int | float) and not value >= setting.low:
             raise InputError(f"{flag(name)} {value}: give at least {setting.low:g}")
-    if max(values["tau"], values["warmup"]) > 1:
+    if max(values["tau"] or 0, values["warmup"]) > 1:
         raise InputError("--tau and --more warmup are shares: give at most 1")
     if values["freeze_basis"] and values["init"] == "random":
-        raise InputError("--freeze-basis keeps the update in the basis that --init puts in; random "
-                         "puts in none: take sails or orthonormal")
+        raise InputError("--freeze-basis needs a basis, and --init random has none: take sails")
     if values["shard"] and parallel.world_size() == 1:
         raise InputError("--shard splits the model over processes: start them with "
                          "`torchrun --nproc-per-node N`")
@@ -325,28 +345,7 @@ def _check(values):
         raise InputError("--score and --center belong to --select paper")
     if values["log"] and find_spec("tensorboard") is None:
         raise InputError("--log tensorboard: `pip install tensorboard` first")
-    check_device(values["device"])
-
-
-def default_device() -> str:
-    """cuda where PyTorch can use it, else cpu; says on stderr where its driver is too old."""
-    if torch.cuda.is_available():
-        return "cuda"
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if torch.version.cuda and DRIVER.exists() and not is_hidden:
-        print(f"warning: PyTorch can't use this machine's GPU, so the CPU is taken: it needs a "
-              f"driver for CUDA {torch.version.cuda} (nvidia-smi names the driver's), or a PyTorch "
-              "for an older CUDA", file=sys.stderr)
-    return "cpu"
-
-
-def check_device(name: str) -> str:
-    """The device's name, if this machine has it. Raises InputError."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return name
+    parallel.check_device(values["device"])
 
 
 def saved_settings(run: str | Path) -> SimpleNamespace:

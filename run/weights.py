@@ -6,18 +6,24 @@ transformers that stored the rotary frequencies. What would compute something el
 """
 
 import math
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from run.files import InputError, is_file_name, locate, open_tensors, read_json, tensor_shapes
+from run import parallel
+from run.files import (InputError, is_file_name, locate, open_tensors, read_json, refuse_pointer,
+                       tensor_shapes)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 BACKBONE = ("embed_tokens.", "layers.", "norm.")    # the names of what the forward pass consists of
+# The files beside the weights that a merged model needs too
+BESIDE = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
+    chat_template.jinja generation_config.json added_tokens.json LICENSE""".split()
 READ_VALUES = 4 << 20  # of a checkpoint at once: 16 MB in float32
 
 Place = tuple[Path, str]  # a tensor's file, and its name there
@@ -108,13 +114,18 @@ def _rows_at_once(columns):
 def read_weight(place: Place, weight):
     """Copy the tensor at a place to `weight`, or to the rows that a shard of FSDP2 holds."""
     path, name = place
-    first = 0
-    if hasattr(weight, "to_local"):  # FSDP2 cuts as torch.chunk does
-        mesh = weight.device_mesh
-        first = min(mesh.get_local_rank() * math.ceil(len(weight) / mesh.size()), len(weight))
-        weight = weight.to_local()
+    weight, first = parallel.own_rows(weight)
     for rows in weight.split(_rows_at_once(weight.shape[1:])):
         # Opened anew each time: what is read stays in memory until the file is closed
         with open_tensors(path) as file:
             rows.copy_(file.get_slice(name)[first:first + len(rows)])
         first += len(rows)
+
+
+def copy_beside(source: str | Path, out: Path):
+    """Copy a checkpoint's files BESIDE its weights to the folder `out`, made unless there."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in BESIDE:
+        if path := locate(source, name, optional=True):
+            refuse_pointer(path)
+            shutil.copyfile(path, out / name)

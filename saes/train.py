@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from data import load_tokenizer
 from model import load_model
+from run import parallel
 from run.files import (InputError, Parser, data_file, is_new, read_json, run_command,
                        write_json)
 from run.readers import read_items
 from run.session import (Log, Signals, Stopped, limit_threads, read_checkpoint, run_folder,
                          write_checkpoint)
-from run.settings import TOY, check_device, default_device, model_folder
+from run.settings import TOY, model_folder
 from sae import save_sae, save_sasa
 from saes.step import Spec, Trainer
 from saes.stream import stream
@@ -173,10 +174,10 @@ def row_length(model):
 
 def add_machine(parser):
     """--model and --device."""
-    device = default_device()
+    device = parallel.default_device()
     parser.add_argument("--model", default="toy",
                         help="toy, a hub repository, or a folder (default toy)")
-    parser.add_argument("--device", type=check_device, default=device,
+    parser.add_argument("--device", type=parallel.check_device, default=device,
                         help="cpu, cuda, … (default: cuda where there is one)")
 
 

@@ -22,7 +22,7 @@ from run import parallel
 from run.files import InputError, locate, read_json
 from run.places import check_places, is_gone, moved_settings
 from run.session import FINISHED, limit_threads
-from run.settings import (RECIPES, absolute, base_of, check_device, model_folder, resolve,
+from run.settings import (RECIPES, absolute, base_of, model_folder, resolve,
                           saved_settings)
 
 
@@ -94,7 +94,7 @@ def shared_settings(arms: Sequence[Arm], device: str | None = None) -> SimpleNam
                          "so they can't be asked alike: give them one by one")
     if runs:
         settings = runs[0]
-        settings.device = check_device(device or settings.device)
+        settings.device = parallel.check_device(device or settings.device)
         return settings
     flags = Namespace(model=recipe_of(arms[0].base), device=device, more=None)
     return resolve(flags, needed=())[0]

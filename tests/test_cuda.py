@@ -21,7 +21,7 @@ import attention
 import train
 from lora import add_lora
 from model import PRESETS, Gemma2
-from run import settings
+from run import parallel
 from run.estimate import activation_bytes
 
 
@@ -95,12 +95,12 @@ class Flex(torch.autograd.Function):
         return out
 
 
-def kept_bytes(config, layers, recompute):
+def kept_bytes(config, layers, recompute, method):
     """Bytes that a row's forward to the last hidden state keeps, weights aside; device "meta"."""
     with torch.device("meta"):
-        model = Gemma2(replace(config, num_hidden_layers=layers, layer_types=()))
-        model.bfloat16().requires_grad_(False)
-        add_lora(model, 16, 16.0, "random")
+        model = Gemma2(replace(config, num_hidden_layers=layers, layer_types=())).bfloat16()
+        if method == "lora":
+            add_lora(model, 16, 16.0, "random")
     model.recompute = recompute
     kept = {}
 
@@ -118,15 +118,30 @@ def kept_bytes(config, layers, recompute):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", ["2b", "9b", "27b"])
-def test_dry_run_tells_what_cuda_keeps(name, recompute, monkeypatch):
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_dry_run_tells_what_cuda_keeps(method, name, recompute, monkeypatch):
     monkeypatch.setattr("model.attention", Flex.apply)
     config = PRESETS[f"google/gemma-2-{name}"]
-    two, three = (kept_bytes(config, layers, recompute) for layers in (2, 3))
+    two, three = (kept_bytes(config, layers, recompute, method) for layers in (2, 3))
     kept = two + (config.num_hidden_layers - 2) * (three - two)
     if recompute:                                   # the backward makes one block again, whole
-        kept += kept_bytes(config, 3, False) - kept_bytes(config, 2, False)
-    row = SimpleNamespace(batch_tokens=2048, dtype="bfloat16", recompute=recompute)
+        kept += kept_bytes(config, 3, False, method) - kept_bytes(config, 2, False, method)
+    row = SimpleNamespace(batch_tokens=2048, dtype="bfloat16", recompute=recompute, method=method)
     assert activation_bytes(row, config) == pytest.approx(kept, rel=0.03)
+
+
+def test_full_fine_tuning_of_2b_in_bfloat16_fits_80_gb(monkeypatch, capsys):
+    arguments = ["--model", "google/gemma-2-2b", "--method", "full", "--dtype", "bfloat16"]
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments, "--device", "cpu", "--dry-run"])
+    train.main()
+    rows = re.findall(r"memory: (.*?)  +([\d,]+) MB", capsys.readouterr().out)
+    memory = {what: int(size.replace(",", "")) for what, size in rows}
+    total = memory.pop("in all, about")
+    assert total == pytest.approx(sum(memory.values()), abs=5) and total < 80_000
+    # Per parameter two bytes of weight, four of its copy, four of gradient, eight of moments
+    count = 2_614_341_888
+    assert sum(memory.values()) > 18 * count / 1e6
+    assert memory["AdamW's two moments"] == pytest.approx(8 * count / 1e6, abs=1)
 
 
 @pytest.mark.parametrize("name, flags, recompute", [
@@ -149,11 +164,11 @@ def test_shard_of_a_large_model_recomputes(name, flags, recompute, monkeypatch, 
 def test_an_old_driver_is_named(cuda, driver, visible, warns, monkeypatch, capsys):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(settings, "DRIVER", Path(driver))
+    monkeypatch.setattr(parallel, "DRIVER", Path(driver))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert settings.default_device() == "cpu"
+    assert parallel.default_device() == "cpu"
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == warns and all("CUDA 12.8" in line for line in lines)
 

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 from conftest import ROOT, SETS, command, start
+from test_full import full
 
 from run import session
 from run.files import read_json, read_jsonl, read_metadata, read_tensors
@@ -68,6 +69,24 @@ def runs(mini, tmp_path_factory):
     (folder / "out").write_text(out)
     done(torchrun("train.py", [*command(mini, folder / "shard", sets=SETS), "--shard"]))
     return folder
+
+
+def test_full_fine_tuning_split_over_two_equals_one(mini, tmp_path):
+    """Weights, copies and moments are split; the checkpoint is whole, and a run goes on from it."""
+    arguments = full(mini, tmp_path / "one", "--more", "accumulate=4")
+    done(start("train.py", arguments, env=ENVIRONMENT))
+    process = torchrun("train.py", [*full(mini, tmp_path / "split"), "--shard"])
+    wait_for(process, "step 4/7")
+    os.kill(worker(process, 0), signal.SIGINT)
+    process.communicate(timeout=120)
+    done(torchrun("train.py", ["--resume", tmp_path / "split"]))
+    for ours, theirs in zip(steps(tmp_path / "one"), steps(tmp_path / "split"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-2)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=5e-2)
+    one, two = (read_tensors(tmp_path / run / session.CHECKPOINT) for run in ("one", "split"))
+    assert one.keys() == two.keys()
+    assert all(one[name].shape == two[name].shape for name in one)
+    assert (tmp_path / "split/model/model.safetensors").exists()
 
 
 def steps(folder):
