@@ -170,7 +170,7 @@ def select(settings, model, saes, tokenizer, examples, folder):
     if not path.exists():
         pairs = sample_pairs(settings, examples)
         choices, features = select_features(model, saes, tokenizer, pairs, settings,
-                                            TARGETS)
+                                            settings.targets)
         parallel.on_rank_zero(save_selection, folder, choices, features)
     return load_subspaces(path)
 
@@ -232,11 +232,10 @@ def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
     Returns the safety basis of each module, {module name: U (D, r̂)}: none without SAEs.
     """
     bases = {}
-    targets = settings.targets or TARGETS
     if saes:
         with log.stage("selection"):
             subspaces = select(settings, model, saes, tokenizer, examples, folder)
-            bases = module_bases(model, subspaces, settings.norm_aware, targets)
+            bases = module_bases(model, subspaces, settings.norm_aware, settings.targets)
             saes.clear()                        # their memory is the training's now
     if (folder / "adapter_model.safetensors").exists():
         layers = lora.load_adapter(model, folder)
@@ -246,7 +245,7 @@ def adapt(settings, model, saes, tokenizer, examples, folder, log, signals):
     with log.stage("training"):
         generator = torch.Generator().manual_seed(settings.seed)
         layers = lora.add_lora(model, settings.rank, settings.alpha, settings.init, bases,
-                               generator, settings.freeze_basis, targets)
+                               generator, settings.freeze_basis, settings.targets)
         named = lora.trainable_parameters(layers)
         train(settings, model, named, bases, examples, folder, log, signals)
         parallel.on_rank_zero(lora.save_adapter, model, folder, settings.model)
@@ -273,8 +272,7 @@ def dry_run(settings):
     """Print sizes, memory and steps, and stop. Loads no weights."""
     config = PRESETS.get(settings.model) or load_config(model_folder(settings.model))
     check_rank(settings, config)
-    is_full = settings.method == "full"
-    rows = size_rows(settings, config, settings.targets or (() if is_full else TARGETS))
+    rows = size_rows(settings, config, settings.targets or ())
     try:
         tokenizer = load_tokenizer(model_folder(settings.model))
         examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
@@ -293,16 +291,16 @@ def main():
     group = add_flags(parser)
     group.add_argument("--out", metavar="DIR", help="the run's folder (default runs/TIME-MODEL); "
                        "an unfinished run of the same settings in it goes on")
-    group.add_argument("--resume", metavar="DIR", help="go on with the unfinished run in this "
-                       "folder, with its settings")
-    group.add_argument("--dry-run", action="store_true",
-                       help="print the settings, sizes, steps and memory, and stop")
+    group.add_argument("--resume", metavar="DIR", help="go on with the unfinished run there")
+    group.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     args = parser.parse_args()
     if args.resume and args.out:
         raise InputError("--resume DIR goes on in that folder: leave --out away")
     saved = vars(saved_settings(args.resume)) if args.resume else None
     settings, source = resolve(args, saved)
     derive_recompute(settings, source)
+    if settings.method == "lora":
+        settings.targets = settings.targets or list(TARGETS)
     for name, known in ((settings.select, SELECTIONS), (settings.init, lora.INITS)):
         if name and name not in known:
             raise InputError(f"{name} is unknown: known are {', '.join(known)}")
@@ -323,9 +321,8 @@ def main():
         is_new = parallel.on_rank_zero(open_run, folder, settings, source, hashes)
         run(settings, tokenizer, folder, is_new, signals)
     except Stopped as stop:
-        start = "python"
-        if parallel.world_size() > 1:
-            start = f"torchrun --nproc-per-node {parallel.world_size()}"
+        processes = parallel.world_size()
+        start = f"torchrun --nproc-per-node {processes}" if processes > 1 else "python"
         go_on = ""
         if folder and folder.exists():
             go_on = f": go on with `{start} {sys.argv[0]} --resume {folder}`"

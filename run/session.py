@@ -335,7 +335,7 @@ def model_card(settings: SimpleNamespace, scores: dict, results: str) -> str:
     base = settings.model if on_hub else Path(settings.model).name
     data = settings.data if settings.data.startswith("hf://") else Path(settings.data).name
     is_full = settings.method == "full"
-    modules = " ".join(settings.targets or ()) or ("all weights" if is_full else "q, k, v and o")
+    modules = ", ".join(settings.targets or ["all weights"])
     values = vars(settings) | scores
     values |= {"base": base, "data": data, "results": results, "license": license, "terms": terms,
                "modules": modules}
