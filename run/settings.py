@@ -341,7 +341,7 @@ def _check(values):
                          "`torchrun --nproc-per-node N`")
     if values["shard"] and values["select"] == "gradient":
         raise InputError("--select gradient needs whole weights on each card: leave --shard out")
-    if values["select"] != "paper" and (values["score"] != "delta" or values["center"]):
+    if values["select"] not in ("paper", None) and (values["score"] != "delta" or values["center"]):
         raise InputError("--score and --center belong to --select paper")
     if values["log"] and find_spec("tensorboard") is None:
         raise InputError("--log tensorboard: `pip install tensorboard` first")
