@@ -16,7 +16,9 @@ import torch.nn.functional as F
 
 from sae import strongest
 
-REVIVAL = 1 / 32  # weight α of the auxiliary loss, which revives dead units
+REVIVAL = 1 / 32      # weight α of the auxiliary loss, which revives dead units
+SASA_REVIVAL = 1.0    # the same, as SASA's authors have it
+SASA_NUCLEAR = 0.01   # λ of saes/train.py
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Spec:
     decay: float = 0.5        # share of the steps, the last ones, in which the rate falls to 0
     bandwidth: float = 0.2    # jumprelu: ε of the straight-through estimator, for inputs of power 1
     dead_after: int = 80_000  # tokens of silence after which a unit is dead
+
+    @property
+    def revival(self):
+        return SASA_REVIVAL if self.architecture == "sasa" else REVIVAL
 
     @property
     def active(self):
@@ -54,7 +60,7 @@ class Trainer:
     keep a copy of every (N, F) tensor.
 
     parameters: W_enc (D, F), b_enc (F), W_dec (F, D) with rows of unit length, b_dec (D), and
-    log_theta (F) for jumprelu.
+    log_theta (F) for jumprelu. A SASA's columns of W_enc have unit length too.
     """
 
     def __init__(self, spec, mean, draw):
@@ -64,12 +70,7 @@ class Trainer:
         D = len(mean)
         num_features = spec.width
         num_units = num_features // spec.block
-        # Decoder rows begin at random, of unit length; those of a block are orthonormal too
-        if spec.block > 1:
-            start = torch.randn(num_units, D, spec.block, generator=draw)
-            W_dec = torch.linalg.qr(start).Q.mT.reshape(num_features, D)
-        else:
-            W_dec = F.normalize(torch.randn(num_features, D, generator=draw), dim=1)
+        W_dec = F.normalize(torch.randn(num_features, D, generator=draw), dim=1)
         # The encoder begins as the decoder's transpose: a unit then finds what it writes
         parameters = {
             "W_enc": W_dec.T.contiguous(),
@@ -80,6 +81,10 @@ class Trainer:
         if spec.architecture == "jumprelu":
             parameters["log_theta"] = torch.full((num_features,), math.log(1.3 / D ** 0.5))
         self.parameters = {name: value.to(device) for name, value in parameters.items()}
+        # Whose vectors have unit length, and along which dimension they lie
+        self.unit_length = {"W_dec": 1}
+        if spec.architecture == "sasa":
+            self.unit_length["W_enc"] = 0
 
         # Thresholds are logarithms, and have further to go than weights
         groups = []
@@ -98,12 +103,13 @@ class Trainer:
         Returns scalar tensors "loss", "ev" (explained variance), "l0" and "dead" (share of units).
         """
         spec = self.spec
-        W_dec = self.parameters["W_dec"]
         loss, error, codes, gradients = self.gradients(x, done)
 
-        # Rows keep unit length: take out the part of the gradient that would only change it
-        along = (gradients["W_dec"] * W_dec).sum(1, keepdim=True)
-        gradients["W_dec"].addcmul_(W_dec, along, value=-1)
+        # Take out the part of the gradient that would only change the length
+        for name, dim in self.unit_length.items():
+            W = self.parameters[name]
+            along = (gradients[name] * W).sum(dim, keepdim=True)
+            gradients[name].addcmul_(W, along, value=-1)
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
 
@@ -114,7 +120,9 @@ class Trainer:
             group["lr"] = group["peak"] * min(1.0, warmup, decay)
         self.optimizer.step()
         # A step along the sphere leaves it a little
-        W_dec.copy_(F.normalize(W_dec, dim=1))
+        for name, dim in self.unit_length.items():
+            W = self.parameters[name]
+            W.copy_(F.normalize(W, dim=dim))
 
         # Metrics are of the weights before the step
         fires = codes != 0
@@ -232,12 +240,12 @@ class Trainer:
         z = p.flatten(1) * strongest(p, num_active).repeat_interleave(spec.block, 1)
         miss = torch.addmm(error, z, W_dec)  # x̂ + ẑ − x
         # The backward of the same, added where the dead rows and columns lie
-        d_miss = miss * (2 * REVIVAL / N)
+        d_miss = miss * (2 * spec.revival / N)
         d_z = (d_miss @ W_dec.T).mul_(z != 0)
         grad["W_dec"].index_add_(0, dead, z.T @ d_miss)
         grad["W_enc"].index_add_(1, dead, x.T @ d_z)
         grad["b_enc"].index_add_(0, dead, d_z.sum(0))
-        return REVIVAL * miss.square().sum() / N
+        return spec.revival * miss.square().sum() / N
 
     def arrays(self, scale):
         """The tensors of sae.py for inputs `scale` times those seen here; b_dec is folded in."""

@@ -33,7 +33,7 @@ from run.session import (Log, Signals, Stopped, limit_threads, read_checkpoint, 
                          write_checkpoint)
 from run.settings import TOY, model_folder
 from sae import save_sae, save_sasa
-from saes.step import Spec, Trainer
+from saes.step import SASA_NUCLEAR, Spec, Trainer
 from saes.stream import stream
 
 SAVE_EVERY = 1000  # steps between checkpoints
@@ -199,8 +199,9 @@ def parse_settings():
     add("--l0", type=int, default=80,
         help="coefficients a token that stay, on average; sasa: exactly (default 80; toy 12)")
     add("--block", type=int, help="sasa: features of a block (default 4)")
-    add("--nuclear", type=float, default=0.0,
-        help="sasa: weight of mean ‖D_k‖_*, relative to the input's power (default 0: none)")
+    add("--nuclear", type=float, help="sasa: weight λ of mean ‖D_k‖_*, relative to the input's "
+        f"power E‖x − mean‖² (default {SASA_NUCLEAR}; the authors' 100 is for GPT-2's, absolute; "
+        "0: none)")
     add("--batch", type=int, default=4096,
         help="tokens of a step (default 4096; toy 2048)")
     add("--lr", type=float,
@@ -222,6 +223,8 @@ def parse_settings():
     if not is_sasa and (settings.block or settings.nuclear):
         raise InputError("--block and --nuclear belong to --architecture sasa")
     settings.block = (settings.block or 4) if is_sasa else 1
+    if settings.nuclear is None:
+        settings.nuclear = SASA_NUCLEAR if is_sasa else 0.0
     width = settings.width
     l0 = settings.l0
     block = settings.block

@@ -19,7 +19,7 @@ from sae import SASA, JumpReLU, load_sae, strongest
 from saes import measure as saes_measure
 from saes import train as saes_train
 from saes.measure import held_out, measure
-from saes.step import REVIVAL, Spec, Trainer, nuclear_norm
+from saes.step import REVIVAL, SASA_NUCLEAR, Spec, Trainer, nuclear_norm
 from saes.stream import encode_item, stream
 from saes.train import Training
 from toy import world as toy
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_the_loss(name, dead):
         if max(spec.active, D // (4 * r)) < 2:  # of the two dead units the stronger
             z = z * strongest(z.detach().unflatten(1, (-1, r)), 1).repeat_interleave(r, 1)
         left = error + z @ p["W_dec"][2 * r:4 * r]
-        wanted = wanted + REVIVAL * left.square().sum(1).mean()
+        wanted = wanted + (1 if name == "sasa" else REVIVAL) * left.square().sum(1).mean()
     assert torch.allclose(loss, wanted, rtol=1e-5)
     for key, g in zip(WEIGHTS, torch.autograd.grad(wanted, [p[key] for key in WEIGHTS])):
         assert torch.allclose(grad[key], g, rtol=1e-5, atol=1e-6), key
@@ -108,15 +108,18 @@ def test_nuclear_norm_where_rank_is_lost():
 # A step
 @pytest.mark.parametrize("name", SPECS)
 def test_what_a_step_keeps_true(name):
-    """L0, signs and blocks of the codes, rows of unit length, no gradient along them."""
+    """L0, signs and blocks of the codes; vectors of unit length, no gradient along them."""
     trainer, x = Trainer(SPECS[name], torch.zeros(D), torch.Generator().manual_seed(0)), inputs(400)
     for step in range(20):
-        before = trainer.parameters["W_dec"].clone()
+        before = {key: value.clone() for key, value in trainer.parameters.items()}
         metrics = trainer.step(x, step / 20)
-    W_dec = trainer.parameters["W_dec"]
-    assert torch.allclose(W_dec.norm(dim=1), torch.ones(WIDTH), atol=1e-6)
-    assert not torch.equal(W_dec, before)
-    assert (W_dec.grad * before).sum(1).abs().max() < 1e-6 * W_dec.grad.norm()
+    for key, dim in (("W_dec", 1), ("W_enc", 0)):
+        W = trainer.parameters[key]
+        has_unit_length = torch.allclose(W.norm(dim=dim), torch.ones(WIDTH), atol=1e-6)
+        has_slope_along = (W.grad * before[key]).sum(dim).abs().max() > 1e-6 * W.grad.norm()
+        is_held = key == "W_dec" or name == "sasa"
+        assert has_unit_length == is_held != has_slope_along
+        assert not torch.equal(W, before[key])
     *_, codes, _ = trainer.gradients(x)
     counts = (codes != 0).sum(1)
     assert (codes < 0).any() == (name == "sasa")
@@ -226,7 +229,10 @@ def test_the_commands_train_resume_measure_and_refuse(mini, tmp_path, monkeypatc
                    "--l0", 8, "--token-count", 6000, "--batch", 200,
                    "--out", tmp_path / name, *words)
     assert not train("a", "--architecture", "sasa")
-    assert load_sae(tmp_path / "a", 1, 96).active == 2
+    sasa = load_sae(tmp_path / "a", 1, 96)
+    assert sasa.active == 2 and torch.allclose(sasa.W_enc.norm(dim=0), torch.ones(96))
+    about = read_json(tmp_path / "a/layer_1/width_96/average_l0_8/sasa.json")
+    assert about["nuclear"] == SASA_NUCLEAR > 0
     assert read_jsonl(tmp_path / "a/metrics.jsonl")[-1]["step"] == 30
 
     for words, message in ((["--block", 4], "--architecture sasa"), (["--l0", 0], "--l0 0"),

@@ -30,7 +30,7 @@ from run.readers import read_items, read_prompts
 from sae import load_sae
 from safety.rules import verdict
 from saes import measure as sae_measure
-from saes.step import Spec
+from saes.step import SASA_NUCLEAR, Spec
 from saes.stream import stack, stream, take
 from saes.train import Training
 from toy.world import SETS, World, write_data, write_tokenizer
@@ -54,7 +54,8 @@ WIDTH = 512
 L0 = 10
 SAES = {
     "sae": Spec("batchtopk", WIDTH, L0, dead_after=20 * SAE_BATCH),
-    "sasa": Spec("sasa", WIDTH, 12, block=4, nuclear=1e-2, warmup=0.2, dead_after=20 * SAE_BATCH)}
+    "sasa": Spec("sasa", WIDTH, 12, block=4, nuclear=SASA_NUCLEAR, lr=4e-3, warmup=0.2,
+                 dead_after=20 * SAE_BATCH)}
 
 
 def train_base(tokenizer, conversations, steps, seed):
