@@ -21,7 +21,8 @@ from model import load_config, load_model
 from report.explain import NUM_PROMPTS, explain
 from report.page import write_page
 from run import parallel
-from run.files import ROOT, InputError, Parser, data_file, is_new, read_json, table, write_json
+from run.files import (ROOT, InputError, Parser, data_file, is_new, positive, read_json, table,
+                       write_json)
 from run.readers import read_pairs
 from run.session import limit_threads
 from run.places import check_places, moved_settings
@@ -176,7 +177,7 @@ def main():
     parser.prog = "python -m report"
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="a run of train.py")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter in PEFT's layout")
-    parser.add_argument("--prompts", metavar="N", type=int, default=NUM_PROMPTS,
+    parser.add_argument("--prompts", metavar="N", type=positive, default=NUM_PROMPTS,
                         help=f"prompts of each set (default {NUM_PROMPTS})")
     parser.add_argument("--out", metavar="DIR", type=Path, help="with --adapter: a new folder")
     add_flags(parser, FLAGS)

@@ -43,6 +43,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help explains all flags)")
 
 
+def positive(text: str) -> int:
+    """A flag's whole number from 1 on."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give at least 1")
+    return number
+
+
 def run_command(main):
     """Run a command's `main`. An error that the user can mend ends in one line and exit code 2."""
     try:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import Tokenizer
 from model import Gemma2
-from run.files import InputError, read_jsonl, text_lines, write_jsonl
+from run.files import InputError, positive, read_jsonl, text_lines, write_jsonl
 from run.readers import Prompt
 from safety.figures import grouped, share
 from safety.gcg import Plan, search, vocabulary
@@ -46,11 +46,11 @@ def add_attack_flags(parser: argparse.ArgumentParser):
     group.add_argument("--target", metavar="TEXT",
                        help="how the answer is to begin; {prompt} and a row's {field} are put in "
                             f"(default: the row's own target, else {TARGET!r})")
-    group.add_argument("--attack-steps", type=int, metavar="N", default=Plan.steps,
+    group.add_argument("--attack-steps", type=positive, metavar="N", default=Plan.steps,
                        help=f"gcg: most steps of a search (default {Plan.steps})")
-    group.add_argument("--attack-width", type=int, metavar="N", default=Plan.width,
+    group.add_argument("--attack-width", type=positive, metavar="N", default=Plan.width,
                        help=f"gcg: candidates of a step (default {Plan.width})")
-    group.add_argument("--attack-length", type=int, metavar="N", default=Plan.length,
+    group.add_argument("--attack-length", type=positive, metavar="N", default=Plan.length,
                        help=f"gcg: tokens of a suffix (default {Plan.length})")
 
 

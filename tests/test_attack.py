@@ -13,7 +13,7 @@ from gemma_like import gemma_like_tokenizer
 from data import load_tokenizer, prompt_tokens
 from eval import answer
 from model import load_model
-from run.files import InputError, read_jsonl
+from run.files import InputError, Parser, read_jsonl
 from run.readers import Prompt, read_prompts
 from safety import attack, gcg
 from safety.attack import PREFIX, read_templates, success, target_of, wrapped
@@ -226,3 +226,11 @@ def test_templates_wrap_the_last_turn(tmp_path):
         file.write_text(text)
         with pytest.raises(InputError, match="t.txt: each template"):
             read_templates(file)
+
+
+@pytest.mark.parametrize("flag", ["--attack-steps", "--attack-width", "--attack-length"])
+def test_a_search_has_at_least_one_of_everything(flag):
+    parser = Parser("")
+    attack.add_attack_flags(parser)
+    with pytest.raises(InputError, match=f"{flag}: 0: give at least 1"):
+        parser.parse_args([flag, "0"])

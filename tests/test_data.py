@@ -153,6 +153,33 @@ def test_tokenizers_that_cannot_serve(tmp_path, damage):
         load_tokenizer(tmp_path)
 
 
+def test_ids_that_no_text_gives_need_no_embedding(tmp_path):
+    """Fillers of many kinds. A word beyond the embedding ends the loading."""
+    spec = gemma_like_spec()
+    rows = Tokenizer(spec, "plain").rows
+    assert rows > 500
+    spec = gemma_like_spec()
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    pad = {"id": rows, "content": "[PAD]", "special": True, **flags}
+    spec["added_tokens"].append(pad)
+    spec["model"]["vocab"] |= {"<unused999>": rows + 1, "filler_0": rows + 2, "[extra]": rows + 3}
+    write(tmp_path / "tokenizer.json", spec)
+    write(tmp_path / "config.json", {"vocab_size": rows, "max_position_embeddings": 40})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.size == rows + 4 and max(tokenizer.encode("filler_0 [extra] [PAD]")) < rows
+
+    # What is longer than the positions of the model is cut, with a word
+    write(tmp_path / "pairs.json", [{"prompt": "a", "chosen": "b" * 99, "rejected": "c"}])
+    (pair,), _ = load_examples(tmp_path / "pairs.json", tokenizer, 2048)
+    assert [len(example.tokens) for example in pair] == [40, pair[1].start + 2]
+
+    spec["model"]["vocab"]["qz"] = rows + 4
+    spec["model"]["merges"].append(["q", "z"])
+    write(tmp_path / "tokenizer.json", spec)
+    with pytest.raises(InputError, match=f"ids up to {rows + 4}, .* {rows} embeddings"):
+        load_tokenizer(tmp_path)
+
+
 def test_mask_by_hand():
     toy = TOKENIZERS["toy"]
     nl, user, model, how, paint = toy.encode("\n user model how paint")

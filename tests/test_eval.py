@@ -1,6 +1,7 @@
 """Answers in order, intervals worked by hand, shares counted right, and eval.py as a command."""
 
 import random
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -104,6 +105,16 @@ def test_answers_come_in_order_whatever_the_batches(mini):
     assert [len(call.args[0]) for call in calls] == [3, 3, 2]
     assert {call.kwargs["stop"] for call in calls} == {(tokenizer.end_of_turn, tokenizer.eos)}
     assert answer(model, tokenizer, []) == []
+
+
+def test_prompts_beyond_the_model_s_positions_are_told(mini, capsys):
+    model, tokenizer = load_model(mini), load_tokenizer(mini)
+    prompts, _ = read_prompts(mini / "harmful.jsonl")
+    answer(model, tokenizer, prompts, 4)
+    assert capsys.readouterr().err == ""
+    model.config = replace(model.config, max_position_embeddings=20)
+    answer(model, tokenizer, prompts, 4)
+    assert "8 prompts with their answers may be longer than the 20" in capsys.readouterr().err
 
 
 # --- the table

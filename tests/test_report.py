@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY, random_gemma
+from conftest import SETS, TOY, random_gemma
 
 import lora
 from data import Example, load_tokenizer
@@ -232,6 +232,24 @@ def test_the_command_explains_a_planted_adapter(toy, tmp_path, monkeypatch, caps
     for adapter, message in (("planted", "isn't empty"), ("nothing", "changes nothing")):
         with pytest.raises(InputError, match=message):
             report(adapter)
+
+
+def test_an_adapter_that_is_a_run_brings_its_saes(whole, mini, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("report.__main__.explain_to",
+                        lambda path, adapter, settings, *more: seen.append(settings))
+    for more in ([], ["--layers", "1"]):
+        arguments = ["--adapter", str(whole.folder), "--out", str(tmp_path / "out"), *more]
+        monkeypatch.setattr("sys.argv", ["report", *arguments])
+        with pytest.raises(InputError, match="explain.json"):     # nothing has been explained
+            main()
+    assert [settings.layers for settings in seen] == [None, [1]]
+    for settings in seen:
+        assert settings.sae == str(mini / "sae") and settings.model == str(mini)
+        assert settings.sets.keys() == set(SETS)
+    monkeypatch.setattr("sys.argv", ["report", str(whole.folder), "--layers", "1"])
+    with pytest.raises(InputError, match="--layers: .* has its own"):
+        main()
 
 
 # ------------------------------------------------------------------------------
