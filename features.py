@@ -28,7 +28,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ from saes.words import Peaks, describe_features, features_table
 
 SIDES = ("readers", "writers")
 FLAGS = ("model sae layers width l0 format data pairs tokens select score top_k tau center "
-         "norm_aware rank batch_tokens seed device dtype shard recompute").split()
+         "norm_aware targets rank batch_tokens seed device dtype shard recompute").split()
 EPSILON = 1e-6                  # of ρ: the least mean activation that divides
 
 
@@ -261,7 +260,6 @@ def module_bases(model: Gemma2, subspaces: dict[tuple[int, str], Tensor], norm_a
 
 
 # ---- Selections: (model, saes, pairs, statistics, settings) -> {(layer, side): Choice} -----------
-# Beside the run's own, `settings` has `targets`: the names of the modules to be adapted
 @dataclass
 class Choice:
     features: Tensor         # (k,) units, the first choice first
@@ -288,7 +286,7 @@ def paper(model, saes, pairs, statistics, settings):
 def gradient(model, saes, pairs, statistics, settings):
     """Matching pursuit in the gradient of the loss, for readers and writers apart."""
     gradients = contrast_gradients(model, pairs, settings.batch_tokens, settings.recompute,
-                                   settings.targets)
+                                   settings.targets or TARGETS)
     moments = gradient_moments(model, gradients, saes, settings.norm_aware)
     choices = {}
     for seed, (layer, side) in enumerate(moments):
@@ -322,14 +320,12 @@ def gradient_moments(model, gradients, layers, norm_aware=False) -> dict[tuple, 
 
 
 # ---- All of it -----------------------------------------------------------------------------------
-def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer, pairs: Pairs, settings,
-                    targets=TARGETS):
+def select_features(model: Gemma2, saes: dict[int, SAE], tokenizer, pairs: Pairs, settings):
     """({(SAE layer, side): Choice}, entries of features.json); a table a layer is printed."""
     if settings.select not in SELECTIONS:
         raise InputError(f"--select {settings.select}: known are {', '.join(SELECTIONS)}")
     statistics = feature_statistics(model, saes, pairs, tokenizer.control, settings.tokens,
                                     settings.batch_tokens)
-    settings = SimpleNamespace(**vars(settings) | {"targets": targets})
     choices = SELECTIONS[settings.select](model, saes, pairs, statistics, settings)
     score = settings.score if settings.select == "paper" else settings.select
     features = []

@@ -169,8 +169,7 @@ def select(settings, model, saes, tokenizer, examples, folder):
     path = folder / "subspace.safetensors"
     if not path.exists():
         pairs = sample_pairs(settings, examples)
-        choices, features = select_features(model, saes, tokenizer, pairs, settings,
-                                            settings.targets)
+        choices, features = select_features(model, saes, tokenizer, pairs, settings)
         parallel.on_rank_zero(save_selection, folder, choices, features)
     return load_subspaces(path)
 

@@ -355,12 +355,12 @@ def test_candidate_of_a_block_is_what_the_gradient_carries_most():
 WORDS = SimpleNamespace(control=CONTROL, token=str)       # a tokenizer of numbers
 
 
-def selection(model, select, make=random_sae, targets=TARGETS, **more):
+def selection(model, select, make=random_sae, **more):
     saes = {layer: make(layer) for layer in LAYERS}
-    settings = {"score": "delta", "top_k": 8, "tau": 0.8, "center": False, "rank": 4,
-                "tokens": "response", "batch_tokens": 256, "norm_aware": False, "recompute": True}
-    settings = SimpleNamespace(select=select, **settings | more)
-    return select_features(model, saes, WORDS, random_pairs(12), settings, targets)
+    settings = {"score": "delta", "top_k": 8, "tau": 0.8, "center": False, "targets": None,
+                "tokens": "response", "rank": 4, "batch_tokens": 256, "norm_aware": False}
+    settings = SimpleNamespace(select=select, recompute=True, **settings | more)
+    return select_features(model, saes, WORDS, random_pairs(12), settings)
 
 
 @pytest.mark.parametrize("make", [random_sae, random_sasa])
@@ -396,5 +396,5 @@ def test_scores_and_centring_reach_the_choice(gemma):
 
 
 def test_gradient_selection_follows_the_targets(gemma):
-    choices, _ = selection(gemma, "gradient", targets=("down_proj",))
+    choices, _ = selection(gemma, "gradient", targets=["down_proj"])
     assert choices.keys() == {(layer, "writers") for layer in LAYERS}
