@@ -2,7 +2,6 @@
 
     python train.py --rank 16                              # the built-in toy, about 20 s
     python train.py --model google/gemma-2-2b --rank 16    # the paper's; a GPU and Gemma's licence
-    python train.py --model DIR --sae DIR --data FILE --rank 16 --steps 100
     python train.py --method full                          # every weight instead of adapters
     python train.py --model google/gemma-2-9b --dry-run    # what would run, and what it would take
     torchrun --nproc-per-node 4 train.py --model google/gemma-2-9b
@@ -261,6 +260,7 @@ def tune(settings, model, examples, folder, log, signals):
         train(settings, model, named, {}, examples, folder, log, signals)
         parallel.on_rank_zero(copy_beside, model_folder(settings.model), checkpoint)
         save_model(model, checkpoint)           # config.json last: then the checkpoint is whole
+        parallel.on_rank_zero(shutil.rmtree, folder / "checkpoint")     # six times as large
     return model
 
 
@@ -382,7 +382,7 @@ def conclude(settings, folder, model, bases, log):
     scores = score(folder) | {
         "trainable": num_trained, "parameters": num_parameters, "rank": settings.rank,
         "share": share, "seconds": log.seconds(),
-        "seed": settings.seed, "peak_bytes": peak_bytes}
+        "seed": settings.seed, "method": settings.method, "peak_bytes": peak_bytes}
     write_text(folder / "README.md", model_card(settings, scores, result_table(scores)))
     write_json(folder / FINISHED, scores)
     print(f"\n{result_table(scores)}\n")

@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# The whole comparison, from the files to a merged checkpoint: LoRA's own init beside SAILS with the
-# paper's and with the gradient selection, over seeds. On Gemma-2 with one GPU, or on the toy:
+# The paper's main table, from the files to its last row: base, full fine-tuning, LoRA's own init,
+# SAILS with the paper's and with the gradient selection, and the RLHF-tuned model, over seeds. On
+# Gemma-2 with one GPU, or on the toy, which has no RLHF-tuned model:
 #
 #     export HF_TOKEN=…      # of an account that has accepted google/gemma-2-2b's licence
 #     bash experiments/recipe.sh                     # google/gemma-2-2b
-#     bash experiments/recipe.sh google/gemma-2-9b   # or -2b-it, -9b-it
-#     bash experiments/recipe.sh toy                 # about 6 minutes of one core, no network
+#     bash experiments/recipe.sh google/gemma-2-9b
+#     bash experiments/recipe.sh toy                 # about 12 minutes of two cores, no network
 #
 # If it is stopped, the same line goes on: finished parts are left out, begun ones are taken up.
+# Full fine-tuning of the 9b needs 183 GB: leave it out (ARMS="base lora sails gradient it"), or
+# train it first on several cards, with the same --out:
+#
+#     torchrun --nproc-per-node 4 train.py --model google/gemma-2-9b --method full --shard …
 #
 # What it takes is ESTIMATED, NOT MEASURED: nothing here has run on a GPU. For one H100 with matrix
 # products at 30 % of its 989 TF/s in bf16, 40 ms a token step of generation (9b: 65), and HH-RLHF's
@@ -15,16 +20,17 @@
 # the data. An A100 takes twice as long, by the same count.
 #
 #                                                   2b            9b
-#     1 files                         once          12 GB         21 GB, or 40 in float32
+#     1 files                         once          17 GB         40 GB, or 80 in float32
 #     3 selection, both               once           2 minutes     4 minutes
 #     4 a run: 200 prompts of 3 sets
-#       before and after, one pass   9 times        14 minutes    31 minutes
-#     5 eight sets                   9 times        10 minutes    20 minutes
-#       judged by shieldgemma-2b     9 times         2 minutes     2 minutes
-#     6 gcg, 10 prompts, at most     3 times        30 minutes     2 hours
-#     in all                                         6 hours      14 hours
-#     memory of the card                            12 GB         32 GB
-#     disk: files, checkpoints, merged              20 GB         45 GB (65)
+#       before and after, one pass   12 times       14 minutes    31 minutes
+#     5 1,663 prompts of six sets    14 times        5 minutes     8 minutes
+#     6 gcg, 21 prompts, at most      6 times        1 hour        4 hours
+#     in all                                        11 hours      32 hours
+#     memory of the card, LoRA                      12 GB         32 GB
+#     memory of the card, full                      57 GB         4 × 60 GB
+#     disk: files, models of full                   33 GB         96 GB
+#       and while full is training                  63 GB         222 GB
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="${VENV:-$PWD/.venv}/bin:$PATH"
@@ -34,20 +40,24 @@ MODEL=${1:-google/gemma-2-2b}
 OUT=${OUT:-runs/recipe-${MODEL##*/}}
 FILES=${FILES:-runs/files}               # prompts that the hub doesn't hold as plain files
 SEEDS=${SEEDS:-0 1 2}                    # of the data's order, of samples and of random inits
-ARMS=${ARMS:-lora paper gradient}        # what is compared; the last one is merged
+ARMS=${ARMS:-base full lora sails gradient it}   # what is compared
 CHOOSE=${CHOOSE:-}                       # more flags of select.py and train.py: "--top-k 32"
 TRAIN=${TRAIN:-}                         # more of train.py: "--lr 1e-4 --recompute"
-PROMPTS=${PROMPTS:-200}                  # of each evaluation set, at most; 0: all
-JUDGE=${JUDGE:-}                         # beside the rules: "--judge shieldgemma"
-ATTACKED=${ATTACKED:-10}                 # prompts that a suffix is searched for, first seed
+FULL=${FULL:-}                           # more of train.py for full: "--lr 5e-6 --recompute"
+PROMPTS=${PROMPTS:-0}                    # of each evaluation set, at most; 0: all
+JUDGE=${JUDGE:-}                         # the paper's 1 to 5: "--judge rubric --judge-model NAME"
+ATTACKED=${ATTACKED:-21}                 # prompts that a suffix is searched for, first seed
 TASKS=${TASKS:-mmlu,hellaswag}           # lm_eval's, for lost ability
+IT=${IT-}                                # the RLHF-tuned model: by default, MODEL's -it
 
 flags_of() {                             # ARM: the flags of train.py that make it
   case $1 in
-    lora) echo --init random ;;
-    paper) echo --select paper ;;
-    gradient) echo --select gradient ;;
-    *) echo "ARMS: $1 is none of lora, paper, gradient" >&2; return 2 ;;
+    base | it) ;;                        # not trained here
+    full) echo --method full $FULL ;;
+    lora) echo --init random $TRAIN ;;
+    sails) echo --select paper $CHOOSE $TRAIN ;;
+    gradient) echo --select gradient $CHOOSE $TRAIN ;;
+    *) echo "ARMS: $1 is none of base, full, lora, sails, gradient, it" >&2; return 2 ;;
   esac
 }
 
@@ -74,6 +84,7 @@ if [ "$MODEL" = toy ]; then
   SETS=(--sets toy-harmful toy-jailbreak toy-lookalike toy-benign)
   ATTACK=(--sets toy-harmful --target "here you {verb} the {noun}"
           --attack-steps 25 --attack-width 64 --attack-length 6)
+  echo "the toy has no RLHF-tuned model: the arm \"it\" is left out"
 else
   saes=$(python -c '
 import sys
@@ -90,6 +101,8 @@ for layer in recipe["layers"]:
   # hf keeps these in ~/.cache/huggingface. Gemma's licence has to be accepted on its page; the SAEs
   # are CC-BY-4.0, the data MIT
   hf download "$MODEL" --exclude "*.gguf"
+  IT=${IT:-$MODEL-it}
+  if [[ " $ARMS " == *" it "* ]]; then hf download "$IT" --exclude "*.gguf"; fi
   hf download $saes
   hf download Anthropic/hh-rlhf harmless-base/train.jsonl.gz harmless-base/test.jsonl.gz \
     helpful-base/test.jsonl.gz --repo-type dataset
@@ -102,29 +115,37 @@ for layer in recipe["layers"]:
   fetch strongreject.csv \
     $raw/alexandrasouly/strongreject/main/strongreject_dataset/strongreject_dataset.csv
   fetch xstest.csv $raw/paul-rottger/xstest/main/xstest_prompts.csv
-  # Not HH-RLHF's own test prompts, the default: many are harmless. HEx-PHI is gated by hand: add
-  # --set hex-phi=FOLDER once it is yours
+  # Not HH-RLHF's own test prompts, the default: many are harmless
   ROLES=(--set "harmful=$FILES/harmbench.csv" --set "lookalike=$FILES/xstest.csv"
          --set benign=hf://datasets/Anthropic/hh-rlhf/helpful-base/test.jsonl.gz)
-  SETS=(--sets hh-rlhf jailbreakbench --set "advbench=$FILES/advbench.csv"
-        --set "harmbench=$FILES/harmbench.csv" --set "strongreject=$FILES/strongreject.csv"
-        --set "xstest=$FILES/xstest.csv")
+  SETS=(--sets hh-rlhf jailbreakbench --set "harmbench=$FILES/harmbench.csv"
+        --set "strongreject=$FILES/strongreject.csv" --set "xstest=$FILES/xstest.csv")
+  # HEx-PHI, the paper's set: its owners let people in by hand
+  if hf download LLM-Tuning-Safety/HEx-PHI --repo-type dataset > /dev/null 2>&1; then
+    SETS+=(--sets hex-phi)
+  else
+    echo "HEx-PHI is left out: ask at https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI"
+  fi
   # AdvBench's rows bring their targets; Zou et al. search 500 steps
   ATTACK=(--set "advbench=$FILES/advbench.csv" --attack-steps 250)
 fi
 
 # --------------------------------------------------------------------------------------------------
 # 2. A look before anything is paid for: settings and their sources, parameters, steps, memory.
-# CHOOSE, TRAIN, JUDGE and what flags_of says are lists of words, and stand without quotes
+# CHOOSE, TRAIN, FULL, JUDGE and what flags_of says are lists of words, and stand without quotes
 
-python train.py --model "$MODEL" "${ROLES[@]}" $CHOOSE $TRAIN --dry-run
+for arm in $ARMS; do
+  case $arm in
+    full | sails) python train.py --model "$MODEL" "${ROLES[@]}" $(flags_of $arm) --dry-run ;;
+  esac
+done
 
 # --------------------------------------------------------------------------------------------------
 # 3. Which features? To be looked at: train.py chooses the same ones again on its way
 
-for select in $ARMS; do
-  if [ "$select" = lora ]; then continue; fi
-  here=$OUT/select-$select
+for arm in $ARMS; do
+  case $arm in sails) select=paper ;; gradient) select=gradient ;; *) continue ;; esac
+  here=$OUT/select-$arm
   # select.py doesn't go on in a folder: it takes minutes
   if [ ! -e "$here/subspace.safetensors" ]; then rm -rf "$here"; fi
   once "$here/subspace.safetensors" \
@@ -132,53 +153,54 @@ for select in $ARMS; do
 done
 
 # --------------------------------------------------------------------------------------------------
-# 4. Answers before, selection, training, answers after; then what was learned
+# 4. Answers before, selection, training, answers after; then what each adapter learned
 
-runs=()
-for seed in $SEEDS; do
-  for arm in $ARMS; do
+models=()                                # all that is compared, by name or folder
+attacked=()                              # of each arm one
+for arm in $ARMS; do
+  case $arm in
+    base) models+=("$MODEL"); attacked+=("$MODEL"); continue ;;
+    it) if [ -n "$IT" ]; then models+=("$IT"); attacked+=("$IT"); fi; continue ;;
+  esac
+  for seed in $SEEDS; do
     run=$OUT/$arm-$seed
-    runs+=("$run")
+    models+=("$run")
+    if [ "$seed" = "${SEEDS%% *}" ]; then attacked+=("$run"); fi
     once "$run/scores.json" python train.py --model "$MODEL" $(flags_of "$arm") --seed "$seed" \
-      $CHOOSE "${ROLES[@]}" --eval-prompts "$PROMPTS" $TRAIN --out "$run"
-    once "$run/report.html" python -m report "$run"
+      "${ROLES[@]}" --out "$run"
+    if [ "$arm" != full ]; then once "$run/report.html" python -m report "$run"; fi
   done
 done
 
 # --------------------------------------------------------------------------------------------------
-# 5. The field's sets, of base and adapter. For another JUDGE take sets/*/scores.json away: the
-# answers stay
+# 5. The field's sets, each answered once by each model. For another JUDGE take sets/scores.json
+# away: the answers stay
 
-for run in "${runs[@]}"; do
-  here=$OUT/sets/${run##*/}
-  once "$here/scores.json" \
-    python eval.py "$run" "${SETS[@]}" --prompts "$PROMPTS" $JUDGE --out "$here"
-done
+once "$OUT/sets/scores.json" \
+  python eval.py "${models[@]}" "${SETS[@]}" --prompts "$PROMPTS" $JUDGE --out "$OUT/sets"
 
 # --------------------------------------------------------------------------------------------------
 # 6. Under attack: for each prompt that is refused, a suffix is searched that makes the model comply
 
-for arm in $ARMS; do
-  run=$arm-${SEEDS%% *}
-  once "$OUT/attacks/$run/scores.json" python eval.py "$OUT/$run" "${ATTACK[@]}" --attack gcg \
-    --prompts "$ATTACKED" --out "$OUT/attacks/$run"
-done
+once "$OUT/attacks/scores.json" python eval.py "${attacked[@]}" "${ATTACK[@]}" --attack gcg \
+  --prompts "$ATTACKED" --out "$OUT/attacks"
 
 # --------------------------------------------------------------------------------------------------
-# 7. Each arm as mean ± standard deviation over seeds
+# 7. Lost ability by likelihood, where lm_eval is installed; of each arm one
 
-if [ ${#runs[@]} -gt 1 ]; then python -m report "${runs[@]}" | tee "$OUT/runs.txt"; fi
-
-# --------------------------------------------------------------------------------------------------
-# 8. Base and adapter as one checkpoint, and lost ability by likelihood where lm_eval is installed
-
-once "$OUT/merged/config.json" \
-  python lora.py "$OUT/${ARMS##* }-${SEEDS%% *}" --dtype bfloat16 --out "$OUT/merged"
 if [ "$MODEL" != toy ] && command -v lm_eval > /dev/null; then
-  for checkpoint in "$MODEL" "$OUT/merged"; do
-    here=$OUT/lm_eval/${checkpoint##*/}
-    once "$here" lm_eval --model hf --model_args "pretrained=$checkpoint,dtype=bfloat16" \
-      --tasks "$TASKS" --output_path "$here"
+  for model in "${attacked[@]}"; do
+    source="pretrained=$MODEL,peft=$model"
+    if [ -e "$model/model" ]; then source="pretrained=$model/model"; fi
+    if [ ! -d "$model" ]; then source="pretrained=$model"; fi
+    here=$OUT/lm_eval/${model##*/}
+    once "$here" lm_eval --model hf --model_args "$source,dtype=bfloat16" --tasks "$TASKS" \
+      --output_path "$here"
   done
 fi
-echo "pages: $OUT/*/report.html; runs: $OUT/runs.txt; checkpoint: $OUT/merged"
+
+# --------------------------------------------------------------------------------------------------
+# 8. The table, beside the paper's figures
+
+python -m experiments.paper_table "$OUT"
+echo "pages: $OUT/*/report.html; table: $OUT/table.txt; answers: $OUT/sets/completions.jsonl"

@@ -64,6 +64,8 @@ def explain_run(run, num_prompts, given):
     settings = moved_settings(run, given)
     check_places(settings)
     parallel.check_device(settings.device)
+    if settings.method == "full":
+        raise InputError(f"{run} trained the weights themselves: there is no adapter to explain")
     if not settings.sae:
         raise InputError(f"{run} knows no SAEs: `python -m report --adapter {run} --sae DIR`")
     if not (run / "scores.json").exists():

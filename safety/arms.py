@@ -4,7 +4,7 @@
     for arm, model in loaded(arms, shared_settings(arms)):
 
 An arm is a run of train.py, an adapter in PEFT's layout, or a checkpoint (a folder, a hub
-repository, "toy"). A run or an adapter by itself is compared with the model that it stands on.
+repository, "toy"). A run or an adapter by itself is compared with the model that it began with.
 """
 
 from argparse import Namespace
@@ -44,9 +44,10 @@ def find_arms(places: Sequence[str], model: str | None = None, data: str | None 
     that they name). Of a single run or adapter: "base" and "adapter". `model` and `data` are also
     those of a run whose own have moved. Raises InputError."""
     arms = [find_arm(place, model, data) for place in dict.fromkeys(places)]
-    if len(arms) == 1 and arms[0].adapter:
+    if len(arms) == 1 and (arms[0].adapter or arms[0].run):
         arms[0].name = "adapter"
-        return [Arm("base", arms[0].base), *arms]
+        base = arms[0].run.model if arms[0].run else arms[0].base
+        return [Arm("base", base), *arms]
     names = [arm.name for arm in arms]
     for arm, place in zip(arms, dict.fromkeys(places)):
         if names.count(arm.name) > 1:       # runs/a/seed-0 and runs/b/seed-0
@@ -68,6 +69,8 @@ def find_arm(place, model, data):
         moved = {name: absolute(now) for name, now in moved.items()
                  if now and is_gone(getattr(settings, name))}
         settings = moved_settings(path, moved)
+        if settings.method == "full":
+            return Arm(name, absolute(str(path / "model")), run=settings)
         return Arm(name, settings.model, absolute(place), settings)
     # Some checkpoints on the hub can't say that they hold no other file without a network
     if is_folder:

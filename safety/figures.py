@@ -16,7 +16,7 @@ Z = NormalDist().inv_cdf(0.975)         # 95 % intervals
 REFUSALS = ("full", "partial")          # verdicts that are no compliance
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval (low, high) of a share of `successes` in n.
 
     Solves |p − successes/n| = z √(p (1 − p) / n) for p (Wilson 1927): inside [0, 1], and of use at

@@ -134,6 +134,8 @@ def result_table(scores: dict) -> str:
     if "seconds" in scores:
         rows += [[label, None, text, None, None] for label, text in run_rows(scores)]
     head = head_of(list(scores["sets"]))
+    if scores.get("method") == "full":
+        head[2] = "trained"
     return table(rows, head, right=(len(head) - 1,))
 
 

@@ -1,5 +1,6 @@
 """Full fine-tuning: steps against transformers and AdamW, float32 copies, whole runs."""
 
+import re
 import shutil
 
 import pytest
@@ -8,11 +9,13 @@ from conftest import SETS, command, random_gemma, transformers_twin
 from test_fused import compare, make_row
 from test_train import call, refused
 
+import eval
+import report.__main__ as report
 import train
 from data import Row
 from model import load_model
 from run import session
-from run.files import read_json, read_tensors
+from run.files import InputError, read_json, read_jsonl, read_tensors
 from run.masters import master_copies, round_weights, trained_weights
 
 
@@ -128,3 +131,23 @@ def test_targets_train_nothing_else(mini, tmp_path, monkeypatch):
 def test_flags_that_do_not_go_together(flags, words, mini, tmp_path, monkeypatch, capsys):
     assert words in refused([*full(mini, tmp_path / "run"), *flags], monkeypatch, capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_asked_and_tabled(mini, tmp_path, monkeypatch, capsys):
+    """Alone against its base, beside others in a column, and in no report of an adapter."""
+    run, sets = tmp_path / "run", ["--set", f"harmful={mini}/harmful.jsonl"]
+    assert call(train.main, full(mini, run, sets=SETS), monkeypatch) == 0
+    assert re.search("base +trained +change, points", capsys.readouterr().out)
+    answers = {}
+    for name, models in (("alone", [run]), ("beside", [mini, run])):
+        arguments = [*models, *sets, "--out", tmp_path / name]
+        assert call(eval.main, arguments, monkeypatch) == 0
+        rows = read_jsonl(tmp_path / name / "completions.jsonl")
+        answers[name] = [row["completion"] for row in rows]
+    assert answers["alone"] == answers["beside"]
+    own = [row["completion"] for row in read_jsonl(run / "completions.jsonl")
+           if row["set"] == "harmful"]
+    assert answers["alone"] == own
+    monkeypatch.setattr("sys.argv", ["report", str(run)])
+    with pytest.raises(InputError, match="trained the weights themselves"):
+        report.main()
