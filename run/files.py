@@ -21,6 +21,7 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -213,7 +214,7 @@ def content_hash(paths: Iterable[Path], sampled=True) -> str:
     cost seconds. A change of single rows of data would not be seen.
     """
     digest = hashlib.sha256()
-    for path in paths:
+    for path in tqdm(list(paths), "comparing files", leave=False, delay=2, disable=None):
         size = os.path.getsize(path)
         step = max(1, size // (1 << 24) if sampled else 1) << 12
         digest.update(str(size).encode())

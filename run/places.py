@@ -15,6 +15,7 @@ ALL = ("model", "sae", "data")
 
 def contents(settings: SimpleNamespace, places=ALL) -> dict[str, str]:
     """{place: SHA-256 of what the files there hold}. Raises InputError where one is missing."""
+    check_places(settings, places)
     hashes = {}
     if "model" in places:
         hashes["model"] = content_hash(weight_files(model_folder(settings.model)))
@@ -51,8 +52,7 @@ def check_places(settings: SimpleNamespace, needed=ALL):
     """Raise InputError where a run's model, SAEs or data are gone."""
     for name in needed:
         if is_gone(place := getattr(settings, name)):
-            raise InputError(f"{place} is gone, which the run read: say where it is now by "
-                             f"{flag(name)}")
+            raise InputError(f"{place}: no such file or folder: {flag(name)} says where it is now")
 
 
 def is_gone(place: str | None) -> bool:

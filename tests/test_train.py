@@ -320,7 +320,8 @@ def test_a_run_that_moved_together_with_its_inputs_goes_on(mini, tmp_path, monke
     apart = (new / "mini").rename(tmp_path / "apart")
     for name in ("explain.json", "report.html"):
         (new / "runs/a" / name).unlink()
-    assert "is gone" in refused(explained, monkeypatch, capsys, report.main)
+    gone = refused(explained, monkeypatch, capsys, report.main)
+    assert "no such file or folder: --model says where it is now" in gone
     asked[-1] = tmp_path / "again"
     asked[2] = f"mine:harmful={apart / 'harmful.jsonl'}"
     assert "--model" in refused(asked, monkeypatch, capsys, evaluate.main)
