@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from fused import LOG2E, softcap, wide_dtype
 
+SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of layers, as config.json says
 BLOCK = 128    # queries
 SHORT = 64     # rows up to this length take the plain form, which is as fast there
 SAFE_CAP = 60  # T·exp(60) is far from float32's largest number, exp(88)
@@ -75,50 +76,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | BlockMask,
     if visible.dtype == torch.bool:
         return attention_plain(q, k, v, visible, scale, cap)
     return attend_spans(q, k, v, visible, scale, cap)[0]
-
-
-class Cache:
-    """Keys and values of one layer for generation: a ring, token `index` in slot index mod S.
-
-    pairs: zeros (2, B, K, S, hd), since unseen slots get weight 0 and 0 · NaN is NaN. S is the
-    whole length, or the window on a sliding layer. A step attends to all S slots: bmm copies what
-    isn't contiguous, so the filled part alone would cost more.
-    """
-
-    def __init__(self, pairs: Tensor):
-        self.pairs = pairs
-        self.length = 0  # tokens seen
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, K, T, hd) of the next T tokens; return those to attend to.
-
-        The first call takes the prompt, which attends to itself. Each later call takes one token.
-        """
-        keys, values = self.pairs.unbind()                                        # (B, K, S, hd)
-        S = keys.shape[2]
-        if self.length == 0:
-            attended = k, v
-            slots = torch.arange(k.shape[2])[-S:] % S
-        else:
-            attended = keys, values
-            slot = self.length % S
-            slots = slice(slot, slot + 1)
-        # Of a prompt longer than the window, only the last S tokens
-        keys[:, :, slots] = k[:, :, -S:]
-        values[:, :, slots] = v[:, :, -S:]
-        self.length += k.shape[2]
-        return attended
-
-    def visible(self, index: int, start: Tensor) -> Tensor:
-        """Mask (B, 1, 1, S) of the slots that token `index`, stored, sees: from `start` (B,) on."""
-        slots = torch.arange(self.pairs.shape[3], device=start.device)
-        # The index of each slot's token; negative where there is none yet
-        stored = index - (index - slots) % len(slots)
-        return (stored >= start[:, None])[:, None, None]
-
-    def keep(self, rows: Tensor):
-        """Drop all rows of the batch but those of the bool mask `rows` (B,)."""
-        self.pairs = self.pairs[:, rows]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,18 +20,15 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import fused
-from attention import Cache, attention, visible_keys
+from attention import FULL, SLIDING, attention, visible_keys
 from fused import document_starts, geglu, rms_norm, rotary, rotate, softcap
-from run import parallel
+from run import generation, parallel
 from run.files import InputError, locate, read_json, write_json, write_tensors
 from run.weights import INDEX, find_weights, read_weight
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,12 +223,13 @@ class Gemma2(nn.Module):
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None,
                capture: Collection[int] = (), stop_after: int | None = None,
-               caches: list[Cache] | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+               caches: Sequence | None = None) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden states (B, T, D), and the residual stream {layer: (B, T, D)} after `capture`.
 
         tokens (B, T) int64, or embeddings (B, T, D). documents (B, T): positions restart, and keys
         are seen, within runs of equal numbers; None is one run. Hidden states are past the final
-        norm or, with `stop_after`, that block's output. `caches`, one a layer, are filled.
+        norm or, with `stop_after`, that block's output. `caches` (run/generation.py), one a layer,
+        are filled.
         """
         index = torch.arange(tokens.shape[1], device=tokens.device)
         starts = document_starts(tokens, documents)                 # (B or 1, T)
@@ -271,63 +269,15 @@ class Gemma2(nn.Module):
         cap = self.config.final_logit_softcapping
         return fused.nll_sum(hidden, labels, self.embed_tokens.weight, cap)
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Tensor], max_new_tokens=64, temperature=0.0,
                  stop: Collection[int] = (), generator=None) -> list[Tensor]:
         """Continue int64 prompts (1-D, of any lengths) as one batch: new tokens, 1-D, on the CPU.
 
         temperature 0 is greedy; above, tokens are drawn from softmax(logits / temperature) with
-        `generator` (torch.Generator). An answer ends before its first token in `stop`.
+        `generator` (torch.Generator; on CUDA one of the CPU makes each step wait). An answer ends
+        before its first token in `stop`.
         """
-        device = self.embed_tokens.weight.device
-        # Pad on the left; the padding is a document of its own
-        tokens = pad_sequence(list(prompts), batch_first=True, padding_side="left",
-                              padding_value=self.config.pad_token_id).to(device)
-        B, T = tokens.shape
-        start = torch.tensor([T - len(prompt) for prompt in prompts], device=device)
-        documents = torch.arange(T, device=device) >= start[:, None]
-        end = T + max_new_tokens
-        caches = self._empty_caches(B, end)
-        cache_of = dict(zip(self.config.layer_types, caches))   # any of a kind: they see the same
-        x, _ = self.hidden(tokens, documents, caches=caches)
-        answers: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(B))   # the prompt of each row that is still in the batch
-        running = set(rows)     # the prompts that haven't stopped
-        for index in range(T, end):
-            new = self._next_token(x[:, -1], temperature, generator).to(device)  # (B,)
-            for row, token in zip(rows, new.tolist()):
-                if token in stop:
-                    running.discard(row)
-                elif row in running:
-                    answers[row].append(token)
-            if not running or index == end - 1:
-                break
-            # Drop finished rows a quarter at a time, since each drop copies the caches
-            if len(running) <= 0.75 * len(rows):
-                unfinished = torch.tensor([row in running for row in rows], device=device)
-                rows = sorted(running)
-                new, start = new[unfinished], start[unfinished]
-                for cache in caches:
-                    cache.keep(unfinished)
-            visible = {kind: cache.visible(index, start) for kind, cache in cache_of.items()}
-            positions = (index - start)[:, None]                    # (B, 1)
-            x, _ = self.run_blocks(new[:, None], positions, visible, caches)
-        return [torch.tensor(answer, dtype=torch.long) for answer in answers]
-
-    def _empty_caches(self, batch, length):
-        config, like = self.config, self.embed_tokens.weight
-        K, hd = config.num_key_value_heads, config.head_dim
-        slots = {FULL: length, SLIDING: min(length, config.sliding_window)}
-        return [Cache(like.new_zeros(2, batch, K, slots[kind], hd)) for kind in config.layer_types]
-
-    def _next_token(self, hidden, temperature, generator):
-        """Tokens (B,) that follow hidden states (B, D)."""
-        if temperature == 0:  # a softcap keeps the order
-            return (hidden @ self.embed_tokens.weight.T).float().argmax(-1)
-        probabilities = (self.unembed(hidden) / temperature).softmax(-1)
-        if generator:  # PyTorch draws only where the generator is
-            probabilities = probabilities.to(generator.device)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return generation.generate(self, prompts, max_new_tokens, temperature, stop, generator)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Tensor:
 class SharedCache:
     """Keys and values of one layer, `pair` (2, 1, K, P, hd), of P tokens that all rows share.
 
-    It stands in for model.Cache. With `keep`, `pair` becomes that of all tokens seen.
+    It stands in for generation.Cache. With `keep`, `pair` becomes that of all tokens seen.
     """
 
     def __init__(self, pair: Tensor | None = None, keep=False):

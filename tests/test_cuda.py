@@ -1,7 +1,7 @@
 """The CUDA path, as far as a CPU can know it: no GPU has run it yet.
 
-Which form of attention it takes, one graph, what it keeps for the backward, and whole runs on a
-pretended card.
+Which form of attention it takes, one graph, what it keeps for the backward, whole runs and
+generation on a pretended card.
 """
 
 import re
@@ -21,7 +21,7 @@ import attention
 import train
 from lora import add_lora
 from model import PRESETS, Gemma2
-from run import parallel
+from run import generation, parallel
 from run.estimate import activation_bytes
 
 
@@ -233,6 +233,35 @@ class PretendedCard(TorchDispatchMode):
         return return_and_correct_aliasing(operator, args, kwargs, tree_map(wrap, result))
 
 
+class Recording(TorchDispatchMode):
+    """Operators with the tensors that they took and made, as a CUDA graph has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **kwargs or {})
+        self.calls.append((operator, args, kwargs or {}, result))
+        return result
+
+
+def replayed(step, device):
+    """generation.captured for the pretended card: of Python, a replay runs nothing again."""
+    assert device.type == "cuda"
+    with Recording() as recording:
+        hidden = step()
+
+    def replay():
+        for operator, args, kwargs, old in recording.calls:
+            new = operator(*args, **kwargs)
+            # A graph writes to the memory that it wrote to at first
+            if isinstance(old, torch.Tensor) and not operator.is_view:
+                old.copy_(new)
+        return hidden
+    return replay
+
+
 @pytest.fixture
 def card(monkeypatch):
     """Device "cuda:0", for the length of a test."""
@@ -253,6 +282,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch, "inference_mode", lambda _=True: torch.no_grad())
     # Flex can't be compiled here: the plain form stands in
     monkeypatch.setattr(attention, "span_blocks", attention.span_mask)
+    monkeypatch.setattr(generation, "captured", replayed)
     with PretendedCard():
         yield CARD
 
@@ -285,3 +315,45 @@ def test_a_cpu_s_generator_samples_on_the_card(gemma, card):
     draws = [model.generate(prompts, 6, 1.0, generator=torch.Generator().manual_seed(0))
              for model in (gemma, gemma.to(card))]
     assert torch.equal(*map(torch.stack, draws))
+
+
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that make CUDA wait for a value; on the pretended card, tolist apart."""
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        moves = operator.name() == "aten::_to_copy" and isinstance(args[0], Card)
+        self.count += moves and (kwargs or {}).get("device") == torch.device("cpu")
+        self.count += operator.name() in WAITS
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_the_card_s_replayed_step_gives_the_cpu_s_tokens(is_sharded, card, monkeypatch):
+    """Ragged prompts, one past the window of 16; rows that stop at once, later and never."""
+    gemma = random_gemma(num_hidden_layers=2)
+    draw = torch.Generator().manual_seed(0)
+    for layer in add_lora(gemma, 4, 4.0, "orthonormal", generator=draw).values():
+        torch.nn.init.normal_((layer.A if layer.writer else layer.B).data, std=0.1, generator=draw)
+    prompts = [torch.arange(5, 5 + n) for n in (3, 40, 1, 12, 7, 20)]
+    free = gemma.generate(prompts, 40)
+    stop = {int(free[0][0]), int(free[1][17]), int(free[2][20]), int(free[3][8])}
+    stopped = gemma.generate(prompts, 40, stop=stop)
+    assert len({len(answer) for answer in stopped}) > 3
+
+    captures, looks = [], []
+    monkeypatch.setattr(generation, "is_sharded", lambda _: is_sharded)
+    monkeypatch.setattr(generation, "captured",
+                        lambda *step: captures.append(step) or replayed(*step))
+    monkeypatch.setattr(Card, "tolist", lambda tensor: looks.append(1) or tensor.twin.tolist())
+    model = gemma.to(card)
+    with Waits() as waits:
+        assert all(map(torch.equal, model.generate(prompts, 40), free))
+    # After 16, 32 and 40 tokens
+    assert len(looks) == 3 and waits.count == 0 and len(captures) == (not is_sharded)
+    assert all(map(torch.equal, model.generate(prompts, 40, stop=stop), stopped))
+    # Rows dropped out, so the step is recorded again
+    assert is_sharded or len(captures) > 2

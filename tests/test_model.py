@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ROOT, SHAPES, random_gemma, transformers_twin
 
-from attention import Cache
 from model import PRESETS, Config, Gemma2, load_model, save_model
 from run.files import InputError
+from run.generation import Batch
 
 
 def random_tokens(count, length, seed=1):
@@ -91,9 +91,9 @@ def test_rows_stop_alone_and_drop_out(monkeypatch):
     model = random_gemma()
     prompts = [random_tokens(1, n, seed=n)[0] for n in range(3, 21, 2)]
     full = [row.tolist() for row in model.generate(prompts, max_new_tokens=40)]
-    batch_sizes, keep = [], Cache.keep
-    monkeypatch.setattr(Cache, "keep", lambda cache, rows: (
-        batch_sizes.append(int(rows.sum())), keep(cache, rows)))
+    batch_sizes, keep = [], Batch.keep
+    monkeypatch.setattr(Batch, "keep", lambda batch, rows: (
+        batch_sizes.append(len(rows)), keep(batch, rows)))
     for first in range(0, len(prompts), 2):
         stops = {row[index] for row, index in zip(full[first:], (10, 20, 25))}
         for row, ids in zip(model.generate(prompts, max_new_tokens=40, stop=stops), full):
