@@ -40,6 +40,9 @@ from safety.judges import JUDGES, add_judge_flags, find_judge, judged
 from safety.sets import EvalSet, listing, load_sets, places
 from safety.table import MODELS, is_run, result_table, samples
 
+ROOM = 512      # tokens of a prompt and its answer, so many as eval_batch counts with on a GPU
+
+
 # --------------------------------------------------------------------------------------------------
 # Answers
 
@@ -48,9 +51,10 @@ def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_n
     """Greedy completions of prompts, in order; each ends at the end of the turn or at eos.
 
     Batches hold prompts of like length, the longest first: little is padded, and memory fails at
-    once or never. Of many processes each answers its share, and all get all answers. A sharded
-    model's processes must make the same forwards, so each answers everything. `label` names the
-    progress bar; without one there is none.
+    once or never. A GPU decodes many rows as fast as few, so there `batch_size` prompts mean room
+    for batch_size · ROOM tokens, and shorter ones fill it. Of many processes each answers its
+    share, and all get all answers. A sharded model's processes must make the same forwards, so each
+    answers everything. `label` names the progress bar; without one there is none.
     """
     ids = [prompt_tokens(tokenizer, prompt.turns, format) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -63,14 +67,19 @@ def answer(model: Gemma2, tokenizer: Tokenizer, prompts: Sequence[Prompt], max_n
         order = parallel.own_share(order)
     texts = {}
     stop = (tokenizer.end_of_turn, tokenizer.eos)
-    starts = tqdm(range(0, len(order), batch_size), label, leave=False,
-                  disable=None if label else True)
-    with torch.inference_mode(not is_sharded):
-        for start in starts:
-            batch = order[start:start + batch_size]
+    on_card = model.embed_tokens.weight.device.type == "cuda"
+    progress = tqdm(total=len(order), desc=label, leave=False, disable=None if label else True)
+    with progress, torch.inference_mode(not is_sharded):
+        while order:
+            size = batch_size
+            if on_card:
+                longest = len(ids[order[0]]) + max_new_tokens
+                size = max(1, batch_size * ROOM // longest)
+            batch, order = order[:size], order[size:]
             new = model.generate([torch.tensor(ids[i]) for i in batch], max_new_tokens, stop=stop)
             for i, tokens in zip(batch, new):
                 texts[i] = tokenizer.decode(tokens.tolist())
+            progress.update(len(batch))
     # Each process has the answers to its own share: put all in the order of the prompts
     for part in parallel.gather(list(texts.items())):
         texts |= dict(part)

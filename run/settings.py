@@ -151,7 +151,8 @@ MORE = [
     Setting("accumulate", 8, int, "packed rows in a step; of each process under torchrun",
             low=1),
     Setting("save_every", 50, int, "steps between checkpoints", low=1),
-    Setting("eval_batch", 32, int, "prompts answered at once", low=1),
+    Setting("eval_batch", 32, int, "prompts answered at once; on a GPU so many of 512 tokens, "
+            "answers included, or more of shorter ones", low=1),
     Setting("max_new_tokens", 128, int, "longest answer", low=1),
 ]
 RARE = {setting.name: setting for setting in MORE}

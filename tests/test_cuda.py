@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 import attention
+import eval as evaluation
 import train
+from data import load_tokenizer
 from lora import add_lora
-from model import PRESETS, Gemma2
+from model import PRESETS, Gemma2, load_model
 from run import generation, parallel
 from run.estimate import activation_bytes
 
@@ -331,29 +334,51 @@ class Waits(TorchDispatchMode):
         return operator(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("is_sharded", [False, True])
-def test_the_card_s_replayed_step_gives_the_cpu_s_tokens(is_sharded, card, monkeypatch):
+def test_the_card_s_replayed_step_gives_the_cpu_s_tokens(card, monkeypatch):
     """Ragged prompts, one past the window of 16; rows that stop at once, later and never."""
-    gemma = random_gemma(num_hidden_layers=2)
+    monkeypatch.setattr(generation, "CHECK_EVERY", 4)
+    model = random_gemma(num_hidden_layers=2)
     draw = torch.Generator().manual_seed(0)
-    for layer in add_lora(gemma, 4, 4.0, "orthonormal", generator=draw).values():
+    for layer in add_lora(model, 4, 4.0, "orthonormal", generator=draw).values():
         torch.nn.init.normal_((layer.A if layer.writer else layer.B).data, std=0.1, generator=draw)
-    prompts = [torch.arange(5, 5 + n) for n in (3, 40, 1, 12, 7, 20)]
-    free = gemma.generate(prompts, 40)
-    stop = {int(free[0][0]), int(free[1][17]), int(free[2][20]), int(free[3][8])}
-    stopped = gemma.generate(prompts, 40, stop=stop)
-    assert len({len(answer) for answer in stopped}) > 3
+    prompts = [torch.arange(5, 5 + n) for n in (3, 40, 1, 12)]
+    free = model.generate(prompts, 14)
+    stop = {int(free[0][0]), int(free[1][6])}
+    stopped = model.generate(prompts, 14, stop=stop)
+    assert len(stopped[0]) == 0 and len({len(answer) for answer in stopped}) > 2
 
     captures, looks = [], []
-    monkeypatch.setattr(generation, "is_sharded", lambda _: is_sharded)
     monkeypatch.setattr(generation, "captured",
                         lambda *step: captures.append(step) or replayed(*step))
     monkeypatch.setattr(Card, "tolist", lambda tensor: looks.append(1) or tensor.twin.tolist())
-    model = gemma.to(card)
+    model.to(card)
     with Waits() as waits:
-        assert all(map(torch.equal, model.generate(prompts, 40), free))
-    # After 16, 32 and 40 tokens
-    assert len(looks) == 3 and waits.count == 0 and len(captures) == (not is_sharded)
-    assert all(map(torch.equal, model.generate(prompts, 40, stop=stop), stopped))
+        answers = model.generate(prompts, 14)
+    assert all(map(torch.equal, answers, free))
+    # After 4, 8, 12 and 14 tokens
+    assert (len(looks), waits.count, len(captures)) == (4, 0, 1)
+    assert all(map(torch.equal, model.generate(prompts, 14, stop=stop), stopped))
     # Rows dropped out, so the step is recorded again
-    assert is_sharded or len(captures) > 2
+    assert len(captures) > 2
+    # A sharded model's step is never recorded
+    monkeypatch.setattr(generation, "is_sharded", lambda _: True)
+    captures.clear()
+    assert all(map(torch.equal, model.generate(prompts, 2), [row[:2] for row in free]))
+    assert not captures
+
+
+@pytest.mark.parametrize("device, sizes", [("cpu", [3, 3, 2]), ("cuda:0", [2, 6])])
+def test_a_card_s_batches_are_filled_with_tokens(device, sizes, mini, monkeypatch, request):
+    """Two prompts of 40 tokens and six of 8, with answers of 4, in room for 3 of 32."""
+    if device != "cpu":
+        request.getfixturevalue("card")
+    model, tokenizer = load_model(mini).to(device), load_tokenizer(mini)
+    lengths = [8, 40, 8, 8, 40, 8, 8, 8]
+    monkeypatch.setattr(evaluation, "ROOM", 32)
+    monkeypatch.setattr(evaluation, "prompt_tokens", lambda _, turns, *more: [5] * lengths[turns])
+    model.generate = Mock(wraps=model.generate)
+    prompts = [SimpleNamespace(turns=i) for i in range(8)]
+    answers = evaluation.answer(model, tokenizer, prompts, 4, batch_size=3)
+    assert len({answers[1], answers[4]}) == len({*answers[2:4], *answers[5:], answers[0]}) == 1
+    calls = model.generate.call_args_list
+    assert [len(call.args[0]) for call in calls] == sizes
