@@ -56,8 +56,9 @@ def parse_steer(steer: Sequence[str], saes: dict[int, SAE]) -> tuple[int, int, f
     match = re.fullmatch(r"(\d+)/(\d+)", place)
     layer, feature = map(int, match.groups()) if match else (-1, -1)
     if layer not in saes or feature >= saes[layer].n_units:
-        widths = ", ".join(f"{layer}/0 to {layer}/{sae.n_units - 1}" for layer, sae in saes.items())
-        raise InputError(f"--steer {place}: give LAYER/FEATURE, here {widths}")
+        known = [f"{layer}/0 to {layer}/{sae.n_units - 1}" for layer, sae in saes.items()]
+        raise InputError(f"--steer {place}: give LAYER/FEATURE, here "
+                         f"{', '.join(known) or 'none, since no SAEs are known'}")
     try:
         return layer, feature, float(amount)
     except ValueError:

@@ -97,6 +97,8 @@ def test_what_is_refused(whole, monkeypatch):
     for steer in (("1/96", "4"), ("0/1", "4"), ("feature", "4"), ("1/5", "much")):
         with pytest.raises(InputError, match=f"--steer {steer[0]}"):
             parse_steer(steer, saes)
+    with pytest.raises(InputError, match="no SAEs are known"):
+        parse_steer(("1/5", "4"), {})
     monkeypatch.setattr("sys.argv", ["eval.py", str(whole.folder), "--steer", "1/5", "4"])
     with pytest.raises(InputError, match="--ask TEXT"):
         eval.main()
