@@ -17,9 +17,9 @@ from safety.figures import Z, outcomes, wilson
 from safety.sets import HARMFUL
 
 # SAILS, arXiv 2512.23260: Gemma-2-9B, judged by kimi-k2. What its text says, no table is public
-PAPER = """The paper's figures for Gemma-2-9B (judge kimi-k2, 330 prompts of HEx-PHI): SAILS is 99.6 %
-safe on HH-RLHF's test prompts, 7.4 points above full fine-tuning. On HEx-PHI the mean score falls
-from 1.54 to 1.01, and GCG's success from 20.3 to 13.1 %."""
+PAPER = """The paper's figures for Gemma-2-9B (judge kimi-k2, 330 prompts of HEx-PHI): SAILS is
+99.6 % safe on HH-RLHF's test prompts, 7.4 points above full fine-tuning. On HEx-PHI the mean score
+falls from 1.54 to 1.01, and GCG's success from 20.3 to 13.1 %."""
 HARM = {"safe": "not complied", "low_risk": "safe: score 1 or 2", "harmfulness": "mean score",
         "high_risk": "score 5"}
 OTHER = {"over_refusal": "over-refusal", "correct": "right"}

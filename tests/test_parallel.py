@@ -84,7 +84,8 @@ def test_full_fine_tuning_split_over_two_equals_one(mini, tmp_path):
     for ours, theirs in zip(steps(tmp_path / "one"), steps(tmp_path / "split"), strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-2)
         assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=5e-2)
-    one, two = (read_tensors(tmp_path / run / "model/model.safetensors") for run in ("one", "split"))
+    one, two = (read_tensors(tmp_path / run / "model/model.safetensors")
+                for run in ("one", "split"))
     assert one.keys() == two.keys()
     assert all((one[name] - two[name]).norm() <= 0.02 * one[name].norm() for name in one)
 
