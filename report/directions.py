@@ -1,12 +1,8 @@
-"""Along which SAE decoder directions an adapter's update lies, beside chance.
-
-    used = directions_used(model, saes, subspaces)      # explain.py goes on
+"""An adapter's update in the residual stream, and the SAE decoder directions it is made of.
 
 A direction d of the residual stream is *read* by q, k and v: their ΔW spends ‖ΔW d‖² on it. It is
-*written* by o, whose ΔW puts ‖dᵀ ΔW‖² there. Decoder directions overlap, and one of them always
-comes first. So a feature's share is compared with the shares of random directions that have the
-decoder's own covariance: what any direction in the busy part of the residual stream would get
-proves nothing about a feature.
+*written* by o, whose ΔW puts ‖dᵀ ΔW‖² there. Such shares are what the init gave as much as what
+was learned: effects.py says which directions carry something.
 
 Letters: D hidden size, F features of an SAE, R rows that stand for an update, k a few.
 """
@@ -21,11 +17,9 @@ import lora
 from features import SIDES, norm_gain, serving_layer
 from model import MODULES
 
-FALSE_NAMES = 0.02  # chance that an update of random directions gets any feature named
-MIN_SHARE = 1e-3    # of an update: a smaller share isn't worth a name
-MAX_NAMED = 10      # features of each layer and side
-NUM_RANDOM = 8192   # random directions of each layer
-MIN_NEW = 0.1       # of a direction, squared, lies outside those named before it: no near copies
+MIN_SHARE = 0.1     # of a part of the update: what takes less isn't one of its main directions
+NUM_RANDOM = 4096   # random directions of each layer and side
+MIN_NEW = 0.3       # of a direction, squared, lies outside those above it: no near copies
 
 
 def update_norm(model) -> float:
@@ -37,6 +31,11 @@ def update_norm(model) -> float:
 def norm2(Z: torch.Tensor) -> float:
     """‖Z‖_F²."""
     return float(Z.square().sum())
+
+
+def stream_factor(layer: lora.LoRALinear) -> torch.Tensor:
+    """The factor (r, D) whose rows are directions of the stream: A of a reader, Bᵀ of a writer."""
+    return layer.B.T if layer.writer else layer.A
 
 
 def update_rows(layer: lora.LoRALinear, gain: torch.Tensor | float = 1.0) -> torch.Tensor:
@@ -72,7 +71,7 @@ def stream_gain(model, name: str, norm_aware: bool) -> torch.Tensor | float:
 
 def unit_decoder(sae) -> torch.Tensor:
     """Each feature's decoder direction, as unit rows (F, D)."""
-    return F.normalize(sae.directions(range(sae.n_units)), dim=1)
+    return F.normalize(sae.directions(range(sae.n_units)), dim=1).cpu()
 
 
 def random_directions(decoder: torch.Tensor) -> torch.Tensor:
@@ -81,26 +80,14 @@ def random_directions(decoder: torch.Tensor) -> torch.Tensor:
     # A small ridge, so that directions which the decoder doesn't span do no harm
     identity = torch.eye(len(C)).to(C)
     C += 1e-9 * C.diagonal().mean() * identity
-    factor = torch.linalg.cholesky(C).T.to(decoder)
+    return random_mixtures(torch.linalg.cholesky(C).T.to(decoder))
+
+
+def random_mixtures(rows: torch.Tensor) -> torch.Tensor:
+    """Random unit directions (NUM_RANDOM, D): normal mixtures of rows (k, D)."""
     generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(NUM_RANDOM, len(C), generator=generator).to(decoder)
-    return F.normalize(normal @ factor, dim=1)
-
-
-def largest_of(shares: torch.Tensor, count: int, level: float) -> float:
-    """The share that the largest of `count` random directions passes with probability `level`.
-
-    `shares` are those of some random directions. The quantile lies beyond them, so their upper
-    hundredth is extrapolated: the share in one of D isotropic directions is Beta(½, (D−1)/2), whose
-    tail is exponential in −log(1 − share).
-    """
-    x = -torch.log1p(-shares.double().clamp(max=1 - 1e-12))
-    top = x.topk(max(2, len(x) // 100)).values
-    # The tail's scale is the mean excess over its threshold
-    threshold = top[-1]
-    scale = (top[:-1] - threshold).mean()
-    beyond = math.log(len(top) / len(x) * count / level)
-    return -math.expm1(-float(threshold + scale * beyond))
+    weights = torch.randn(NUM_RANDOM, len(rows), generator=generator).to(rows)
+    return F.normalize(weights @ rows, dim=1)
 
 
 def span(rows: torch.Tensor) -> torch.Tensor:
@@ -109,133 +96,57 @@ def span(rows: torch.Tensor) -> torch.Tensor:
     return Q.to(rows)
 
 
-class Update:
-    """Rows Z (R, D) of an update, beside unit rows: decoder (F, D) and random (NUM_RANDOM, D)."""
+def outside(directions: torch.Tensor, Q: torch.Tensor) -> torch.Tensor:
+    """Unit rows (N, D): the parts of unit directions outside the span of Q (D, k). A direction with
+    less than MIN_NEW of it there becomes 0."""
+    rest = directions - directions @ Q @ Q.T
+    is_new = rest.square().sum(1, keepdim=True) >= MIN_NEW
+    return F.normalize(rest, dim=1) * is_new
 
-    def __init__(self, Z, decoder, random_rows):
-        self.norm2 = norm2(Z)
+
+def main_features(Z: torch.Tensor, decoder: torch.Tensor) -> list[int]:
+    """Features that each take MIN_SHARE of ‖Z‖² or more, Z (R, D), beside the others: orthogonal
+    matching pursuit over unit rows (F, D)."""
+    def best_beside(others):
+        rows = outside(decoder, span(decoder[others]))
+        shares = (rows @ Z.T.to(rows)).square().sum(1) / norm2(Z)
+        best = int(shares.argmax())
+        return best, float(shares[best])
+
+    chosen: list[int] = []
+    best, share = best_beside(chosen)
+    while share >= MIN_SHARE:
+        chosen.append(best)
+        # An earlier one may have stood for a mixture of later ones: each is sought again
+        for feature in chosen[:-1]:
+            others = [other for other in chosen if other != feature]
+            chosen = [*others, best_beside(others)[0]]
+        best, share = best_beside(chosen)
+    return chosen
+
+
+def inside(Z: torch.Tensor, Q: torch.Tensor) -> float:
+    """Share of ‖Z‖² in the span of orthonormal columns Q (D, k)."""
+    return norm2(Z @ Q.to(Z)) / norm2(Z)
+
+
+def parts_of(model, sae_layers, norm_aware=False) -> dict[tuple[int, str], torch.Tensor]:
+    """{(SAE layer, side): Z (R, D)}: the modules that one SAE serves on one side are one update.
+
+    With norm_aware, updates are taken in the residual stream's own coordinates, where the
+    directions that features.module_bases maps into the modules are again the decoder's. Parts whose
+    update is 0 are left out.
+    """
+    rows = defaultdict(list)
+    for name, layer in lora.lora_layers(model).items():
+        gain = stream_gain(model, name, norm_aware)
+        rows[sae_key(name, sae_layers)].append(update_rows(layer, gain))
+    parts = {}
+    for key in sorted(rows, key=lambda key: (key[0], SIDES.index(key[1]))):
+        Z = torch.cat(rows[key])
         # ‖Z d‖ depends on the R factor of Z alone, which has at most D rows
         if len(Z) > Z.shape[1]:
             Z = torch.linalg.qr(Z).R
-        self.Z = Z.to(decoder)
-        self.decoder = decoder
-        self.random_rows = random_rows
-        self.decoder_products = decoder @ self.Z.T        # (F, R)
-        self.random_products = random_rows @ self.Z.T     # (NUM_RANDOM, R)
-
-    def inside(self, Q: torch.Tensor) -> float:
-        """Share of ‖ΔW‖² in the span of orthonormal columns Q (D, k)."""
-        return norm2(self.Z @ Q.to(self.Z)) / self.norm2
-
-    def inside_random(self, k: int) -> float:
-        """Share of ‖ΔW‖² in the span of k random directions, the mean of 8 draws."""
-        if k == 0:
-            return 0.0
-        draws = self.random_rows[:8 * k].split(k)
-        return sum(self.inside(span(rows)) for rows in draws) / 8
-
-    def remaining(self, named: list[int], level: float) -> tuple[torch.Tensor, float]:
-        """What each feature takes once `named` are projected out of ΔW and of all directions.
-
-        Returns the features' shares of the whole ‖ΔW‖² (F), and the share that the largest of F
-        random directions passes with probability `level`.
-        """
-        Q = span(self.decoder[named])
-        # What rounding leaves of an update that is wholly explained is nothing
-        rest = self.norm2 * (1 - self.inside(Q))
-        if rest < 1e-9 * self.norm2:
-            return torch.zeros_like(self.decoder[:, 0]), MIN_SHARE
-        energy = self._energy_outside(Q, self.decoder, self.decoder_products)
-        random_energy = self._energy_outside(Q, self.random_rows, self.random_products)
-        limit = largest_of(random_energy / rest, len(self.decoder), level)
-        return energy / self.norm2, max(MIN_SHARE, limit * rest / self.norm2)
-
-    def _energy_outside(self, Q, directions, products):
-        """‖Z d‖² / ‖d‖² (N) of the part d of each direction that lies outside the span of Q."""
-        # d − QQᵀd, without making it
-        along = directions @ Q                        # (N, k)
-        outside = products - along @ (self.Z @ Q).T   # (N, R)
-        # A direction that is nearly in the span would divide noise by noise
-        new = 1 - along.square().sum(1)
-        energy = outside.square().sum(1) / new.clamp(min=MIN_NEW)
-        return torch.where(new < MIN_NEW, 0, energy)
-
-    def name(self, level: float) -> dict[int, tuple[float, float]]:
-        """{feature: (share that it takes after those before it, chance's limit)}, if clearly used.
-
-        Orthogonal matching pursuit: the feature that takes most is projected out, and so on while
-        the best is above chance.
-        """
-        named = []
-        for _ in range(3 * MAX_NAMED):
-            # The feature that takes most of what the others leave
-            share, limit = self.remaining(named, level)
-            best = int(share.argmax())
-            if len(named) == MAX_NAMED or share[best] <= limit:
-                break
-            named.append(best)
-            # An earlier feature may have stood for a mixture of later ones: each is tried again
-            # beside the others. It makes way for one that takes more, and goes if none does.
-            for feature in named[:-1]:
-                others = [other for other in named if other != feature]
-                share, limit = self.remaining(others, level)
-                best = int(share.argmax())
-                if share[best] > limit:
-                    named = [*others, best]
-                elif len(self._ordered(others, level)) == len(others):
-                    named = others
-        return self._ordered(named, level)
-
-    def _ordered(self, named, level):
-        """`named` again, each time the one that takes most of what is left, while above chance."""
-        ordered = {}
-        while len(ordered) < len(named):
-            share, limit = self.remaining(list(ordered), level)
-            left = [feature for feature in named if feature not in ordered]
-            best = max(left, key=lambda feature: share[feature])
-            if share[best] <= limit:
-                break
-            ordered[best] = float(share[best]), limit
-        return ordered
-
-
-def directions_used(model, saes, subspaces=None, norm_aware=False) -> list[dict]:
-    """explain.json's "layers": the update of the modules that one SAE serves, on each side.
-
-    subspaces: {(layer, side): U (D, r̂)}. With norm_aware, updates are taken in the residual
-    stream's own coordinates, where the directions that features.module_bases maps into the modules
-    are again the decoder's.
-    """
-    # Modules that one SAE serves on one side are one update
-    updates = defaultdict(list)
-    for name, layer in lora.lora_layers(model).items():
-        gain = stream_gain(model, name, norm_aware)
-        updates[sae_key(name, saes)].append(update_rows(layer, gain))
-    sizes = {key: sum(map(norm2, rows)) for key, rows in updates.items()}
-    level = FALSE_NAMES / len(updates)
-
-    parts = []
-    for sae_layer in sorted(saes):
-        # One decoder is in memory at a time
-        decoder = unit_decoder(saes[sae_layer])
-        random_rows = random_directions(decoder)
-        for side in SIDES:
-            key = sae_layer, side
-            # A LoRA that was never trained has B = 0
-            if sizes.get(key, 0) == 0:
-                continue
-            update = Update(torch.cat(updates[key]), decoder, random_rows)
-            named = update.name(level)
-            part = {
-                "layer": sae_layer,
-                "side": side,
-                "share_of_update": sizes[key] / sum(sizes.values()),
-                "explained": update.inside(span(decoder[list(named)])),
-                "explained_random": update.inside_random(len(named)),
-                "features": [{"index": index, "share_left": share, "left_max": limit}
-                             for index, (share, limit) in named.items()]}
-            if subspaces:
-                part["subspace"] = update.inside(subspaces[key])
-                part["subspace_random"] = update.inside_random(subspaces[key].shape[1])
-            parts.append(part)
+        if norm2(Z) > 0:
+            parts[key] = Z
     return parts

@@ -2,114 +2,114 @@
 
     explanation = explain(model, saes, tokenizer, sets, settings, features, subspaces)
 
-Which features its update is made of (directions.py), and what becomes of the answers without them.
-`features` and `subspaces` are what selection made. Without them, any other LoRA adapter for the
-model is explained too.
+Which features carry what was learned (effects.py), where the update lies, and what becomes of the
+answers without some of it. `features` and `subspaces` are what selection made. Without them, any
+other LoRA adapter for the model is explained too.
 Letters: D hidden size, F features of an SAE, T tokens, k a few.
 """
 
 import random
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 import lora
-from data import Tokenizer, make_example
+from data import Example, Tokenizer, make_example
 from eval import answer
-from features import SIDES
 from model import Gemma2
-from report.directions import (directions_used, random_directions, sae_key, span, stream_gain,
-                               unit_decoder, update_norm)
+from report.directions import (inside, norm2, parts_of, random_mixtures, span, unit_decoder,
+                               update_norm)
+from report.effects import (NUM_FEATURES, NUM_PROMPTS, carrying, named_by_effect, removed,
+                            turned)
+from report.heads import heads_moved
 from run.files import InputError
 from sae import SAE, neuronpedia_url
 from saes.words import Peaks, in_context, promoted
 from safety.figures import compare, refused, share
 from safety.sets import HARMFUL, EvalSet
 
-NUM_PROMPTS = 64                        # of each set
+NUM_ANSWERED = 64                       # prompts of each set that are answered
 NUM_SINGLE = 4                          # features removed one by one
+
+
+# ------------------------------------------------------------------------------
+# Where the update lies
+
+@contextmanager
+def untrained(model, first_step):
+    """Within, the model carries an untrained adapter as large as its own: its first step scaled up
+    where that is known, else its own with the far side turned."""
+    size = update_norm(model)
+    with carrying(model, first_step or turned(model, 0)):
+        with lora.scaled(model, size / update_norm(model)):
+            yield
+
+
+def shares(model, saes, subspaces, norm_aware, first_step) -> list[dict]:
+    """explain.json's "layers": how much of ‖ΔW‖² each part has, and of that the share inside the
+    subspace, beside the share after the first step and in random subspaces of that size."""
+    parts = parts_of(model, saes, norm_aware)
+    total = sum(map(norm2, parts.values()))
+    rows = []
+    for (layer, side), Z in parts.items():
+        row = {"layer": layer, "side": side, "share_of_update": norm2(Z) / total}
+        if subspaces:
+            U = subspaces[layer, side]
+            # Eight draws, from the whole of the residual stream
+            draws = random_mixtures(torch.eye(len(U)))[:8 * U.shape[1]].split(U.shape[1])
+            chance = [inside(Z, span(rows)) for rows in draws]
+            row |= {"subspace": inside(Z, U), "subspace_random": sum(chance) / len(chance)}
+        rows.append(row)
+    if first_step and subspaces:
+        with carrying(model, first_step):
+            early = parts_of(model, saes, norm_aware)
+        for key, row in zip(parts, rows):
+            row["subspace_first"] = inside(early[key], subspaces[key])
+    return rows
 
 
 # ------------------------------------------------------------------------------
 # Removal: the answers without some directions of the update
 
-@contextmanager
-@torch.no_grad()
-def removed(model, directions, sae_layers, norm_aware=False):
-    """Within, no update reads or writes the span of rows {(SAE layer, side): (k, D)}.
-
-    Afterwards the factors are what they were, bit for bit. `sae_layers` are those of all SAEs, of
-    which each module has its nearest.
-    """
-    before = []
-    try:
-        # A reader's A holds directions of the stream, a writer's B
-        for name, layer in lora.lora_layers(model).items():
-            rows = directions.get(sae_key(name, sae_layers))
-            if rows is None:
-                continue
-            factor = layer.B.T if layer.writer else layer.A                # (r, D)
-            before.append((factor, factor.clone()))
-            # In the residual stream's coordinates: Z (r, D) becomes Z (1 − QQᵀ)
-            gain = stream_gain(model, name, norm_aware)
-            Q = span(rows.cpu()).double()                                  # (D, k)
-            Z = factor.cpu().double() * gain
-            factor.copy_((Z - Z @ Q @ Q.T) / gain)
-        yield
-    finally:
-        for factor, value in before:
-            factor.copy_(value)
-
-
-def removal(model, layers, saes, subspaces, norm_aware, refusals) -> list[dict]:
+def removal(model, named, saes, subspaces, norm_aware, first_step, refusals) -> list[dict]:
     """explain.json's rows of "removal": single features, all named ones, and their controls.
 
-    layers: explain.json's. refusals() -> {"safe": [bool], "over_refusal": [bool]}, one for each
-    prompt, of the model as it is at the time.
+    named: entries of explain.json's "features". refusals() -> {"safe": [bool], "over_refusal":
+    [bool]}, one for each prompt, of the model as it is at the time.
     """
-    # How much of the whole update each named feature takes, on its better side
-    strengths = {}
-    for part in layers:
-        for feature in part["features"]:
-            place = part["layer"], feature["index"]
-            strength = part["share_of_update"] * feature["share_left"]
-            strengths[place] = max(strength, strengths.get(place, 0))
-    strongest = sorted(strengths, key=lambda place: strengths[place], reverse=True)
-    named = defaultdict(list)           # {SAE layer: features}
-    for layer, index in strengths:
-        named[layer].append(index)
-
-    def without(rows):                  # {SAE layer: (k, D)}, on both sides
-        directions = {(layer, side): rows[layer] for layer in rows for side in SIDES}
+    def without(directions):            # {(SAE layer, side): rows (k, D)}
         return removed(model, directions, saes, norm_aware)
 
-    def decoder_rows(layer, units):     # (k, D): all rows of a unit, of which a block has several
-        return saes[layer].unit_rows(units).flatten(0, 1)
+    rows_of = defaultdict(list)         # {(SAE layer, side): features}
+    for entry in named:
+        rows_of[entry["layer"], entry["side"]].append(entry["index"])
+    decoders = {layer: unit_decoder(saes[layer]) for layer, _ in rows_of}
 
     # Each trial: what it is, the feature that goes, and the context without it
     trials: list = [("as trained", None, nullcontext())]
-    for layer, index in strongest[:NUM_SINGLE]:
-        context = without({layer: decoder_rows(layer, [index])})
-        trials.append((f"without feature {layer}/{index}", f"{layer}/{index}", context))
+    for entry in sorted(named, key=lambda entry: -entry["cost"]["mean"])[:NUM_SINGLE]:
+        key = entry["layer"], entry["side"]
+        verb = "read" if entry["side"] == "readers" else "written"
+        feature = f"{entry['layer']}/{entry['index']}"
+        context = without({key: decoders[key[0]][[entry["index"]]]})
+        trials.append((f"without {feature} being {verb}", feature, context))
     if named:
-        named_rows = {layer: decoder_rows(layer, units) for layer, units in named.items()}
-        trials.append(("without all named features", None, without(named_rows)))
-        # Controls: as many directions that mean nothing, and an update that is as small
-        random_rows = {}
-        for layer, units in named.items():
-            directions = random_directions(unit_decoder(saes[layer]))
-            random_rows[layer] = directions[:len(units)].clone()
-        trials.append(("without as many random directions", None, without(random_rows)))
-        whole = update_norm(model)
-        with without(named_rows):
-            part = update_norm(model) / whole
-        what = f"the whole update × {part:.2f}, as small as without them"
-        trials.append((what, None, lora.scaled(model, part)))
+        rows = {key: decoders[key[0]][features] for key, features in rows_of.items()}
+        trials.append(("without all named features", None, without(rows)))
+        # Controls: as many directions of the same subspaces
+        chance = {}
+        for key, features in rows_of.items():
+            given = decoders[key[0]] if subspaces is None else subspaces[key].T
+            chance[key] = random_mixtures(given)[:len(features)]
+        trials.append(("without as many random directions", None, without(chance)))
     if subspaces:
         bases = {key: U.T for key, U in subspaces.items()}
-        trials.append(("without the subspace", None, removed(model, bases, saes, norm_aware)))
+        trials.append(("without the subspace", None, without(bases)))
+    if first_step:
+        trials.append(("after the first step", None, carrying(model, first_step)))
     trials.append(("base model", None, lora.scaled(model, 0)))
 
     rows = []
@@ -175,16 +175,16 @@ def describe(model, sae, tokenizer, features, texts) -> dict:
 # All of it
 
 def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dict[str, EvalSet],
-            settings, features=(), subspaces=None, num_prompts=NUM_PROMPTS) -> dict:
+            settings, features=(), subspaces=None, first_step=None, num_answered=NUM_ANSWERED,
+            num_features=NUM_FEATURES) -> dict:
     """explain.json of the LoRA adapter that the model carries, whoever trained it.
 
-    Of each harmful set and of one harmless one, `num_prompts` are drawn, always the same. settings:
-    format, max_new_tokens, eval_batch and norm_aware (see directions_used). features (dicts with
+    Of each harmful set and of one harmless one, `num_answered` prompts are drawn, always the same.
+    settings: format, max_new_tokens, eval_batch and norm_aware (see parts_of). features (dicts with
     layer and index, as in features.json) and subspaces {(layer, side): U (D, r̂)} are as selection
-    left them. Raises InputError for an adapter whose update is 0.
+    left them, first_step as in named_by_effect. Raises InputError for an update of 0.
     """
-    layers = directions_used(model, saes, subspaces, settings.norm_aware)
-    if not layers:
+    if not parts_of(model, saes):
         raise InputError("the adapter changes nothing: its update is 0 everywhere")
 
     # Lookalikes differ from harmful prompts in their harm alone
@@ -193,7 +193,7 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
     questions = []                      # [(role, prompt)]
     for eval_set in sets.values():
         if eval_set.role in (*HARMFUL, harmless):
-            count = min(num_prompts, len(eval_set.prompts))
+            count = min(num_answered, len(eval_set.prompts))
             drawn = random.Random(0).sample(eval_set.prompts, count)
             questions += [(eval_set.role, prompt) for prompt in drawn]
 
@@ -209,29 +209,49 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
             flags[key].append(refused(text))
         return flags
 
+    # The adapter's own answers, and aligned ones where the prompts' files have them
+    longest = model.config.max_position_embeddings
+    texts = []
+    aligned: dict[str, list[Example]] = defaultdict(list)       # {role: examples}
+    for (role, prompt), text in zip(questions, answers()):
+        example = make_example(tokenizer, prompt.turns, text, longest, settings.format)
+        # A prompt may be longer than the model's context
+        if example is None:
+            continue
+        texts.append((role, prompt.line, example))
+        if role in HARMFUL:
+            wanted = make_example(tokenizer, prompt.turns, prompt.aligned or text, longest,
+                                  settings.format)
+            aligned[role] += [wanted] if wanted else []
+    examples = [example for role in aligned for example in aligned[role][:NUM_PROMPTS]]
+    if not examples:
+        raise InputError("no harmful prompt to ask: give --set harmful=FILE")
+    examples.sort(key=lambda example: len(example.tokens))      # little is padded
+    found = named_by_effect(model, examples, saes, subspaces, settings.norm_aware, first_step,
+                            num_features)
+    found["learned"]["answers"] = ("the file's" if all(prompt.aligned for role, prompt in questions
+                                   if role in HARMFUL) else "the adapter's own")
+    named = [entry for entry in found["features"] if entry["named"]]
+    control = partial(untrained, model, first_step)
+    for entry, direction in zip(found["features"], found.pop("directions")):
+        if entry["named"]:
+            entry["heads"] = heads_moved(model, entry, direction, examples, tokenizer, saes,
+                                         settings.norm_aware, control)
+
     # Features that selection chose are described as it did, the others by the adapter's answers
     chosen = {(feature["layer"], feature["index"]): feature for feature in features}
     words = {}
     others = defaultdict(set)           # {SAE layer: features}
-    for part in layers:
-        layer = part["layer"]
-        for feature in part["features"]:
-            index = feature["index"]
-            if (layer, index) in chosen:
-                words[f"{layer}/{index}"] = chosen[layer, index]
-            else:
-                others[layer].add(index)
-    texts = []
-    if others:
-        longest = model.config.max_position_embeddings
-        for (role, prompt), text in zip(questions, answers()):
-            example = make_example(tokenizer, prompt.turns, text, longest, settings.format)
-            # A prompt may be longer than the model's context
-            if example:
-                texts.append((role, prompt.line, example))
+    for entry in named:
+        place = entry["layer"], entry["index"]
+        if place in chosen:
+            words[f"{place[0]}/{place[1]}"] = chosen[place]
+        else:
+            others[place[0]].add(place[1])
     for layer, indices in others.items():
         words |= describe(model, saes[layer], tokenizer, sorted(indices), texts)
-    return {
-        "layers": layers,
-        "removal": removal(model, layers, saes, subspaces, settings.norm_aware, refusals),
+    return found | {
+        "layers": shares(model, saes, subspaces, settings.norm_aware, first_step),
+        "removal": removal(model, named, saes, subspaces, settings.norm_aware, first_step,
+                           refusals),
         "words": words}

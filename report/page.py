@@ -11,10 +11,12 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+from report.effects import SCALED
 from run.files import read_json, read_jsonl, write_text
 from safety.table import HEAD, percent, points, set_rows
 
 TEMPLATE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+VERBS = {"readers": "reads", "writers": "writes"}
 VERDICTS = {"full": "refused", "partial": "partly refused", "comply": "complied", "empty": "blank"}
 
 # ------------------------------------------------------------------------------
@@ -63,12 +65,13 @@ def note(*words) -> Html:
 
 
 def table(head, rows) -> Html:
-    """The first column is text, the others are numbers. A row of one cell is a heading."""
+    """The first column is text, the others are numbers."""
     lines = []
     for first, *cells in rows:
-        heading = {} if cells else {"colspan": len(head), "class_": "heading"}
-        row = [tag("th", first, **heading)]
-        row += [tag("td", "–" if cell is None else cell) for cell in cells]
+        row = [tag("th", first)]
+        # On a phone each number has its column's name beside it
+        row += [tag("td", "–" if cell is None else cell, data_head=name)
+                for name, cell in zip(head[1:], cells)]
         lines.append(tag("tr", row))
     top = tag("tr", [tag("th", cell) for cell in head])
     return tag("table", tag("thead", top), tag("tbody", lines))
@@ -129,48 +132,118 @@ def features(run):
 
 
 # ------------------------------------------------------------------------------
-# The update
+# What was learned
 
-def update(run):
-    """The features that the update is made of, beside chance."""
+def in_short(run):
+    """The answer in three sentences, each with its control."""
+    rows = {row["what"]: row for row in run.explain["removal"]}
+    learned = run.explain["learned"]
+    named = [entry for entry in run.explain["features"] if entry["named"]]
+
+    def refused(what):
+        return f"{rows[what]['safe']['rate']:.1%}"
+
+    # One of our own runs knows its first step; of another adapter the far side is turned
+    controls = learned["untrained"]
+    control = ""
+    if "first step" in controls:
+        control = f"; the first step alone made them {controls['first step']['mean']:+.4f}"
+    elif "turned 0" in controls:
+        control = ("; an adapter of that size that learned nothing makes them "
+                   f"{controls['turned 0']['mean']:+.3f}")
+    first_step = ""
+    if "after the first step" in rows:
+        first_step = f", the adapter after its first step {refused('after the first step')}"
+    gain = learned["gain"]
+    sentences = [
+        f"The adapter refuses {refused('as trained')} of {rows['as trained']['safe']['n']} harmful "
+        f"prompts; the base model refuses {refused('base model')}{first_step}.",
+        f"It makes {learned['prompts']} answers to held-out harmful prompts ({learned['answers']}) "
+        f"{gain['mean']:+.3f} nats likelier [{gain['low']:.3f}, {gain['high']:.3f}]{control}."]
+    if not learned["something"]:
+        sentences.append("Nothing was learned beyond that, so no feature is named.")
+    elif not named:
+        sentences.append("No single feature carries more of it than random directions of the same "
+                         "subspace do.")
+    else:
+        sentences.append(
+            f"Part of it is carried by named features, {len(named)} of them: without them "
+            f"{refused('without all named features')} are refused, without as many random "
+            f"directions {refused('without as many random directions')}.")
+    return [tag("ul", [tag("li", sentence) for sentence in sentences], class_="lead")]
+
+
+def named_features(run):
+    """What each named feature is used for, and its cost beside the costs of its controls."""
+    rows = []
+    for entry in run.explain["features"]:
+        if entry["named"]:
+            key = f"{entry['layer']}/{entry['index']}"
+            cost = entry["cost"]
+            others = entry["untrained"]
+            first = others.get("first step")
+            scaled = others.get(SCALED)
+            turned = max(value for name, value in others.items() if name.startswith("turned"))
+            rows.append([
+                join(VERBS[entry["side"]], " ", feature_link(run, key)),
+                join(f"{cost['mean']:.3f}", small(f" [{cost['low']:.3f}, {cost['high']:.3f}]")),
+                join(f"{entry['random']['mean']:.3f}",
+                     small(f" most {entry['random']['most']:.3f}")),
+                f"{turned:.3f}",
+                None if first is None else f"{first:.4f}",
+                None if scaled is None else f"{scaled:.3f}"])
+    head = ["feature, fires most on", "cost of removing", "random directions", "nothing learned",
+            "first step", "first step × size"]
+    num_tested = len(run.explain["features"])
+    return [
+        table(head, rows) if rows else tag("p", f"None of {num_tested} that were tested."),
+        note("Cost: how much less likely the answers become, in nats an answer, when the adapter "
+             "no longer reads, or writes, along the feature's decoder direction. Beside it the "
+             "cost of random directions of the same subspace; of this direction in adapters of "
+             "that size whose far side is turned at random, which learned nothing (the most of "
+             f"three); and in the adapter after its first step. {num_tested} features were tested. "
+             "A name means a cost above all of these (Holm's correction at 5 %). Scaled up to the "
+             "trained size the first step is no control: it has learned to refuse.")]
+
+
+def heads(run):
+    """The heads that a named direction moves, where they move more than in an untrained adapter."""
+    rows = []
+    for entry in run.explain["features"]:
+        key = f"{entry['layer']}/{entry['index']}"
+        for head in entry.get("heads", ()):
+            rows.append([
+                join(VERBS[entry["side"]], " ", feature_link(run, key),
+                     f": block {head['block']}, head {head['head']} ",
+                     small(dotted(head["tokens"]))),
+                *(join(f"{head[what]:.1%}", small(f" untrained {head[f'{what}_untrained']:.1%}"))
+                  for what in ("attention", "output"))])
+    if not rows:
+        return [tag("p", "No head moves more than in an untrained adapter.")]
+    return [table(["feature, head, where it looks less without it", "attention moved",
+                   "output moved"], rows),
+            note("At the token before the answer, when the adapter loses the direction: the share "
+                 "of a head's attention that goes elsewhere, and of its output that changes. "
+                 "Untrained: an adapter of the same size (the first step scaled up, or turned at "
+                 "random). Heads that don't move more than there are left out.")]
+
+
+def lies(run):
+    """The shares of the update, which the init gives."""
     parts = run.explain["layers"]
+    columns = {"share_of_update": "share of the update",
+               "subspace": "of it inside the chosen subspace",
+               "subspace_first": "after the first step",
+               "subspace_random": "inside random subspaces"}
+    known = [key for key in columns if key in parts[0]]
     rows = []
     for part in parts:
         verb = "read from" if part["side"] == "readers" else "written to"
-        where = f"{verb} layer {part['layer']}: {part['share_of_update']:.1%} of the update"
-        if not part["features"]:
-            where += ", no feature beyond chance"
-        rows.append([where])
-        for feature in part["features"]:
-            link = feature_link(run, f"{part['layer']}/{feature['index']}")
-            rows.append([link, f"{feature['share_left']:.1%}", f"{feature['left_max']:.1%}"])
-
-    # Parts add up by their size
-    def whole(key):
-        shares = [part["share_of_update"] * part[key] for part in parts]
-        return f"{sum(shares):.1%}"
-
-    lead = "The update uses no feature clearly more than chance: features do not explain it."
-    num_named = sum(len(part["features"]) for part in parts)
-    if num_named:
-        lead = (f"{whole('explained')} of the update lies along the {num_named} directions named "
-                f"below; as many random directions hold {whole('explained_random')}.")
-    if "subspace" in parts[0]:
-        lead += (f" {whole('subspace')} lies in the subspace that was chosen before training; "
-                 f"random subspaces of that size hold {whole('subspace_random')}.")
-    if run.settings.get("init") == "sails":
-        # A run of one tiny step has as large a share, and as many names
-        lead += (" The adapter began inside it, so this share and the names say little about what "
-                 "training did. What taking features out costs says more.")
-    head = ["feature, fires most on", "share of that part", "at most, by chance"]
-    return [
-        tag("p", lead, class_="lead"),
-        table(head, rows),
-        note("Share: what a feature's decoder direction takes of ‖ΔW‖², the update's squared size, "
-             "after the features above it. By chance: what the largest of as many random "
-             "directions takes. One random adapter of 50 passes it anywhere."),
-        tag("h3", "What taking features out costs"),
-        removal(run)]
+        shares = [f"{part[key]:.1%}" for key in known]
+        rows.append([f"{verb} layer {part['layer']}", *shares])
+    return [table(["part", *(columns[key] for key in known)], rows),
+            note("A share that the first step has too is the init's, and says nothing about what "
+                 "was learned.")]
 
 
 def removal(run):
@@ -189,7 +262,7 @@ def removal(run):
     head = ["update", "harmful prompts refused", "change, points", "harmless prompts refused"]
     return [table(head, rows),
             note("A direction is projected out of the update, and the same prompts, plain and "
-                 "behind a jailbreak, are answered again.")]
+                 "behind a jailbreak, are answered again. The base model stands last.")]
 
 
 # ------------------------------------------------------------------------------
@@ -222,7 +295,7 @@ def answers(run):
         tag("label", tag("input", type="checkbox", name="changed"), " changed only"),
         tag("output"),
         id="filter")
-    return [form, tag("div", articles, class_="answers")]
+    return [form, *articles, tag("button", "20 more", id="more", type="button")]
 
 
 def is_changed(rows) -> bool:
@@ -272,11 +345,15 @@ def training(run):
 # The page
 
 SECTIONS = [  # title, the file that it needs, function
+    ("In short", "explain", in_short),
+    ("Named features", "explain", named_features),
+    ("Without them", "explain", removal),
+    ("Heads that they move", "explain", heads),
     ("What changed", "scores", changed),
-    ("What the update is made of", "explain", update),
     ("Answers side by side", "judged", answers),
-    ("Training loss", "metrics", training),
-    ("Features", "explain", features)]
+    ("Each feature", "words", features),
+    ("Where the update lies", "explain", lies),
+    ("Training loss", "metrics", training)]
 
 
 def read_run(folder: Path) -> SimpleNamespace:

@@ -10,15 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SETS, TOY, random_gemma
+from conftest import SETS, TOY, ended, random_gemma, transformers_twin
 
 import lora
 from data import Example, load_tokenizer
 from features import serving_layer
 from model import MODULES, load_model
-from report.__main__ import findings, main, runs_table
-from report.directions import (FALSE_NAMES, Update, directions_used, random_directions)
-from report.explain import describe, removed
+from report.__main__ import main, runs_table
+from report.directions import inside, main_features, norm2, parts_of, unit_decoder
+from report.effects import (carrying, first_order, holm, likelihoods, quadratic, removed, turned)
+from report.explain import describe
+from report.heads import looks
 from report.page import page, write_page
 from run.files import InputError
 from sae import JumpReLU, load_sae
@@ -72,67 +74,101 @@ def dense_update(model, name, layer, norm_aware):
 # Directions
 
 @pytest.mark.parametrize("norm_aware", [False, True])
-def test_shares_equal_plain_sums(norm_aware):
+def test_parts_equal_plain_sums(norm_aware):
     model, saes = random_gemma(), random_saes()
     rows = {layer: F.normalize(sae.decoder_rows(range(160)).double(), dim=1)
             for layer, sae in saes.items()}
     layers = add_random_adapter(model, 3 * rows[0][7].float())
-    U = {layer: torch.linalg.qr(torch.randn(64, 5)).Q for layer in saes}
-    subspaces = {(layer, side): U[layer] for layer in saes for side in ("readers", "writers")}
-    parts = directions_used(model, saes, subspaces, norm_aware)
+    Q = torch.linalg.qr(torch.randn(64, 5)).Q
     updates = {name: dense_update(model, name, layer, norm_aware) for name, layer in layers.items()}
-    total = sum(update.square().sum().item() for update in updates.values())
+    parts = parts_of(model, saes, norm_aware)
     assert len(parts) == 4
-    for part in parts:
-        layer, writer = part["layer"], part["side"] == "writers"
+    for (layer, side), Z in parts.items():
+        writer = side == "writers"
         W = torch.cat([
             update for name, update in updates.items() if layers[name].writer == writer
             and serving_layer(int(name.split(".")[1]), writer, saes) == layer])
         whole = W.square().sum().item()
-        along = (W @ rows[layer].T).square().sum(0) / whole
-        inside = (W @ U[layer].double()).square().sum().item()
-        assert part["share_of_update"] == pytest.approx(whole / total, rel=1e-6)
-        assert part["subspace"] == pytest.approx(inside / whole, rel=1e-5)
-        taken = sum(feature["share_left"] for feature in part["features"])
-        assert taken == pytest.approx(part["explained"], abs=1e-5)
+        assert norm2(Z) == pytest.approx(whole, rel=1e-6)
+        expected = (W @ Q.double()).square().sum().item() / whole
+        assert inside(Z, Q) == pytest.approx(expected, rel=1e-5)
+        along = (W @ rows[layer].T).square().sum(0)
+        assert torch.allclose((Z @ rows[layer].T).square().sum(0), along, rtol=1e-5)
+        # The planted direction, or its near copy
         if layer == 0:
-            best = part["features"][0]              # the planted direction, or its near copy
-            assert best["index"] in (7, 87)
-            assert best["share_left"] == pytest.approx(along.max().item(), rel=1e-4)
+            assert main_features(Z, rows[layer].float())[0] in (7, 87)
 
 
-@pytest.fixture(scope="module")
-def toy_rows():
+def test_three_planted_rows_are_what_an_update_is_made_of():
     """The toy's decoder holds many near copies."""
     rows = F.normalize(load_sae(TOY / "sae", 2, 512).decoder_rows(range(512)), dim=1)
-    return rows, random_directions(rows)
-
-
-def test_three_planted_rows_are_named(toy_rows):
-    rows, random_rows = toy_rows
-    for seed in range(8):
+    exactly = 0
+    for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         planted = torch.randperm(512, generator=generator)[:3]
-        W = torch.randn(192, 3, generator=generator) * torch.tensor((1, 0.8, 0.6)) @ rows[planted]
+        W = torch.randn(192, 3, generator=generator) * torch.tensor((1, 0.8, 0.7)) @ rows[planted]
         stray = torch.randn(192, 64, generator=generator)
         W += 0.1 * W.norm() / stray.norm() * stray
-        named = Update(W.double(), rows, random_rows).name(FALSE_NAMES)
-        assert set(named) == set(planted.tolist()), seed
-        assert sum(share for share, _ in named.values()) == pytest.approx(0.99, abs=0.02)
-
-
-@pytest.mark.parametrize("rank", [48, 8, 1])
-def test_random_updates_name_nothing(toy_rows, rank):
-    false_names = 0
-    for seed in range(60):
-        generator = torch.Generator().manual_seed(1000 + seed)
-        Z = torch.randn(48, rank, generator=generator) @ torch.randn(rank, 64, generator=generator)
-        false_names += bool(Update(Z.double(), *toy_rows).name(0.05))
-    assert false_names <= 8               # of 60 at 5 %: more come by chance once in 300 times
+        exactly += set(main_features(W.double(), rows)) == set(planted.tolist())
+    assert exactly >= 38
 
 
 # ------------------------------------------------------------------------------
-# Explanations
+# Effects
+
+def held_out(number=6):
+    generator = torch.Generator().manual_seed(9)
+    return [Example(torch.randint(5, 300, (18 + i,), generator=generator).tolist(), 12, True)
+            for i in range(number)]
+
+
+def test_likelihoods_equal_transformers():
+    model, examples = random_gemma(), held_out()
+    twin = transformers_twin(model)
+    for value, example in zip(likelihoods(model, examples), examples):
+        logits = twin(torch.tensor([example.tokens])).logits[0].log_softmax(-1)
+        expected = sum(logits[i - 1, example.tokens[i]] for i in range(12, len(example.tokens)))
+        assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("norm_aware", [False, True])
+def test_first_order_is_the_slope_of_removal(norm_aware):
+    """Removing a little of a direction costs as much as its quadratic form says."""
+    model, saes, examples = random_gemma(std=0.1), random_saes(), held_out()
+    layers = add_random_adapter(model)
+    for layer in layers.values():
+        layer.scale *= 0.05
+    S = first_order(model, examples, saes, norm_aware)
+    row = unit_decoder(saes[2])[4]
+    step = 1e-2
+    before = likelihoods(model, examples).mean()
+    factors = {name: (layer.A.clone(), layer.B.clone()) for name, layer in layers.items()}
+    with removed(model, {(2, "readers"): row[None]}, saes, norm_aware):
+        gone = {name: (layer.A.clone(), layer.B.clone()) for name, layer in layers.items()}
+    mixed = {name: tuple(torch.lerp(a, b, step) for a, b in zip(factors[name], gone[name]))
+             for name in factors}
+    with carrying(model, mixed):
+        cost = before - likelihoods(model, examples).mean()
+    expected = quadratic(row[None], S[2, "readers"]).item()
+    assert cost.item() / step == pytest.approx(expected, rel=0.05)
+
+
+def test_a_turned_adapter_keeps_every_share():
+    model, saes = random_gemma(), random_saes()
+    add_random_adapter(model)
+    before, logits = parts_of(model, saes), model(torch.arange(5, 25)[None])
+    with carrying(model, turned(model, 1)):
+        for key, Z in parts_of(model, saes).items():
+            assert torch.allclose(Z.T @ Z, before[key].T @ before[key], rtol=1e-4, atol=1e-3)
+        assert not torch.allclose(model(torch.arange(5, 25)[None]), logits, atol=1e-2)
+    assert torch.equal(model(torch.arange(5, 25)[None]), logits)
+
+
+def test_holm_by_hand():
+    assert holm([0.04, 0.001, 0.02], 0.05) == [True, True, True]
+    assert holm([0.04, 0.001, 0.03], 0.05) == [False, True, False]
+    assert holm([0.02, 0.03], 0.05) == [True, True] and holm([0.026, 0.03], 0.05) == [False, False]
+
 
 @pytest.mark.parametrize("norm_aware", [False, True])
 def test_removal_equals_a_dense_projection_and_leaves_no_trace(norm_aware):
@@ -154,6 +190,65 @@ def test_removal_equals_a_dense_projection_and_leaves_no_trace(norm_aware):
         raise KeyError                      # what was taken out comes back after an error too
     assert torch.equal(model(tokens), logits)
 
+
+def test_heads_equal_transformers():
+    model, examples = random_gemma(), held_out()
+    twin = transformers_twin(model)
+    seen = looks(model, examples)
+    for row, example in enumerate(examples):
+        prompt = torch.tensor([example.tokens[:example.start]])
+        attentions = twin(prompt, output_attentions=True).attentions
+        for (attention, _), expected in zip(seen, attentions):
+            assert torch.allclose(attention[row], expected[0, :, -1], atol=1e-5)
+    # Heads add up to what the module writes
+    written = []
+    hook = model.layers[1].self_attn.register_forward_hook(lambda *args: written.append(args[2]))
+    prompts = torch.tensor([example.tokens[:example.start] for example in examples])
+    model.hidden(prompts)
+    hook.remove()
+    assert torch.allclose(seen[1][1].sum(1), written[0][:, -1], atol=1e-5)
+
+
+@pytest.fixture
+def run_of(tmp_path, monkeypatch, capsys):
+    """A run of train.py on the toy, explained: its folder, what was printed, explain.json."""
+    def run(*flags):
+        folder = tmp_path / "run"
+        ended("train.py", ["--eval-prompts", "24", "--out", folder, *flags])
+        flags = ["--prompts", "24", "--explain", "4"]
+        monkeypatch.setattr("sys.argv", ["report", f"{folder}", *flags])
+        main()
+        return folder, capsys.readouterr().out, json.loads((folder / "explain.json").read_text())
+    return run
+
+
+def test_one_vanishing_step_names_nothing(run_of):
+    folder, out, explanation = run_of("--steps", "1", "--lr", "1e-6")
+    learned = explanation["learned"]
+    assert learned["gain"] == learned["untrained"]["first step"] and not learned["something"]
+    assert explanation["features"] == [] and explanation["words"] == {}
+    assert "nothing was learned" in out
+    text = Reader(page(folder)).text
+    assert "Nothing was learned beyond that, so no feature is named." in text
+    for part in explanation["layers"]:
+        assert part["subspace"] == pytest.approx(part["subspace_first"], rel=1e-6)
+
+
+def test_a_short_run_names_the_verbs_of_harm(run_of):
+    """1/174 fires on them; the default run of 100 steps names it too."""
+    _, out, explanation = run_of("--steps", "25", "--lr", "4e-3")
+    named = [entry for entry in explanation["features"] if entry["named"]]
+    (verbs,) = [entry for entry in named if (entry["side"], entry["index"]) == ("readers", 174)]
+    assert verbs["cost"]["low"] > verbs["random"]["most"] > verbs["untrained"]["first step"]
+    assert "reads 1/174" in out and len(named) < len(explanation["features"]) == 4
+    assert all(row["attention"] > row["attention_untrained"]
+               or row["output"] > row["output_untrained"] for row in verbs["heads"])
+    rows = {row["what"]: row["safe"]["count"] for row in explanation["removal"]}
+    assert rows["without all named features"] < rows["without as many random directions"]
+
+
+# ------------------------------------------------------------------------------
+# Explanations
 
 def test_peaks_are_where_the_base_fires_most(toy):
     tokenizer, saes = toy
@@ -207,27 +302,13 @@ def test_the_command_explains_a_planted_adapter(toy, tmp_path, monkeypatch, caps
         return out
 
     out = report("planted")
-    line = capsys.readouterr().out.splitlines()[-2]
-    assert re.fullmatch(r"features named: \d+; .*: [\d.]+%, without ./\d+ [\d.]+%", line)
-    assert 'id="feature-2/217"' in (out / "report.html").read_text()
+    printed = capsys.readouterr().out
+    assert "4 held-out answers, the adapter's own, are likelier by" in printed
     explanation = json.loads((out / "explain.json").read_text())
-    for part in explanation["layers"]:
-        named = {feature["index"] for feature in part["features"]}
-        assert named == {40, 217, 300} and part["explained"] > 0.999 and "subspace" not in part
-
-    # Nothing else is in the update: without its features the adapter is the base
-    rows = {row["what"]: row for row in explanation["removal"]}
-    assert rows["without all named features"]["safe"] == rows["base model"]["safe"]
-    assert {"1/40", "2/217", "3/300"} <= explanation["words"].keys()
-
-    # Where no feature is named
-    explanation["removal"] = [row for row in explanation["removal"] if not row["feature"]]
-    assert findings(explanation) is None
-    for part in explanation["layers"]:
-        part["features"] = []
-    (out / "explain.json").write_text(json.dumps(explanation, allow_nan=False))
+    assert explanation["learned"]["answers"] == "the adapter's own"
+    assert len(explanation["layers"]) == 6 and "subspace" not in explanation["layers"][0]
     text = Reader(page(out)).text
-    assert "features do not explain it" in text and "subspace that was chosen" not in text
+    assert "chosen subspace" not in text
     assert "Training loss" not in text and "A LoRA adapter on toy" in text
     for adapter, message in (("planted", "isn't empty"), ("nothing", "changes nothing")):
         with pytest.raises(InputError, match=message):
@@ -265,15 +346,25 @@ def write_run(folder, text=str, prompts=8):
     peak = {"activation": 7.5, "side": text("aligned"), "peak": 1, "tokens": tokens}
     words = {"promotes": [text(" sorry")], "peaks": [peak, peak],
              "neuronpedia": text("https://www.neuronpedia.org/m/1/7")}
-    part = {
-        "layer": 1, "side": "readers", "share_of_update": 1.0, "subspace": 0.8,
-        "subspace_random": 0.2, "explained": 0.3, "explained_random": 0.1,
-        "features": [{"index": 7, "share_left": 0.3, "left_max": 0.09}]}
-    removal = [{"what": text(what), "feature": feature, "safe": figure(0.5), "change": -0.125,
+    part = {"layer": 1, "side": "readers", "share_of_update": 1.0, "subspace": 0.8,
+            "subspace_first": 0.9, "subspace_random": 0.2}
+    gain = {"mean": 2.5, "n": 8, "low": 2.0, "high": 3.0}
+    head = {"block": 2, "head": 1, "attention": 0.21, "attention_untrained": 0.04, "output": 0.3,
+            "output_untrained": 0.05, "tokens": [text("harm")]}
+    entry = {"layer": 1, "side": "readers", "index": 7, "share": 0.3, "share_of_update": 1.0,
+             "cost": gain, "random": {"mean": 0.3, "most": 0.6}, "p": 0.001, "named": True,
+             "untrained": {"first step": 0.0012, "first step, scaled up": 1.9, "turned 0": 0.1},
+             "heads": [head]}
+    removal = [{"what": what, "feature": feature, "safe": figure(0.5), "change": -0.125,
                 "p": 0.25, "over_refusal": None}
-               for what, feature in (("as trained", None), ("without it", "1/7"))]
-    explanation = {
-        "model": text("toy"), "layers": [part], "words": {"1/7": words}, "removal": removal}
+               for what, feature in (("as trained", None), ("without 1/7 being read", "1/7"),
+                                     ("without all named features", None),
+                                     ("without as many random directions", None),
+                                     ("base model", None))]
+    learned = {"prompts": 8, "gain": gain, "something": True, "answers": text("the file's"),
+               "untrained": {"first step": gain | {"mean": 0.03}, "turned 0": gain}}
+    explanation = {"model": text("toy"), "layers": [part], "words": {"1/7": words},
+                   "removal": removal, "features": [entry], "learned": learned}
     paired = {"safe": {"change": 0.5, "p": 0.01}}
     sets = {model: {text("harmful"): {"role": "harmful", "n": 8, "safe": figure(rate),
                                       "partial": figure(0), "empty": figure(0)}}
@@ -323,9 +414,11 @@ class Reader(HTMLParser):
 def test_the_page_shows_what_the_files_say(tmp_path):
     reader = Reader(page(write_run(tmp_path / "one")))
     shown = " ".join(reader.text.split())
-    for words in ("75.0% [37.5%, 75.0%]", "+50.0 p 0.01", "30.0% of the update lies along the 1",
-                  "hold 10.0%", "say little about what training did", "read from layer 1: 100.0%",
-                  "without it cannot 50.0%", "-12.5 p 0.25", "1/7 cannot30.0%9.0%",
+    for words in ("75.0% [37.5%, 75.0%]", "+50.0 p 0.01", "refuses 50.0% of 8 harmful prompts",
+                  "+2.500 nats likelier [2.000, 3.000]; the first step alone made them +0.0300",
+                  "named features, 1 of them", "reads 1/7 cannot", "2.500 [2.000, 3.000]",
+                  "0.300 most 0.600", "0.0012", "1.900", "block 2, head 1 harm",
+                  "21.0% untrained 4.0%", "80.0%90.0%20.0%", "-12.5 p 0.25",
                   "Promotes sorry", "compliedbase says 1", "refusedadapter says 1",
                   "step 8: 0.25"):
         assert words in shown, words
@@ -342,7 +435,7 @@ def test_what_files_say_is_text(tmp_path, hostile):
     name = re.sub("[/\0]", "", hostile)           # a folder's name is a stranger's too
     markup = page(write_run(tmp_path / name, lambda _: hostile))
     reader = Reader(markup)
-    assert reader.text.count(hostile) > 20
+    assert reader.text.count(hostile) > 15
     assert (reader.tags.count("script"), reader.tags.count("h1")) == (1, 1)
     for key, value in reader.attributes:
         assert not key.startswith("on")
@@ -359,7 +452,9 @@ def test_it_works_in_chromium(tmp_path):
         form.dispatchEvent(new Event('input'));
         seen.push(document.querySelectorAll('article:not([hidden])').length);
       };
-      look(); form.elements.set.value = 'harmful'; look();
+      const count = () => seen.push(document.querySelectorAll('article:not([hidden])').length);
+      look(); more.click(); count();
+      form.elements.set.value = 'harmful'; look();
       form.elements.changed.checked = true; look();
       document.body.style.width = '390px';         // no window is as narrow as a phone
       seen.push(document.body.scrollWidth);
@@ -369,7 +464,7 @@ def test_it_works_in_chromium(tmp_path):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900",
                f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{tmp_path}/page.html"]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    assert re.search("<title>(.*)</title>", dom)[1] == "[50,25,2,390]"
+    assert re.search("<title>(.*)</title>", dom)[1] == "[20,40,20,2,390]"
 
 
 def test_runs_table():
@@ -378,11 +473,13 @@ def test_runs_table():
         sets = {"base": {"harmful": {"safe": {"rate": 0.25}}},
                 "adapter": {"harmful": {"safe": {"rate": rate}}}}
         settings = SimpleNamespace(model="toy", init=init, seed=seed)
-        runs.append((settings, {"sets": sets, "share": {"subspace": 0.8, "random": 0.2}}))
+        shares = {"subspace": 0.8, "first_step": 0.9, "random": 0.2}
+        runs.append((settings, {"sets": sets, "share": shares}))
     lines = [re.split(" {2,}", line) for line in runs_table(runs).splitlines()]
-    assert lines[2] == ["base model, toy", "–", "25.0", "–", "–", "–", "–", "–"]
+    assert lines[2] == ["base model, toy", "–", "25.0", "–", "–", "–", "–", "–", "–"]
     assert lines[3][:3] == ["init sails", "2", "80.0 ± 14.1"]
-    assert lines[4] == ["init random", "1", "50.0", "–", "–", "–", "80.0", "20.0"]
+    assert lines[4] == ["init random", "1", "50.0", "–", "–", "–", "80.0", "90.0",
+                        "20.0"]
     # Other prompts, another line of the base
     runs[2][0].sets = {"harmful": "other.csv"}
     runs[0][0].sets = runs[1][0].sets = {"harmful": "toy.csv", "benign": "b.csv"}
