@@ -118,7 +118,7 @@ def adapter_settings(args):
 def findings(explanation) -> str:
     """What was learned and which features carry it, each beside its control."""
     learned = explanation["learned"]
-    gain = f"{learned['gain']['mean']:+.3f}"
+    gain = f"{learned['gain']['mean']:+.4f}"
     untrained = learned["untrained"]
     name = next(iter(untrained), None)
     control = f"; {name} alone {untrained[name]['mean']:+.4f}" if name else ""

@@ -234,17 +234,22 @@ def test_one_vanishing_step_names_nothing(run_of):
         assert part["subspace"] == pytest.approx(part["subspace_first"], rel=1e-6)
 
 
-def test_a_short_run_names_the_verbs_of_harm(run_of):
-    """1/174 fires on them; the default run of 100 steps names it too."""
+def test_a_short_run_names_what_survives(run_of):
+    """The default run takes longer: docs/results.md says what it names."""
     _, out, explanation = run_of("--steps", "25", "--lr", "4e-3")
     named = [entry for entry in explanation["features"] if entry["named"]]
-    (verbs,) = [entry for entry in named if (entry["side"], entry["index"]) == ("readers", 174)]
-    assert verbs["cost"]["low"] > verbs["random"]["most"] > verbs["untrained"]["first step"]
-    assert "reads 1/174" in out and len(named) < len(explanation["features"]) == 4
-    assert all(row["attention"] > row["attention_untrained"]
-               or row["output"] > row["output_untrained"] for row in verbs["heads"])
+    assert 0 < len(named) < len(explanation["features"]) == 4
+    for entry in named:
+        key = f"{entry['layer']}/{entry['index']}"
+        others = dict(entry["untrained"])
+        others.pop("first step, scaled up")
+        assert entry["cost"]["mean"] > max(entry["random"]["most"], *others.values(), 0.01)
+        assert len(others) == 4 and entry["p"] < 0.05 and key in explanation["words"]
+        assert f"s {key} " in out
+        assert all(row["attention"] > row["attention_untrained"]
+                   or row["output"] > row["output_untrained"] for row in entry["heads"])
     rows = {row["what"]: row["safe"]["count"] for row in explanation["removal"]}
-    assert rows["without all named features"] < rows["without as many random directions"]
+    assert rows["as trained"] > 2 * rows["after the first step"] >= 2 * rows["base model"]
 
 
 # ------------------------------------------------------------------------------
