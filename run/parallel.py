@@ -19,6 +19,8 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -33,6 +35,7 @@ from run.files import InputError, run_command
 
 LARGE = 1 << 22                    # entries: 16 MB, summed over the processes by itself
 DRIVER = Path("/proc/driver/nvidia/version")     # is there if a driver of NVIDIA's is loaded
+GRACE = 20                         # seconds that a process has after SIGTERM
 PATIENCE = timedelta(minutes=10)   # with a process that lives and doesn't answer
 store = None                       # held by torchrun's agent, so it outlives every process
 
@@ -71,6 +74,7 @@ def _one_of_many(main):
         backend = _take_card()
         dist.init_process_group(backend, store=store, rank=process, world_size=processes,
                                 timeout=PATIENCE)
+        _watch_over()
         code = main()
         if not code:
             maximum(0)                             # wait until all have come this far
@@ -86,6 +90,27 @@ def _one_of_many(main):
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)  # the agent's, once the first process has ended
+
+
+def _watch_over():
+    """After SIGTERM, end within GRACE, also where the main thread hangs in a collective.
+
+    torchrun sends it when another process has died, and kills without a word 30 s later. Python's
+    own handlers wait for the main thread; this one reads what the interpreter writes at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+
+    def watch():
+        while os.read(reader, 1)[0] != signal.SIGTERM:
+            pass
+        time.sleep(GRACE)
+        if last_word():
+            print(f"process {rank()} of {world_size()} still waits for another, which has died: "
+                  "the run goes on from its last checkpoint by --resume", file=sys.stderr)
+        os._exit(2)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _take_card():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from conftest import ROOT, SETS, command, start
@@ -169,6 +170,33 @@ def test_a_killed_process_ends_the_run(mini, tmp_path):
     assert process.returncode != 0 and "Signal 9" in err
     assert err.count("another process has died") == 1 and "RuntimeError" not in err
     assert int(read_metadata(tmp_path / "run" / session.CHECKPOINT)["step"]) >= 3
+
+
+HANGING = """
+import hashlib
+import os
+from run import parallel
+
+def main():
+    print("begun", flush=True)
+    if os.environ["RANK"] == "1":
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2 ** 31 - 1)    # hears no signal
+    parallel.maximum(0)
+
+parallel.GRACE = 1
+parallel.run(main)
+"""
+
+
+def test_a_process_that_hangs_ends_with_a_word(tmp_path):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    process = torchrun(tmp_path / "hanging.py", [])
+    wait_for(process, "begun")
+    start = time.monotonic()
+    os.kill(worker(process, 0), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert err.count("process 1 of 2 still waits for another, which has died") == 1
+    assert time.monotonic() - start < 25
 
 
 BROKEN = """
