@@ -175,9 +175,10 @@ def test_a_killed_process_ends_the_run(mini, tmp_path):
 HANGING = """
 import hashlib
 import os
-from run import parallel
+from run import parallel, session
 
 def main():
+    session.Signals().wait = True
     print("begun", flush=True)
     if os.environ["RANK"] == "1":
         hashlib.pbkdf2_hmac("sha256", b"", b"", 2 ** 31 - 1)    # hears no signal
