@@ -23,7 +23,7 @@ from features import load_subspaces
 from model import load_config, load_model
 from report.effects import NUM_FEATURES
 from report.explain import NUM_ANSWERED, explain
-from report.page import VERBS, fires_on, write_page
+from report.page import VERBS, top_tokens, write_page
 from run import parallel
 from run.files import (ROOT, InputError, Parser, data_file, is_new, positive, read_json,
                        read_tensors, table, write_json)
@@ -133,10 +133,10 @@ def findings(explanation) -> str:
         others = entry["untrained"]
         turned = max(value for name, value in others.items() if name.startswith("turned"))
         key = f"{entry['layer']}/{entry['index']}"
-        rows.append([f"{VERBS[entry['side']]} {key}", fires_on(explanation["words"][key]),
+        rows.append([f"{VERBS[entry['side']]} {key}", top_tokens(explanation["words"][key], entry),
                      f"{entry['cost']['mean']:.3f}", f"{entry['random']['mean']:.3f}",
                      f"{others.get('first step', math.nan):.3f}", f"{turned:.3f}"])
-    head = ["feature", "fires most on", "cost of removing, nats", "random directions",
+    head = ["feature", "fires on, promotes", "cost of removing, nats", "random directions",
             "first step", "turned"]
     return "\n".join([*lines, table(rows, head, right=range(2, 6))] if rows else lines)
 

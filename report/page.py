@@ -80,10 +80,16 @@ def table(head, rows) -> Html:
 # ------------------------------------------------------------------------------
 # Features
 
-def feature_link(run, key) -> Html:
-    """The name of feature "layer/index", linked to its card, and the tokens it fires most on."""
+def used_for(run, entry) -> Html:
+    """A named feature: its verb, its number with a link to its card, and its top tokens."""
+    key = f"{entry['layer']}/{entry['index']}"
     link = tag("a", key, href=f"#feature-{key}")
-    return join(link, " ", small(fires_on(run.words[key])))
+    return join(VERBS[entry["side"]], " ", link, " ", small(top_tokens(run.words[key], entry)))
+
+
+def top_tokens(feature, entry) -> str:
+    """Where a feature that is read fires most; what one that is written promotes."""
+    return fires_on(feature) if entry["side"] == "readers" else dotted(feature["promotes"][:4])
 
 
 def fires_on(feature) -> str:
@@ -146,11 +152,10 @@ def in_short(run):
     # One of our own runs knows its first step; of another adapter the far side is turned
     controls = learned["untrained"]
     control = ""
-    if "first step" in controls:
-        control = f"; the first step alone made them {controls['first step']['mean']:+.4f}"
-    elif "turned 0" in controls:
-        control = ("; an adapter of that size that learned nothing makes them "
-                   f"{controls['turned 0']['mean']:+.3f}")
+    for name, words in (("turned 0", "turned at random it makes"),
+                        ("first step", "the first step alone made")):
+        if name in controls:
+            control = f"; {words} them {controls[name]['mean']:+.4f}"
     first_step = ""
     if "after the first step" in rows:
         first_step = f", the adapter after its first step {refused('after the first step')}"
@@ -170,7 +175,7 @@ def in_short(run):
             f"Part of it is carried by named features, {len(named)} of them: without them "
             f"{refused('without all named features')} are refused, without as many random "
             f"directions {refused('without as many random directions')}.")
-    return [tag("ul", [tag("li", sentence) for sentence in sentences], class_="lead")]
+    return tag("ul", [tag("li", sentence) for sentence in sentences], class_="lead")
 
 
 def named_features(run):
@@ -178,22 +183,21 @@ def named_features(run):
     rows = []
     for entry in run.explain["features"]:
         if entry["named"]:
-            key = f"{entry['layer']}/{entry['index']}"
             cost = entry["cost"]
             others = entry["untrained"]
             first = others.get("first step")
             scaled = others.get(SCALED)
             turned = max(value for name, value in others.items() if name.startswith("turned"))
             rows.append([
-                join(VERBS[entry["side"]], " ", feature_link(run, key)),
+                used_for(run, entry),
                 join(f"{cost['mean']:.3f}", small(f" [{cost['low']:.3f}, {cost['high']:.3f}]")),
                 join(f"{entry['random']['mean']:.3f}",
                      small(f" most {entry['random']['most']:.3f}")),
                 f"{turned:.3f}",
                 None if first is None else f"{first:.4f}",
                 None if scaled is None else f"{scaled:.3f}"])
-    head = ["feature, fires most on", "cost of removing", "random directions", "nothing learned",
-            "first step", "first step × size"]
+    head = ["reads: fires on; writes: promotes", "cost of removing", "random directions",
+            "nothing learned", "first step", "first step × size"]
     num_tested = len(run.explain["features"])
     return [
         table(head, rows) if rows else tag("p", f"None of {num_tested} that were tested."),
@@ -203,18 +207,16 @@ def named_features(run):
              "that size whose far side is turned at random, which learned nothing (the most of "
              f"three); and in the adapter after its first step. {num_tested} features were tested. "
              "A name means a cost above all of these (Holm's correction at 5 %). Scaled up to the "
-             "trained size the first step is no control: it has learned to refuse.")]
+             "trained size the first step has learned to refuse, and is no control.")]
 
 
 def heads(run):
     """The heads that a named direction moves, where they move more than in an untrained adapter."""
     rows = []
     for entry in run.explain["features"]:
-        key = f"{entry['layer']}/{entry['index']}"
         for head in entry.get("heads", ()):
             rows.append([
-                join(VERBS[entry["side"]], " ", feature_link(run, key),
-                     f": block {head['block']}, head {head['head']} ",
+                join(used_for(run, entry), f": block {head['block']}, head {head['head']} ",
                      small(dotted(head["tokens"]))),
                 *(join(f"{head[what]:.1%}", small(f" untrained {head[f'{what}_untrained']:.1%}"))
                   for what in ("attention", "output"))])
@@ -231,10 +233,8 @@ def heads(run):
 def lies(run):
     """The shares of the update, which the init gives."""
     parts = run.explain["layers"]
-    columns = {"share_of_update": "share of the update",
-               "subspace": "of it inside the chosen subspace",
-               "subspace_first": "after the first step",
-               "subspace_random": "inside random subspaces"}
+    columns = {"share_of_update": "share of the update", "subspace": "of it in the chosen subspace",
+               "subspace_first": "after the first step", "subspace_random": "in random subspaces"}
     known = [key for key in columns if key in parts[0]]
     rows = []
     for part in parts:

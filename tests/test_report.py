@@ -313,7 +313,7 @@ def test_the_command_explains_a_planted_adapter(toy, tmp_path, monkeypatch, caps
     assert explanation["learned"]["answers"] == "the adapter's own"
     assert len(explanation["layers"]) == 6 and "subspace" not in explanation["layers"][0]
     text = Reader(page(out)).text
-    assert "chosen subspace" not in text
+    assert "of it in the chosen" not in text
     assert "Training loss" not in text and "A LoRA adapter on toy" in text
     for adapter, message in (("planted", "isn't empty"), ("nothing", "changes nothing")):
         with pytest.raises(InputError, match=message):
