@@ -101,8 +101,8 @@ for layer in recipe["layers"]:
   # hf keeps these in ~/.cache/huggingface. Gemma's licence has to be accepted on its page; the SAEs
   # are CC-BY-4.0, the data MIT
   hf download "$MODEL" --exclude "*.gguf"
-  IT=${IT:-$MODEL-it}
-  if [[ " $ARMS " == *" it "* ]]; then hf download "$IT" --exclude "*.gguf"; fi
+  if [[ $MODEL != *-it ]]; then IT=${IT:-$MODEL-it}; fi
+  if [[ $IT && " $ARMS " == *" it "* ]]; then hf download "$IT" --exclude "*.gguf"; fi
   hf download $saes
   hf download Anthropic/hh-rlhf harmless-base/train.jsonl.gz harmless-base/test.jsonl.gz \
     helpful-base/test.jsonl.gz --repo-type dataset

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, SETS
+from statsmodels.stats.proportion import proportion_confint
 
 import lora
 from experiments import ablate, inits, neighbours, reading, tables, theory, variants, worlds
+from experiments.paper_table import paper_table
 from model import load_model
-from run.files import read_json
+from run.files import write_jsonl
 from run.settings import RECIPES
 
 # One variant of each kind of code
@@ -216,30 +218,51 @@ def recipe(folder, model, record=(), **settings):
 
 
 def test_the_recipe_goes_all_the_way_on_the_toy(tmp_path):
-    short = {"SEEDS": "0", "ARMS": "gradient", "PROMPTS": "2", "ATTACKED": "1",
-             "TRAIN": "--steps 1 --more max-new-tokens=4", "CHOOSE": "--more pairs=8"}
-    # The attack runs eval.py too, so its other run may count as done
-    out = tmp_path / "out"
-    (out / "sets/gradient-0").mkdir(parents=True)
-    (out / "sets/gradient-0/scores.json").touch()
+    short = {"SEEDS": "0", "ARMS": "base full gradient it", "PROMPTS": "2", "ATTACKED": "1",
+             "CHOOSE": "--more pairs=8"}
+    short |= dict.fromkeys(("FULL", "TRAIN"), "--steps 1 --eval-prompts 2 --more max-new-tokens=4")
     recipe(tmp_path, "toy", **short)
-    assert "attacks" in read_json(out / "attacks/gradient-0/scores.json")
+    out = tmp_path / "out"
     assert (out / "select-gradient/features.json").exists()
     assert (out / "gradient-0/report.html").exists()
-    assert load_model(out / "merged").config.hidden_size == 64
-    # Where all is there, only the look ahead is made again
-    assert [words[1] for words in recipe(tmp_path, "toy", ("python",), **short)] == ["train.py"]
+    rows = [line.split() for line in (out / "table.txt").read_text().splitlines()]
+    for name in ("toy-harmful", "toy-jailbreak", "toy-lookalike", "toy-benign"):
+        assert [row[1] for row in rows if row[:1] == [name]] == ["toy", "full", "gradient"]
+    assert len([row for row in rows if row[:2] == ["full", "toy-harmful"]]) == 4    # GCG's budgets
+    # Where all is there, the look ahead and the table are made again
+    again = recipe(tmp_path, "toy", ("python",), **short)
+    assert [words[1] for words in again] == ["train.py", "-m"]
 
 
 def test_the_recipe_on_gemma(tmp_path):
     """Which files it fetches and which commands it runs: nothing is loaded."""
-    model = "google/gemma-2-9b-it"
+    model = "google/gemma-2-9b"
     commands = recipe(tmp_path, model, record=("python", "hf", "curl", "lm_eval"))
     downloads = [words[2:] for words in commands if words[:2] == ["hf", "download"]]
-    assert downloads[0][0] == model
-    assert downloads[1][0] == RECIPES[model]["sae"] and len(downloads[1]) == 4
+    assert [words[0] for words in downloads[:2]] == [model, f"{model}-it"]
+    assert downloads[2][0] == RECIPES[model]["sae"] and len(downloads[2]) == 6
     counts = Counter(words[1] for words in commands if words[0] == "python")
-    assert counts == {"train.py": 10, "select.py": 2, "-m": 10, "eval.py": 12, "lora.py": 1}
-    assert Counter(words[0] for words in commands)["lm_eval"] == 2
+    assert counts == {"train.py": 14, "select.py": 2, "-m": 10, "eval.py": 2}
+    asked = next(words for words in commands if words[1] == "eval.py")
+    assert asked[2] == model and f"{model}-it" in asked and "hex-phi" in asked
+    assert len([word for word in asked if word.startswith(str(tmp_path / "out"))]) == 12 + 1
+    assert Counter(words[0] for words in commands)["lm_eval"] == 6
     with pytest.raises(AssertionError, match="no recipe"):
         recipe(tmp_path, "google/gemma-7b", record=("python",))
+
+
+def test_the_paper_s_table_by_hand(tmp_path):
+    """Two seeds of an arm, two prompts: means over seeds, Wilson's interval over prompts."""
+    rows = []
+    for model, scores in {"base": (5, 4), "sails-0": (1, 5), "sails-1": (1, 1)}.items():
+        for line, score in enumerate(scores):
+            rows.append({"model": model, "set": "hex-phi", "role": "harmful", "line": line,
+                         "prompt": "p", "completion": "c", "fields": {}, "verdict": "full",
+                         "rubric": {"score": score, "by": "judge-1"}})
+    write_jsonl(tmp_path / "sets/judged.jsonl", rows)
+    text = paper_table(tmp_path)
+    sails = next(line for line in text.splitlines() if line.split()[:2] == ["hex-phi", "sails"])
+    low, high = proportion_confint(1.5, 2, method="wilson")
+    assert f"75.0%  [{low:.1%}, {high:.1%}]  ± 35.4%" in sails         # 50 % and 100 %
+    assert "2.00  [0.04, 3.96]  ± 1.41" in sails                        # prompts 1 and 3; 3 and 1
+    assert "rubric by judge-1" in text and "99.6 %" in text
