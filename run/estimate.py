@@ -77,6 +77,8 @@ def trained_bytes(settings, config, num_trained, itemsize):
     # and as the input's, before it is added up
     copies = {"float32 copies of the weights": 4 * share} if itemsize < 4 else {}
     embedding = 2 * itemsize * config.vocab_size * config.hidden_size
+    if settings.shard:                          # and summed over the processes in float32
+        embedding += 4 * config.vocab_size * config.hidden_size
     return copies | {"float32 gradients": 4 * share, "AdamW's two moments": 8 * share,
                      "the embedding's gradients": embedding}
 

@@ -74,21 +74,22 @@ def runs(mini, tmp_path_factory):
 
 def test_full_fine_tuning_split_over_two_equals_one(mini, tmp_path):
     """Weights, copies and moments are split; the checkpoint is whole, and a run goes on from it."""
-    arguments = full(mini, tmp_path / "one", "--more", "accumulate=4")
+    rate = "--lr", "1e-3"                       # at mini's 1e-2 bfloat16's rounding grows
+    arguments = full(mini, tmp_path / "one", *rate, "--more", "accumulate=4")
     done(start("train.py", arguments, env=ENVIRONMENT))
-    process = torchrun("train.py", [*full(mini, tmp_path / "split"), "--shard"])
+    process = torchrun("train.py", [*full(mini, tmp_path / "split", *rate), "--shard"])
     wait_for(process, "step 4/7")
     os.kill(worker(process, 0), signal.SIGINT)
     process.communicate(timeout=120)
     assert 4 <= int(read_metadata(tmp_path / "split" / session.CHECKPOINT)["step"]) < 7
     done(torchrun("train.py", ["--resume", tmp_path / "split"]))
     for ours, theirs in zip(steps(tmp_path / "one"), steps(tmp_path / "split"), strict=True):
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-2)
-        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=5e-2)
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=2e-3)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-2)
     one, two = (read_tensors(tmp_path / run / "model/model.safetensors")
                 for run in ("one", "split"))
     assert one.keys() == two.keys()
-    assert all((one[name] - two[name]).norm() <= 0.02 * one[name].norm() for name in one)
+    assert all((one[name] - two[name]).norm() <= 0.01 * one[name].norm() for name in one)
 
 
 def steps(folder):
