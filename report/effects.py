@@ -7,10 +7,11 @@ on one side of one SAE layer. A feature is named where its cost
     1. is above that of random directions of the same subspace: p is the larger of two, the share of
        NUM_RANDOM random directions that cost as much, and a paired test over prompts; Holm's
        correction over all features that are tested;
-    2. is above the cost of the same direction in untrained adapters, paired by prompt: the adapter
+    2. is above the cost of the same direction in untrained adapters, also paired: the adapter
        after its first step, and the trained one whose far side is turned at random. That has the
        size of the trained one, and the same share along every direction, but has learned nothing;
-    3. is at least MIN_COST. Where the adapter as a whole hasn't gained that much, nothing is named.
+    3. is at least MIN_COST. Where the adapter as a whole hasn't gained that much, and more than
+       the luck of turned ones, nothing is named.
 
 Letters: P prompts, D hidden size, F features of an SAE, R rows that stand for an update, k a few.
 """
@@ -35,6 +36,7 @@ NUM_FEATURES = 12   # that are tested, unless --explain says otherwise
 NUM_PROMPTS = 24    # of each harmful set
 NUM_REMOVED = 6     # random directions of each part that are removed
 NUM_TURNED = 3      # turned adapters
+T_TURNED = 4.303    # the 97.5 % point of Student's t with NUM_TURNED − 1 degrees of freedom
 MIN_SCORE = 1.0     # deviations above random directions to first order, or it isn't tested
 MIN_COST = 0.01     # nats an answer: 1 % of its probability
 LEVEL = 0.05        # chance that any feature is named which does no more than random directions
@@ -292,6 +294,12 @@ def named_by_effect(model, examples, saes, subspaces=None, norm_aware=False, fir
         add_control(SCALED, first_step, update_norm(model) / small)
     for seed in range(NUM_TURNED):
         add_control(f"turned {seed}", turned(model, seed))
+    # Some turned adapters help by luck: the trained one must be no draw of theirs (Student's t)
+    luck = torch.stack([gains[f"turned {seed}"].mean() for seed in range(NUM_TURNED)])
+    limit = luck.mean() + T_TURNED * luck.std() * (1 + 1 / NUM_TURNED) ** 0.5
+    learned["something"] = bool(trained.mean() > limit)
+    if not learned["something"]:
+        return {"learned": learned, "features": [], "directions": []}
 
     # Costs of features, beside those of random directions
     parts = tested_parts(model, examples, saes, subspaces, norm_aware, most)
@@ -323,13 +331,18 @@ def named_by_effect(model, examples, saes, subspaces=None, norm_aware=False, fir
 
     # The same directions in untrained adapters
     left = [row for row in tested if row[0]["named"]]
+    others: dict[str, list] = {name: [] for name in controls}
     for name, (factors, factor) in controls.items():
         with carrying(model, factors), lora.scaled(model, factor):
-            for entry, part, row, cost in left:
-                other = gains[name] - cost_of(part, row)
-                entry["untrained"][name] = float(other.mean())
-                # Scaled up, the first step has learned: it refuses, and is no control
-                if name != SCALED:
-                    entry["named"] &= tail(cost - other) < LEVEL / 2
+            others[name] = [gains[name] - cost_of(part, row) for _, part, row, _ in left]
+    for i, (entry, _, _, cost) in enumerate(left):
+        entry["untrained"] = {name: float(others[name][i].mean()) for name in controls}
+        # Scaled up, the first step has learned: it refuses, and is no control
+        means = [entry["untrained"][name] for name in controls if name != SCALED]
+        entry["named"] = float(cost.mean()) > max(means)
+        turns = torch.stack([others[f"turned {seed}"][i] for seed in range(NUM_TURNED)])
+        first = [others["first step"][i]] if first_step else []
+        for other in (turns.mean(0), *first):
+            entry["named"] &= tail(cost - other) < LEVEL / 2
     return {"learned": learned, "features": [entry for entry, *_ in tested],
             "directions": [row for _, _, row, _ in tested]}
