@@ -1,7 +1,7 @@
 """How often a feature is named that carries nothing, and whether planted features are found.
 
-    python -m experiments.names                      # 400 nulls and 100 planted, about an hour
-    python -m experiments.names --count 8            # of each kind; what the tests run is shorter
+    python -m experiments.names                      # 400 nulls and 40 planted: an hour or more
+    python -m experiments.names --count 8            # of each kind
     python -m experiments.names --print              # what the lines in results/names.jsonl say
 
 On the toy, each adapter by the rule of report/effects.py, with 32 prompts and 6 features tested.
@@ -211,7 +211,7 @@ def names_table(lines) -> str:
             num_named = sum(len(line["named"]) for line in group)
             rows.append(["planted: made of exactly these", f"{gain:+.3f}", learned,
                          share_cell(exactly)])
-            kind = f"planted, {num_named} names: one is another"
+            kind = f"planted: a name that is another ({num_named} names)"
         false = [any(name not in line["planted"] for name in line["named"]) for line in group]
         rows.append([kind, f"{gain:+.3f}", learned, share_cell(false)])
     nulls = [bool(line["named"]) for line in lines if line["kind"] != "planted"]

@@ -6,8 +6,8 @@
     python -m report --adapter DIR --model google/gemma-2-2b --out explained
                                        # any LoRA adapter for Gemma-2 in PEFT's layout
 
-A feature that is tested takes one batched pass over 64 answers. The prompts are answered a dozen
-times. On the toy all of it takes TIME.
+A feature that is tested takes one batched pass over 48 answers, and six more for its side of the
+layer. The prompts are answered a dozen times.
 """
 
 import math
