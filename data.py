@@ -217,29 +217,39 @@ def make_example(tokenizer: Tokenizer, turns: Sequence[Turn], response: str, max
     return Example(tokens[:max_length], start, closed=len(tokens) <= max_length)
 
 
-def load_examples(path: str | Path, tokenizer: Tokenizer, max_length: int, format="chat"
-                  ) -> tuple[list[tuple[Example, Example]], list[Pair]]:
+def load_examples(path: str | Path, tokenizer: Tokenizer, max_length: int, format="chat",
+                  paired=True) -> tuple[list[tuple], list[Pair]]:
     """A file's pairs as [(aligned Example, unaligned Example)], and as read.
 
-    `path` may be hf://datasets/…. Prints what was dropped or cut: what is longer than `max_length`
-    or the model's positions. Raises InputError if nothing is left.
+    A row without an unaligned answer gives (aligned, None), and InputError where all must be
+    `paired`. `path` may be hf://datasets/…. Prints what was dropped or cut: what is longer than
+    `max_length` or the model's positions. Raises InputError if nothing is left.
     """
     max_length = min(max_length, tokenizer.positions)
     pairs, counts = read_pairs(data_file(path))
     print(f"pairs: {counts}")
-    # Both sides must fit: the statistics need them, and training takes the aligned one.
+    alone = [pair.line for pair in pairs if not pair.unaligned]
+    if alone and paired:
+        raise InputError(f"{path}:{alone[0]}: no unaligned answer (rejected), which selection "
+                         "needs: take --init random or orthonormal, or --method full")
+    if alone:
+        print(f"pairs: {len(alone):,} without an unaligned answer, which selection would need")
     examples = []
     for pair in pairs:
         aligned = make_example(tokenizer, pair.turns, pair.aligned, max_length, format)
-        unaligned = make_example(tokenizer, pair.turns, pair.unaligned, max_length, format)
-        if aligned and unaligned:
-            aligned.line = unaligned.line = pair.line
+        unaligned = None
+        if pair.unaligned:
+            unaligned = make_example(tokenizer, pair.turns, pair.unaligned, max_length, format)
+        # The prompt is the same, so both sides fit or neither
+        if aligned:
+            for example in filter(None, (aligned, unaligned)):
+                example.line = pair.line
             examples.append((aligned, unaligned))
     if num_long := len(pairs) - len(examples):
         print(f"pairs: {num_long:,} more dropped, whose prompt fills {max_length} tokens")
     if not examples:
         raise InputError(f"{path}: each prompt fills {max_length} tokens: raise --batch-tokens")
-    if num_cut := sum(not example.closed for pair in examples for example in pair):
+    if num_cut := sum(not side.closed for pair in examples for side in filter(None, pair)):
         print(f"pairs: {num_cut:,} answers cut to fit {max_length} tokens")
     return examples, pairs
 
@@ -328,14 +338,14 @@ def colored(tokenizer: Tokenizer, tokens: Sequence[int], start: int) -> str:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("file", help="pairs, as HH-RLHF has them")
+    parser.add_argument("file", help="pairs as HH-RLHF has them, or rows with one answer")
     parser.add_argument("--show", type=int, default=3, metavar="N",
                         help="examples to print (default 3)")
     parser.add_argument("--tokenizer", default=ROOT / "toy", metavar="SOURCE",
                         help="folder, hub repository or tokenizer.json[.gz] (default: the toy's)")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
-    pairs, _ = load_examples(args.file, tokenizer, max_length=1024)
+    pairs, _ = load_examples(args.file, tokenizer, max_length=1024, paired=False)
     examples = [aligned for aligned, _ in pairs]
 
     print(f"{CONTEXT}context{RESET}  {TRAINED}trained on{RESET}  {REVERSED}control{RESET}")

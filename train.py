@@ -275,7 +275,7 @@ def dry_run(settings):
     try:
         tokenizer = load_tokenizer(model_folder(settings.model))
         examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
-                                        settings.format)
+                                        settings.format, paired=settings.init == "sails")
         evaluation_sets(settings, pairs)
         steps = count_steps([pair[0] for pair in examples], settings)
         row_counts = f"{settings.accumulate * parallel.world_size()} × {settings.batch_tokens:,}"
@@ -338,16 +338,16 @@ def run(settings, tokenizer, folder, is_new, signals):
     try:
         with log.stage("loading"), parallel.agreed():
             config = load_config(source)
+            examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
+                                            settings.format, paired=settings.init == "sails")
             saes = {}
-            if settings.sae:
+            if settings.sae and all(unaligned for _, unaligned in examples):
                 saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                                  settings.device, config)
             check_rank(settings, config)
             if any(settings.top_k > sae.n_units for sae in saes.values()):
                 raise InputError(f"--top-k {settings.top_k}: an SAE here has fewer features")
             print(*saes.values(), sep="\n")
-            examples, pairs = load_examples(settings.data, tokenizer, settings.batch_tokens,
-                                            settings.format)
             sets = evaluation_sets(settings, pairs)
             model = load(settings, source)
             limit_threads(model)

@@ -23,9 +23,10 @@ PROMPT_KEYS = ("prompt", "goal", "behavior", "instruction", "forbidden_prompt", 
 INPUT_KEYS = ("input", "context")
 # The keys of a conversation, or of an answer to the row's prompt.
 ANSWER_KEYS = ("chosen", "rejected", "response", "output", "messages")
+ALIGNED_KEYS = tuple(key for key in ANSWER_KEYS if key != "rejected")
 # What messages say that a file lacks.
-PAIR = ("usable pair (chosen and rejected, each \"Human: … Assistant: …\", messages of role and "
-        "content, or an answer to the row's prompt)")
+PAIR = (f"usable pair (chosen and rejected, or {' or '.join(ALIGNED_KEYS)} alone; each \"Human: … "
+        "Assistant: …\", messages of role and content, or an answer to the row's prompt)")
 PROMPT = f"usable prompt (a column or key {', '.join(PROMPT_KEYS)}, or chosen and rejected)"
 
 Turn = tuple[str, str]  # ("user" | "model", text)
@@ -35,7 +36,7 @@ Turn = tuple[str, str]  # ("user" | "model", text)
 class Pair:
     turns: tuple[Turn, ...]   # ends with a user turn
     aligned: str              # the chosen answer
-    unaligned: str            # the rejected answer
+    unaligned: str            # the rejected answer, "" where the row has none
     line: int                 # in its file
 
 
@@ -63,26 +64,27 @@ class _Dropped(Exception):
 
 
 def read_pairs(path: str | Path) -> tuple[list[Pair], Counts]:
-    """The pairs of a file of objects with "chosen" and "rejected".
+    """The pairs of a file of objects with "chosen" and "rejected", or with one of ALIGNED_KEYS.
 
-    Both are conversations (HH-RLHF's text, or messages of role and content), or answers to the
+    Each is a conversation (HH-RLHF's text, or messages of role and content), or an answer to the
     row's prompt. The last assistant turn is the answer, the turns before it are the prompt.
     Unusable rows are counted by reason. Raises InputError for a malformed line, and if no pair is
     left.
     """
     def make_pair(row, place, line):
-        chosen = _conversation(row, "chosen", place)
-        rejected = _conversation(row, "rejected", place)
-        # A pair is one prompt with two answers.
-        if not (chosen and rejected):
-            raise _Dropped("without both sides")
+        key = next(filter(row.get, ALIGNED_KEYS), "chosen")
+        chosen = _conversation(row, key, place)
+        if not chosen:
+            raise _Dropped("without an aligned answer")
+        # A pair is one prompt with two answers; fine-tuning data have one.
+        rejected = _conversation(row, "rejected", place) or (*chosen[:-1], ("model", None))
         if chosen[:-1] != rejected[:-1]:
             raise _Dropped("whose sides don't share a prompt")
         prompt, aligned = _split_answer(chosen)
         _, unaligned = _split_answer(rejected)
-        if not (aligned and unaligned):
+        if "" in (aligned, unaligned):
             raise _Dropped("with an empty answer")
-        return Pair(prompt, aligned, unaligned, line)
+        return Pair(prompt, aligned, unaligned or "", line)
 
     return _collect(path, make_pair, PAIR)
 

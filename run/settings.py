@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-
 from run import parallel
 from run.files import ROOT, InputError, locate, moved_place, read_json, table
 
@@ -72,7 +71,8 @@ GROUPS = {
     ],
     "data and selection (SAILS section 3)": [
         Setting("data", None, str, 'pairs, rows with "chosen" and "rejected" (conversations, or '
-                "answers to a prompt), as .jsonl, .json, .csv or .parquet, plain or .gz; "
+                "answers to a prompt); or, where nothing is selected, one answer a row (chosen, "
+                "response, output, messages); .jsonl, .json, .csv or .parquet, plain or .gz; "
                 "hf://datasets/OWNER/NAME/PATH is fetched"),
         Setting("format", "chat", str, "chat: Gemma's turns, put in by id; plain: Human: and "
                 "Assistant: as text", choices=("chat", "plain")),

@@ -256,8 +256,8 @@ def test_pairs_by_hand(tmp_path):
     assert pairs == [Pair(chat("hi"), "yes", "no", 1),
                      Pair(chat("a", "b", "c d"), "e\n\nf", "g", 3)]
     assert str(counts) == (
-        "10 read, 2 kept, 3 dropped without both sides, 3 dropped with a system turn, or turns "
-        "that don't alternate, 1 dropped whose sides don't share a prompt, 1 dropped with an "
+        "10 read, 2 kept, 4 dropped with a system turn, or turns that don't alternate, 2 dropped "
+        "without an aligned answer, 1 dropped whose sides don't share a prompt, 1 dropped with an "
         "empty answer")
 
 
@@ -289,6 +289,41 @@ def test_forms_of_a_pair(tmp_path, row):
     assert read_pairs(path)[0] == [Pair(chat("a", "b", "c"), "e\n\nf", "g", 1)]
     assert read_prompts(path)[0] == [Prompt(chat("a", "b", "c"), {"n": 3}, 1)]
     assert list(read_items(path)) == [chat("a", "b", "c", "e\n\nf"), chat("a", "b", "c", "g")]
+
+
+ALONE = {
+    "prompt and response": ({"prompt": "a", "response": "b"}, ("a", "b")),
+    "an instruction with an input": ({"instruction": "mend", "input": "c", "output": "d"},
+                                     ("mend\n\nc", "d")),
+    "an empty input": ({"Instruction": "mend", "Input": "", "Output": "d"}, ("mend", "d")),
+    "a context, and other columns": ({"instruction": "say", "context": "c", "response": "d",
+                                      "category": "x"}, ("say\n\nc", "d")),
+    "messages": ({"messages": messages("a", "b", "c", "d")}, ("a", "b", "c", "d")),
+    "messages beside their prompt": ({"prompt": "a", "messages": messages("a", "b")}, ("a", "b")),
+    "chosen alone": ({"chosen": HI + "yes"}, ("hi", "yes")),
+    "chosen and no rejected": ({"prompt": "a", "chosen": "b", "rejected": None}, ("a", "b"))}
+
+
+@pytest.mark.parametrize("row, texts", ALONE.values(), ids=ALONE)
+def test_rows_without_an_unaligned_answer(tmp_path, row, texts):
+    """Each form is the turns that it says, and trains on its last answer alone."""
+    *turns, answer = texts
+    path = write(tmp_path / "p.jsonl", row)
+    assert read_pairs(path)[0] == [Pair(chat(*turns), answer, "", 1)]
+    tokenizer = TOKENIZERS["toy"]
+    ((aligned, unaligned),), _ = load_examples(path, tokenizer, 99, paired=False)
+    closed = [*tokenizer.encode(answer), tokenizer.end_of_turn]
+    assert unaligned is None and aligned.tokens[aligned.start:] == closed
+
+
+def test_mixed_rows_are_named_where_pairs_are_needed(tmp_path, capsys):
+    alone = {"messages": messages("s", "t")}
+    path = write(tmp_path / "p.jsonl", pair(), alone, {"messages": messages("s")}, pair(), alone)
+    with pytest.raises(InputError, match=f"{path}:2: no unaligned answer .* --init random"):
+        load_examples(path, TOKENIZERS["toy"], 99)
+    examples, _ = load_examples(path, TOKENIZERS["toy"], 99, paired=False)
+    assert [unaligned is None for _, unaligned in examples] == [False, True, False, True]
+    assert "pairs: 2 without an unaligned answer" in capsys.readouterr().out
 
 
 def test_prompts_by_hand(tmp_path):

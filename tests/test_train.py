@@ -20,7 +20,7 @@ from model import load_model
 from report import __main__ as report
 from run import session, settings
 from run.files import (InputError, read_json, read_jsonl, read_metadata, read_tensors, run_command,
-                       write_json)
+                       write_json, write_jsonl)
 
 
 def call(main, arguments, monkeypatch):
@@ -143,6 +143,24 @@ def test_random_init_needs_no_sae(mini, tmp_path, monkeypatch):
     assert call(train.main, arguments, monkeypatch) == 0
     assert not (tmp_path / "run" / "features.json").exists()
     assert read_json(tmp_path / "run" / "scores.json")["share"]["subspace"] is None
+
+
+@pytest.mark.parametrize("flags", [["--init", "random"], ["--init", "orthonormal"],
+                                   ["--method", "full"]], ids=" ".join)
+def test_training_needs_no_unaligned_answers(mini, tmp_path, monkeypatch, flags):
+    """A recipe with SAEs trains on mixed rows to what the same rows give without their pairs."""
+    rows = read_jsonl(mini / "train.jsonl")
+    alone = [{"chosen": row["chosen"]} for row in rows]
+    monkeypatch.setitem(settings.RECIPES, str(mini), {"sae": str(mini / "sae"), "layers": [0, 1]})
+    shared = [*flags, "--model", mini, "--steps", "2", "--batch-tokens", "96"]
+    for name, mixed in (("alone", alone), ("mixed", [*rows[:30], *alone[30:]])):
+        write_jsonl(tmp_path / f"{name}.jsonl", mixed)
+        arguments = [*shared, "--data", tmp_path / f"{name}.jsonl", "--out", tmp_path / name]
+        assert call(train.main, arguments, monkeypatch) == 0
+        assert read_json(tmp_path / name / "scores.json")["share"]["subspace"] is None
+    losses = [[line["loss"] for line in read_jsonl(tmp_path / name / "metrics.jsonl")
+               if "loss" in line] for name in ("alone", "mixed")]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 def test_dry_run_writes_nothing_and_needs_no_hub(mini, tmp_path, monkeypatch, capsys):
@@ -407,6 +425,8 @@ SAE = "sae/layer_1/width_96/average_l0_9/params.npz"
     (SAE, lambda b: None, ["params.npz"]),
     ("train.jsonl", lambda b: b"", ["train.jsonl", "no "]),
     ("train.jsonl", lambda b: b + b'{"chosen": \n', ["train.jsonl:61"]),
+    ("train.jsonl", lambda b: b + b'{"prompt": "a", "response": "b"}\n',
+     ["train.jsonl:61", "no unaligned answer", "--init random", "--method full"]),
 ])
 def test_broken_files(mini, tmp_path, monkeypatch, capsys, name, change, words):
     folder = shutil.copytree(mini, tmp_path / "broken")
