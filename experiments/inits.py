@@ -9,7 +9,10 @@ import torch
 from torch.nn.functional import normalize
 
 import lora
-from experiments import neighbours, selections
+from experiments import selections
+from experiments.neighbours import averaging
+from experiments.neighbours.lox import extrapolate
+from experiments.neighbours.rosi import harm_direction, inject
 from experiments.variants import begin, top, variant
 from experiments.worlds import RANK, STEPS, full_parameters, targets
 
@@ -125,7 +128,7 @@ def after_training(change):
 def lox(world, model, step, state):
     """LoX: the 6 leading directions of each update, a quarter longer."""
     if step == STEPS:
-        neighbours.lox(model, *LOX)
+        extrapolate(model, *LOX)
 
 
 @after_training
@@ -133,15 +136,15 @@ def rosi(world, model, step, state):
     """ROSI: a rank-one step along harm's direction in all that writes the residual stream."""
     if step == STEPS:
         prompts = selections.decision_prompts(world.tokenizer, world.examples, world.harmless)
-        direction = neighbours.harm_direction(world.model, *prompts)
-        neighbours.rosi(model, direction, ROSI_ALPHA)
+        direction = harm_direction(world.model, *prompts)
+        inject(model, direction, ROSI_ALPHA)
 
 
 @after_training
 def average(world, model, step, state):
     """weight averaging: at the end the moving average of the factors, β = 0.9."""
     parameters = lora.trainable_parameters(lora.lora_layers(model))
-    neighbours.average(state, parameters, 0.9)
+    averaging.average(state, parameters, 0.9)
     if step == STEPS:
         for name, parameter in parameters:
             parameter.data.copy_(state[name])
