@@ -1,9 +1,14 @@
 """experiments/neighbours/: each method against its formula on whole matrices, or peft's own."""
 
+import random
+
 import pytest
 import torch
 
 import lora
+import train
+from data import Example, Row
+from experiments.neighbours import derta
 from experiments.neighbours.averaging import average
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.rosi import harm_direction, inject
@@ -50,3 +55,37 @@ def test_harms_direction_and_averages_by_hand(gemma):
     factor += 1
     average(state, [("a", factor)], 0.9)
     assert torch.allclose(state["a"], torch.tensor(1.1))
+
+
+# ---- DeRTa ---------------------------------------------------------------------------------------
+def test_derta_is_equation_2_term_by_term(gemma):
+    """The packed rows' loss is the two sums, each probability from a forward of its own."""
+    q, r, r_hat = [2, 11, 12], [21, 22, 9], [31, 32, 33, 34, 9]
+    aligned, unaligned = (Example(q + answer, 3, True) for answer in (r, r_hat))
+    helpful = Example([2, 41, 42, 43], 2, False)
+
+    def log_p(context, token):
+        hidden, _ = gemma.hidden(torch.tensor([context]))
+        logits = 30 * torch.tanh(hidden[0, -1] @ gemma.embed_tokens.weight.T / 30)
+        return float(logits.log_softmax(0)[token])
+
+    def answer(context, tokens):
+        return sum(log_p(context + tokens[:t], tokens[t]) for t in range(len(tokens)))
+
+    rows = derta.pack_pairs([(aligned, unaligned), (helpful, None)], 24, seed=3, epoch=1)
+    loss = sum(float(train.row_loss(gemma, Row(*(part[None] for part in vars(row).values()))))
+               for row in rows)
+    k = random.Random("3 1 derta").randint(0, 4)
+    by_hand = answer(q + r_hat[:k], r) + answer([2, 41], [42, 43])
+    by_hand += sum(log_p(q + r_hat[:t], r[0]) for t in range(len(r_hat)))
+    assert loss == pytest.approx(-by_hand, rel=1e-4)
+
+
+def test_derta_draws_each_length_and_none_that_does_not_fit():
+    aligned, unaligned = Example([2, 5, 21, 9], 2, True), Example([2, 5, 31, 32, 33, 9], 2, True)
+    draw = random.Random(0)
+    for length, longest in ((99, 3), (5, 1)):
+        examples = [derta.behind_prefix(aligned, unaligned, length, draw) for _ in range(99)]
+        assert {example.start for example in examples} == set(range(2, 3 + longest))
+        for example in examples:
+            assert example.tokens == [2, 5, *[31, 32, 33][:example.start - 2], 21, 9]
