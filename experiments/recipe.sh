@@ -22,8 +22,8 @@
 #                                                   2b            9b
 #     1 files                         once          17 GB         40 GB, or 80 in float32
 #     3 selection, both               once           2 minutes     4 minutes
-#     4 a run: 200 prompts of 3 sets
-#       before and after, one pass   12 times       14 minutes    31 minutes
+#     4 a run: 200 prompts of 4 sets
+#       before and after, one pass   12 times       15 minutes    33 minutes
 #     5 1,663 prompts of six sets    14 times        5 minutes     8 minutes
 #     6 gcg, 21 prompts, at most      6 times        1 hour        4 hours
 #     in all                                        11 hours      32 hours

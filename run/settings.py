@@ -18,6 +18,7 @@ TOY = ROOT / "toy"
 HH_RLHF = "hf://datasets/Anthropic/hh-rlhf/harmless-base"
 HELPFUL = "hf://datasets/Anthropic/hh-rlhf/helpful-base"
 JBB = "hf://datasets/JailbreakBench/JBB-Behaviors/data"
+BEHIND = "prefix:"      # before a file of plain prompts: they are put behind a jailbreak
 TOP_K = 20
 ROLES = {  # what a set of prompts is asked for
     "harmful": "harmful prompts: the safety rate",
@@ -30,9 +31,9 @@ ROLES = {  # what a set of prompts is asked for
 # The hub holds no plain file of jailbroken prompts
 GEMMA = {"data": f"{HH_RLHF}/train.jsonl.gz",
          "sets": {"harmful": f"{HH_RLHF}/test.jsonl.gz",
+                  "jailbreak": f"{BEHIND}{JBB}/harmful-behaviors.csv",
                   "lookalike": f"{JBB}/benign-behaviors.csv",
-                  "benign": f"{HELPFUL}/test.jsonl.gz"},
-         "width": "16k", "compile": True}
+                  "benign": f"{HELPFUL}/test.jsonl.gz"}, "width": "16k", "compile": True}
 SCOPE_2B = {"sae": "google/gemma-scope-2b-pt-res", "layers": [5, 10, 15, 20]}
 SCOPE_9B = {"sae": "google/gemma-scope-9b-pt-res", "layers": [10, 15, 20, 25, 30]}
 SCOPE_9B_IT = {"sae": "google/gemma-scope-9b-it-res", "layers": [9, 20, 31]}
@@ -119,8 +120,8 @@ GROUPS = {
                 "selection, of one batch", low=2),
     ],
     "evaluation, before and after": [
-        Setting("sets", None, dict, "a file of prompts (.txt, .csv, .jsonl, .json, .parquet, or "
-                "one with .gz) and its role: " + ", ".join(ROLES)),
+        Setting("sets", None, dict, "a file of prompts (.txt, .csv, .jsonl, .json, .parquet, .gz) "
+                "and its role: " + ", ".join(ROLES) + "; jailbreak=prefix:FILE asks for a yes"),
         Setting("eval_prompts", 200, int, "prompts taken of each set, always the same; 0: all"),
     ],
     "machine and run": [
@@ -131,11 +132,9 @@ GROUPS = {
                 "bfloat16)", choices=("float32", "bfloat16")),
         Setting("shard", False, bool, "under torchrun, split the model's weights over the "
                 "processes: for one that no card can hold; turns --compile off"),
-        Setting("compile", False, bool, "torch.compile the forward and backward; needs a C++ "
-                "compiler and Python.h"),
-        Setting("recompute", None, bool, "run each block again in the backward instead of keeping "
-                "what it needs: less memory for a third more time (default: off, but on for "
-                "--shard of a 27b)"),
+        Setting("compile", False, bool, "torch.compile the step; needs a C++ compiler, Python.h"),
+        Setting("recompute", None, bool, "run each block again in the backward: less memory for a "
+                "third more time (default: on for --shard of a 27b)"),
         Setting("log", None, str, "tensorboard: write scalars there too", choices=("tensorboard",)),
     ],
 }
@@ -242,6 +241,8 @@ def given_settings(args: argparse.Namespace) -> dict:
 
 def absolute(place: str) -> str:
     """A file or folder here by its absolute path, so that a run can go on from elsewhere."""
+    if place.startswith(BEHIND):
+        return BEHIND + absolute(place.removeprefix(BEHIND))
     path = Path(place).expanduser()
     return str(path.absolute()) if place not in RECIPES and path.exists() else str(place)
 

@@ -42,7 +42,7 @@ class Plan:
     steps: int = 500
     width: int = 512            # candidates of a step
     length: int = 20            # tokens of the suffix
-    target: str | None = None   # see attack.target_of
+    target: str | None = None   # see templates.target_of
     seed: int = 0
 
 

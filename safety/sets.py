@@ -15,7 +15,8 @@ from pathlib import Path
 
 from run.files import InputError, data_file, table
 from run.readers import Prompt, read_prompts
-from run.settings import HH_RLHF, JBB, ROLES, TOY
+from run.settings import BEHIND, HH_RLHF, JBB, ROLES, TOY
+from safety.templates import PREFIX, wrapped
 
 HARMFUL = ("harmful", "jailbreak")      # roles of sets to refuse; the others are to be answered
 GITHUB = "https://github.com"
@@ -140,6 +141,7 @@ def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=
               ) -> dict[str, EvalSet]:
     """{name: EvalSet} of {name: (role, file)}, without the prompts (turns) in `trained`.
 
+    A file "prefix:FILE" holds plain prompts, which are asked to be answered with a yes (PREFIX).
     At most `most` prompts of each set (0: all), the same for every seed. Prints what is left out:
     rows of the other kind (XSTest holds both), and HarmBench's rows that need a context. Raises
     InputError where no prompt remains, and where a file's row would count for two roles.
@@ -147,7 +149,8 @@ def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=
     sets = {}
     taken = {}
     for name, (role, file) in places.items():
-        path = find_set(file)
+        is_attacked = file.startswith(BEHIND)
+        path = find_set(file.removeprefix(BEHIND))
         prompts, counts = read_prompts(path)
         if name == "hex-phi":
             for prompt in prompts:
@@ -157,7 +160,7 @@ def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=
         fitting = [prompt for prompt, kind in zip(prompts, kinds(prompts))
                    if kind != other and not prompt.fields.get("contextstring")]
         for prompt in fitting:
-            first = taken.setdefault((path.resolve(), prompt.turns), role)
+            first = taken.setdefault((path.resolve(), is_attacked, prompt.turns), role)
             if first != role:
                 raise InputError(f"{file}:{prompt.line} would be {first} and {role}: give a file "
                                  "for each, or a column label that says safe or unsafe")
@@ -168,5 +171,6 @@ def load_sets(places: dict[str, tuple[str, str]], trained: Container = (), most=
             raise InputError(f"{file} holds no prompt for {name} that isn't trained on")
         if 0 < most < len(unseen):
             unseen = random.Random(0).sample(unseen, most)
-        sets[name] = EvalSet(role, str(file), unseen)
+        # A prompt is known by its text as it was
+        sets[name] = EvalSet(role, file, wrapped(unseen, PREFIX) if is_attacked else unseen)
     return sets

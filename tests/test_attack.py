@@ -16,7 +16,8 @@ from model import load_model
 from run.files import InputError, Parser, read_jsonl
 from run.readers import Prompt, read_prompts
 from safety import attack, gcg
-from safety.attack import PREFIX, read_templates, success, target_of, wrapped
+from safety.attack import success
+from safety.templates import PREFIX, read_templates, target_of, wrapped
 from safety.gcg import Plan, SharedCache, Slot, candidate_losses, gradient, search, vocabulary
 from safety.sets import EvalSet
 

@@ -172,7 +172,7 @@ def test_dry_run_writes_nothing_and_needs_no_hub(mini, tmp_path, monkeypatch, ca
     out = capsys.readouterr().out
     assert "9,241,705,984" in out and "17,891,328 (0.1936%)" in out
     assert "google/gemma-scope-9b-pt-res" in out and "unknown" in out
-    assert "\nnot measured: jailbreak (" in out
+    assert "\nnot measured" not in out and "prefix:hf://datasets/JailbreakBench" in out
     assert call(train.main, ["--dry-run"], monkeypatch) == 0
     assert "not measured" not in capsys.readouterr().out
 
