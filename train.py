@@ -40,8 +40,7 @@ from run.masters import master_copies, round_weights, trained_weights
 from run.places import contents
 from run.session import (FINISHED, FIRST, Log, Signals, Stopped, limit_threads, load_checkpoint,
                          model_card, open_run, progress_line, run_folder, save_checkpoint)
-from run.settings import (ROLES, add_flags, model_folder, resolve, saved_settings,
-                          settings_table)
+from run.settings import ROLES, add_flags, model_folder, resolve, saved_settings, settings_table
 from run.weights import copy_beside
 from sae import load_saes
 from safety.sets import load_sets
@@ -192,7 +191,8 @@ def train(settings, model, named, bases, examples, folder, log, signals):
     log.keep(first)
 
     model.recompute = settings.recompute
-    if settings.compile and not settings.shard and use_compile():
+    is_compiled = settings.compile and not settings.shard and use_compile()
+    if is_compiled:
         # One graph for rows of one shape: what is compiled doesn't hang on which rows come first
         model.hidden = torch.compile(model.hidden, dynamic=False)
     batches = itertools.islice(batches_of(aligned, settings), first, steps)
@@ -220,7 +220,8 @@ def train(settings, model, named, bases, examples, folder, log, signals):
             save_checkpoint(folder, done, named, optimizer)
         raise
     finally:
-        vars(model).pop("hidden", None)         # generation runs uncompiled
+        if is_compiled:
+            del model.hidden                    # generation runs uncompiled
     signals.wait = False
 
 
@@ -381,8 +382,8 @@ def conclude(settings, folder, model, bases, log):
     share["first_step"] = next((line["share"] for line in log.lines if "share" in line), None)
     scores = score(folder) | {
         "trainable": num_trained, "parameters": num_parameters, "rank": settings.rank,
-        "share": share, "seconds": log.seconds(),
-        "seed": settings.seed, "method": settings.method, "peak_bytes": peak_bytes}
+        "share": share, "seconds": log.seconds(), "peak_bytes": peak_bytes,
+        "seed": settings.seed, "method": settings.method}
     write_text(folder / "README.md", model_card(settings, scores, result_table(scores)))
     write_json(folder / FINISHED, scores)
     print(f"\n{result_table(scores)}\n")

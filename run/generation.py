@@ -64,11 +64,14 @@ class Batch:
         self.start = start
         self.tokens = torch.zeros_like(start)   # the newest of each row, (B,)
         self.index = start.new_zeros(())        # and its index, the same in all rows
-        config, like = model.config, model.embed_tokens.weight
+        config = model.config
         self.slots = {FULL: length, SLIDING: min(length, config.sliding_window)}
-        pairs = {kind: (2, len(start), config.num_key_value_heads, S, config.head_dim)
-                 for kind, S in self.slots.items()}
-        self.caches = [Cache(like.new_zeros(pairs[kind])) for kind in config.layer_types]
+        self.caches = []
+        for kind in config.layer_types:
+            shape = 2, len(start), config.num_key_value_heads, self.slots[kind], config.head_dim
+            # (new_zeros of a weight that FSDP2 has split would be split too)
+            pairs = torch.zeros(shape, dtype=model.embed_tokens.weight.dtype, device=start.device)
+            self.caches.append(Cache(pairs))
 
     def step(self) -> Tensor:
         """Hidden states (B, D) of `tokens` at `index`, stored in the caches.
@@ -175,4 +178,6 @@ def generate(model, prompts: Sequence[Tensor], max_new_tokens=64, temperature=0.
             is_captured = on_card and not is_sharded(model)
             step = captured(batch.step, device) if is_captured else batch.step
         hidden = step()
+    if is_sharded(model):
+        model.reshard()     # the embedding, which FSDP2 leaves whole after a forward
     return [torch.tensor(answer, dtype=torch.long) for answer in answers]
