@@ -371,13 +371,15 @@ class FusedNLL(torch.autograd.Function):
             for first, tile, d_tile in zip(range(0, len(E), size), E.split(size), dE.split(size)):
                 s = (h @ tile.T).to(total.dtype).mul_(2 / ctx.cap).sigmoid_()
                 exp = torch.exp2(s * (2 * ctx.cap * LOG2E))
-                d_logits = s.addcmul_(s, s, value=-1).mul_(exp).mul_(4 / total[:, None])
+                d_logits = s.addcmul_(s, s, value=-1)                # s − s²
+                d_logits.mul_(exp).mul_(4 / total[:, None])
                 # Targets in this tile. (A mask would wait for the GPU)
                 row = targets - first
                 inside = (row >= 0) & (row < len(tile))
                 row = row.clamp(0, len(tile) - 1)
                 d_logits.scatter_add_(1, row[:, None], -slope * inside[:, None])
-                torch.mm(d_logits.mul_(d_loss).to(h.dtype).T, h, out=d_tile)
+                d_logits = d_logits.mul_(d_loss).to(h.dtype)
+                torch.mm(d_logits.T, h, out=d_tile)
         return d_loss * d_hidden, dE, None, None
 
 

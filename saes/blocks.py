@@ -27,12 +27,15 @@ def carrying_rows(M: Tensor, rows: Tensor, tau: float) -> Tensor:
     second moments of the codes; rows D_k (k, b, D).
     """
     values, V = torch.linalg.eigh(M)
-    root = (V * values.clamp(min=0).sqrt()[:, None]).mT                         # (k, b, b)
+    scale = values.clamp(min=0).sqrt()                                          # (k, b)
+    root = (V * scale[:, None]).mT                                              # (k, b, b)
     _, S, directions = torch.linalg.svd(root @ rows, full_matrices=False)
     power = S.square()
-    share = power.cumsum(1) / power.sum(1, keepdim=True).clamp(min=1e-300)
+    total = power.sum(1, keepdim=True).clamp(min=1e-300)
+    share = power.cumsum(1) / total
     wanted = (share < tau - 1e-12).sum(1, keepdim=True) + 1                     # (k, 1)
-    return directions[torch.arange(S.shape[1]) < wanted].float()
+    is_wanted = torch.arange(S.shape[1]) < wanted                               # (k, b)
+    return directions[is_wanted].float()
 
 
 def spanning_rows(sae, statistics, units, tau: float) -> Tensor:
@@ -46,12 +49,16 @@ def spanning_rows(sae, statistics, units, tau: float) -> Tensor:
         return sae.decoder_rows(units)
     shift = statistics.shift[units].cpu()
     spread = statistics.num_pairs * statistics.covariance[units].cpu()
-    M = shift[:, :, None] * shift[:, None] + spread.nan_to_num()                # (k, b, b)
-    return carrying_rows(M, sae.unit_rows(units).double().cpu(), tau)
+    outer = shift[:, :, None] * shift[:, None]
+    M = outer + spread.nan_to_num()                                             # (k, b, b)
+    rows = sae.unit_rows(units).double().cpu()                                  # (k, b, D)
+    return carrying_rows(M, rows, tau)
 
 
 def strongest_directions(rows: Tensor, moment: Tensor) -> Tensor:
     """(K, D) unit directions in the spans of rows (K, b, D) that G carries most, by GᵀG (D, D)."""
     basis = torch.linalg.svd(rows.double(), full_matrices=False).Vh             # (K, b, D)
-    along = torch.linalg.eigh(basis @ moment @ basis.mT).eigenvectors[..., -1]  # (K, b)
-    return (along[:, None] @ basis)[:, 0].float()
+    inside = basis @ moment @ basis.mT                                          # (K, b, b)
+    along = torch.linalg.eigh(inside).eigenvectors[..., -1]                     # (K, b)
+    directions = along[:, None] @ basis                                         # (K, 1, D)
+    return directions[:, 0].float()

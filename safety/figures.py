@@ -158,8 +158,12 @@ def figures(rows: Sequence[dict]) -> dict[str, dict]:
 
         # The main figure by category
         main = main_figure(role, result)
-        categories = collected({category_of(row): part[main]} for row, part in zip(group, parts)
-                               if category_of(row) and main in part)
+        named = []
+        for row, part in zip(group, parts):
+            category = category_of(row)
+            if category and main in part:
+                named.append({category: part[main]})
+        categories = collected(named)
         if len(categories) > 1:
             result["categories"] = {name: share(categories[name]) for name in sorted(categories)}
         results[name] = result
@@ -193,8 +197,9 @@ def paired(before: Sequence[dict], after: Sequence[dict]) -> dict[str, dict]:
     parts = []
     for row in after:
         earlier = first.get((row["line"], row["prompt"]), {})
-        parts.append({key: (earlier[key], value) for key, value in outcomes(row).items()
-                      if key in earlier})
+        later = outcomes(row)
+        both = [key for key in later if key in earlier]
+        parts.append({key: (earlier[key], later[key]) for key in both})
     changes = {}
     for key, pairs in collected(parts).items():
         change = shift if isinstance(pairs[0][0], float) else compare
