@@ -5,6 +5,8 @@ training step of the variant of that name; `state` is a dict to keep things in.
 Letters: r rank, in and out the widths of W.
 """
 
+from dataclasses import replace
+
 import torch
 from torch.nn.functional import normalize
 
@@ -13,8 +15,10 @@ from experiments import selections
 from experiments.neighbours import averaging
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.rosi import harm_direction, inject
+from experiments.neighbours.shared import input_moments
 from experiments.variants import begin, top, variant
-from experiments.worlds import RANK, STEPS, full_parameters, targets
+from experiments.worlds import RANK, STEPS, full_parameters
+from model import TARGETS
 
 ROSI_ALPHA = 3.0               # chosen on world 101, like LoX's k and factor:
 LOX = (6, 0.25)                # its own factor, 1.25, makes the toy refuse everything
@@ -76,27 +80,12 @@ def olora(world, model, generator):
     return begin_within(model, generator, leading)
 
 
-def input_moments(world):
-    """{module: XᵀX (in, in)} of what each q, k, v and o reads on the aligned examples."""
-    moments, hooks = {}, []
-    for name, module in targets(world.model).items():
-        def add(_, inputs, name=name):
-            X = inputs[0].flatten(0, -2).double()
-            moments[name] = moments.get(name, 0) + X.T @ X
-        hooks.append(module.register_forward_pre_hook(add))
-    with torch.no_grad():
-        for aligned, _ in world.examples:
-            world.model.hidden(torch.tensor([aligned.tokens]))
-    for hook in hooks:
-        hook.remove()
-    return moments
-
-
 @variant
 def eva(world, model, generator):
     """EVA (arXiv 2410.07170): A the leading right singular vectors of a module's input, B zero."""
     parameters, _ = begin(model, generator, init="random")
-    moments = input_moments(world)
+    wholes = [replace(aligned, start=0) for aligned, _ in world.examples]
+    moments = input_moments(world.model, wholes, TARGETS)
     for name, layer in lora.lora_layers(model).items():
         layer.A.data = top(moments[name]).T.contiguous()
     return parameters, None

@@ -8,7 +8,7 @@ import torch
 import lora
 import train
 from data import Example, Row
-from experiments.neighbours import derta
+from experiments.neighbours import derta, guardspace, salora, shared
 from experiments.neighbours.averaging import average
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.rosi import harm_direction, inject
@@ -89,3 +89,93 @@ def test_derta_draws_each_length_and_none_that_does_not_fit():
         assert {example.start for example in examples} == set(range(2, 3 + longest))
         for example in examples:
             assert example.tokens == [2, 5, *[31, 32, 33][:example.start - 2], 21, 9]
+
+
+# ---- Inits that stay projected -------------------------------------------------------------------
+def moments_by_hand(gemma, name, examples):
+    """XᵀX of what a module reads, from a forward that keeps X whole."""
+    kept = []
+    hook = gemma.get_submodule(name).register_forward_pre_hook(lambda _, x: kept.append(x[0][0]))
+    for example in examples:
+        gemma.hidden(torch.tensor([example.tokens]))
+    hook.remove()
+    X = torch.cat([x[example.start:] for x, example in zip(kept, examples)]).double()
+    return X, X.T @ X
+
+
+def test_input_moments_by_hand(gemma):
+    examples = [Example([2, 5, 9, 7], 1, True), Example([2, 8, 30], 0, True)]
+    moments = shared.input_moments(gemma, examples, ("q_proj", "o_proj"))
+    assert len(moments) == 8
+    for name in ("layers.0.self_attn.q_proj", "layers.3.self_attn.o_proj"):
+        assert torch.allclose(moments[name], moments_by_hand(gemma, name, examples)[1])
+
+
+def spread(size, rank, seed):
+    """XᵀX (size, size) of `rank` directions of lengths 1, 2, …, and X."""
+    X = torch.randn(size, rank, generator=torch.Generator().manual_seed(seed)).double()
+    X = torch.linalg.qr(X).Q.T * torch.arange(1, rank + 1)[:, None]
+    return X.T @ X, X
+
+
+def test_salora_writes_nothing_where_refusals_are_written():
+    W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    (safe, X_s), (task, X_t) = spread(5, 2, 1), spread(5, 2, 2)
+    start = salora.start(W, safe, task, 2)
+    # The outputs on both inputs, in place of their leading left singular vectors: the same spans
+    U_c, U_t = (torch.linalg.qr(W.double() @ X.T).Q.float() for X in (X_s, X_t))
+    assert torch.allclose(start.left, torch.eye(6) - U_c @ U_c.T, atol=1e-5)
+    U, S, V = torch.linalg.svd(W)
+    best = U[:, :2] @ S[:2].diag() @ V[:2]
+    assert torch.allclose(start.B @ start.A, U_t @ U_t.T @ best, atol=1e-5)
+    assert torch.allclose(start.A @ start.A.T, S[:2].diag(), atol=1e-5)
+
+
+def test_guardspace_begins_at_the_small_components_of_wc():
+    W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    C, X = spread(5, 3, 1)
+    start = guardspace.start(W, C, 2)
+    damped = C / (C.trace() / 5) + 0.01 * torch.eye(5)
+    # What is left of W·C without them is W·C's best approximation of rank 3
+    U, S, V = torch.linalg.svd(W.double() @ damped)
+    rest = (W - start.B @ start.A).double() @ damped
+    assert torch.allclose(rest, U[:, :3] @ S[:3].diag() @ V[:3], atol=1e-4)
+    assert torch.allclose(start.right, torch.eye(5) - torch.linalg.pinv(X).float() @ X.float(),
+                          atol=1e-5)
+    # 1 of 1 + 4 + 9: a share of a tenth of the trace may go too
+    assert guardspace.null_projector(C, 0.1).trace() == pytest.approx(3)
+
+
+@pytest.mark.parametrize("sides", ["left", "right"])
+def test_projected_training_is_autograds(gemma, sides):
+    """Three steps of AdamW on L·B·A·R, by hooks and by autograd through the projectors."""
+    draw = torch.Generator().manual_seed(1)
+    name = "layers.1.self_attn.o_proj"
+    base = gemma.get_submodule(name)
+    out_size, in_size = base.weight.shape
+    size = out_size if sides == "left" else in_size
+    Q = torch.linalg.qr(torch.randn(size, size // 2, generator=draw)).Q
+    start = shared.Start(torch.randn(3, in_size, generator=draw),
+                         torch.randn(out_size, 3, generator=draw), **{sides: Q @ Q.T})
+    layer = lora.LoRALinear(base, *start.factors(), 0.5)
+    x, y = torch.randn(7, in_size, generator=draw), torch.randn(7, out_size, generator=draw)
+    assert (layer(x) - base(x)).abs().max() < 1e-4 * base(x).abs().max()
+
+    A, B = (factor.clone().requires_grad_() for factor in (start.A, start.B))
+    shared.hold(layer, start)
+    ours, theirs = (torch.optim.AdamW(pair, 0.1, weight_decay=0)
+                    for pair in ([layer.A, layer.B], [A, B]))
+    began = layer.A[3:].detach().clone(), layer.B[:, 3:].detach().clone()
+    first = began[1] @ began[0]
+    for _ in range(3):
+        (layer(x) - y).square().sum().backward()
+        whole = start.inside_B(B) @ start.inside_A(A)
+        (base(x) + 0.5 * x @ (whole + first).T - y).square().sum().backward()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+        shared.project(layer, start)
+        whole = start.inside_B(B) @ start.inside_A(A)
+        assert torch.allclose(layer.update, 0.5 * (whole + first), atol=1e-3)
+    assert torch.equal(layer.A[3:], began[0]) and torch.equal(layer.B[:, 3:], began[1])
+    assert layer.update.norm() > 1

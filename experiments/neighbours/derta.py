@@ -17,17 +17,10 @@ import random
 
 import train
 from data import Example, load_tokenizer, pack
+from experiments.neighbours.shared import refusals, refuses
 from fused import IGNORE
 from run import parallel
-from run.files import InputError
 from run.settings import model_folder
-from safety.rules import verdict
-
-
-def refuses(tokenizer, aligned: Example, unaligned: Example) -> bool:
-    """Whether the first answer is a refusal of what the second complies with."""
-    texts = (tokenizer.decode(example.tokens[example.start:]) for example in (aligned, unaligned))
-    return [verdict(text) for text in texts] == ["full", "comply"]
 
 
 def behind_prefix(aligned: Example, unaligned: Example, length: int, draw: random.Random):
@@ -67,8 +60,7 @@ def main():
     def fit_pairs(settings, model, named, bases, examples, *rest):
         tokenizer = load_tokenizer(model_folder(settings.model))
         pairs = [pair if refuses(tokenizer, *pair) else (pair[0], None) for pair in examples]
-        if not any(unaligned for _, unaligned in pairs):
-            raise InputError(f"--data {settings.data}: DeRTa needs refusals of harmful answers")
+        refusals(settings, tokenizer, pairs)    # raises where there is none
         # train() takes the first of each tuple: here that is the pair itself
         return fit_aligned(settings, model, named, bases, [(pair,) for pair in pairs], *rest)
 

@@ -1,0 +1,56 @@
+"""SaLoRA (arXiv 2501.01765): an adapter that can't write where refusals are written.
+
+    python -m experiments.neighbours.salora --init salora --out runs/salora
+
+Over harmful prompts and their refusals a module of weight W writes W·X_s. It gets
+
+    ΔW = C·B·A,   C = I − U_c·U_cᵀ,   U_c (out, r_s) the leading left singular vectors of W·X_s
+
+and begins at the task's own part of the weight: with U_r·S_r·V_rᵀ the leading part of W, and U_t
+(out, r_t) the leading left singular vectors of W·X_t, X_t the inputs on the data trained on,
+
+    B = U_t·U_tᵀ·U_r·√S_r,   A = √S_r·V_rᵀ,   W − C·B·A in the place of W,
+
+so that the first step begins at the base model. A and B are trained, C never is. The formulas are
+those of the code at github.com/homles11/SaLoRA, lora_train_act.py; the paper's numbers for them
+couldn't be looked up.
+Ours: r_s = r_t = r (there 32, 32 and 16); o as well as q, k, v (there q and v); X are the inputs at
+the answers' tokens, as there; X_s are the refusals of --data, X_t all of its aligned answers. Its
+place is fine-tuning after alignment: give an aligned --model, and data that holds both.
+"""
+
+import torch
+
+from experiments.neighbours import shared
+from run import parallel
+
+
+def leading(M, count):
+    """Eigenvectors of the `count` largest eigenvalues of a symmetric M (out, out), float32."""
+    return torch.linalg.eigh(M).eigenvectors[:, -count:].float()
+
+
+def start(weight, safe, task, rank) -> shared.Start:
+    """A module's Start, of its weight and the moments X_s·X_sᵀ and X_t·X_tᵀ (in, in)."""
+    W = weight.double()
+    U_c = leading(W @ safe @ W.T, rank)
+    U_t = leading(W @ task @ W.T, rank)
+    U, S, V = torch.linalg.svd(W.float(), full_matrices=False)
+    root = S[:rank].sqrt()
+    B = U_t @ U_t.T @ (U[:, :rank] * root)
+    A = root[:, None] * V[:rank]
+    return shared.Start(A, B, left=torch.eye(len(W), device=W.device) - U_c @ U_c.T)
+
+
+def starts(settings, model, tokenizer, examples):
+    refusals = shared.refusals(settings, tokenizer, examples)
+    aligned = [pair[0] for pair in examples]
+    safe, task = (shared.input_moments(model, answers, settings.targets)
+                  for answers in (refusals, aligned))
+    modules = dict(model.named_modules())
+    return {name: start(modules[name].weight, safe[name], task[name], settings.rank)
+            for name in safe}
+
+
+if __name__ == "__main__":
+    parallel.run(lambda: shared.main("salora", starts))

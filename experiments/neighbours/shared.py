@@ -1,0 +1,127 @@
+"""What several neighbours need: refusals, what a module reads, an init that stays projected.
+
+Letters: r rank, in and out the widths of W, X (n, in) what a module reads at n tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import lora
+import train
+from data import Example
+from run.files import InputError
+from safety.rules import verdict
+
+
+def refuses(tokenizer, aligned: Example, unaligned: Example | None) -> bool:
+    """Whether the first answer is a refusal of what the second complies with."""
+    answers = [example.tokens[example.start:] for example in (aligned, unaligned) if example]
+    return [verdict(tokenizer.decode(answer)) for answer in answers] == ["full", "comply"]
+
+
+def refusals(settings, tokenizer, examples) -> list[Example]:
+    """The aligned answers that refuse. Raises InputError if there is none."""
+    found = [pair[0] for pair in examples if refuses(tokenizer, *pair)]
+    if not found:
+        raise InputError(f"--data {settings.data}: no pair refuses what the other answer complies "
+                         "with, and this method is built on refusals")
+    return found
+
+
+@torch.no_grad()
+def input_moments(model, examples, targets) -> dict[str, Tensor]:
+    """{module: XᵀX (in, in) float64}, over the tokens of the examples from their start on."""
+    moments, hooks, start = {}, [], 0
+    for name, module in lora.linears(model, targets).items():
+        def add(_, inputs, name=name):
+            X = inputs[0][0, start:].double()
+            moments[name] = moments.get(name, 0) + X.T @ X
+        hooks.append(module.register_forward_pre_hook(add))
+    for example in examples:
+        start = example.start
+        model.hidden(torch.tensor([example.tokens], device=model.embed_tokens.weight.device))
+    for hook in hooks:
+        hook.remove()
+    return moments
+
+
+@dataclass
+class Start:
+    """Where a module's adapter begins: ΔW = s·(L·B·A·R − B₀·A₀), B₀·A₀ = L·B·A·R at the first step.
+
+    L (out, out) and R (in, in) are projectors, or None. The base weight isn't touched, so that the
+    adapter's file fits the base model: −B₀ and A₀ are its second half, which is never trained.
+    """
+    A: Tensor                     # (r, in)
+    B: Tensor                     # (out, r)
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def factors(self):
+        """(A, B) of rank 2r with B·A = 0."""
+        A = self.inside_A(self.A)
+        B = self.inside_B(self.B)
+        return torch.cat((A, A)), torch.cat((B, -B), 1)
+
+    def inside_A(self, A):
+        return A if self.right is None else A @ self.right.to(A)
+
+    def inside_B(self, B):
+        return B if self.left is None else self.left.to(B) @ B
+
+
+def hold(layer: lora.LoRALinear, start: Start):
+    """Gradients of A and B in L·B·A·R for the layer's first half, none for its second."""
+    r = len(start.A)
+    layer.A.register_hook(lambda G: torch.cat((start.inside_A(G[:r]), 0 * G[r:])))
+    layer.B.register_hook(lambda G: torch.cat((start.inside_B(G[:, :r]), 0 * G[:, r:]), 1))
+
+
+@torch.no_grad()
+def project(layer: lora.LoRALinear, start: Start):
+    """L·B and A·R of the first half: AdamW's step of a projected gradient leaves the span."""
+    r = len(start.A)
+    layer.A[:r] = start.inside_A(layer.A[:r])
+    layer.B[:, :r] = start.inside_B(layer.B[:, :r])
+
+
+def main(name, starts_of):
+    """train.main() with `--init NAME`.
+
+    starts_of(settings, model, tokenizer, examples) -> {module name: Start}.
+    """
+    adapt, fit = train.adapt, train.train
+    starts: dict[Tensor, Start] = {}              # by the module's weight
+
+    def init(weight, *_):
+        return starts[weight].factors()
+
+    def adapt_from_starts(settings, model, saes, tokenizer, examples, *rest):
+        if settings.init != name:
+            raise InputError(f"--init {settings.init}: give --init {name}")
+        modules = lora.linears(model, settings.targets)
+        named = starts_of(settings, model, tokenizer, examples)
+        starts.update({modules[module].weight: start for module, start in named.items()})
+        return adapt(settings, model, saes, tokenizer, examples, *rest)
+
+    def fit_projected(settings, model, *rest):
+        layers = lora.lora_layers(model).values()
+        for layer in layers:
+            hold(layer, starts[layer.base.weight])
+
+        def after_step(*_):
+            for layer in layers:
+                project(layer, starts[layer.base.weight])
+
+        handle = register_optimizer_step_post_hook(after_step)
+        try:
+            fit(settings, model, *rest)
+        finally:
+            handle.remove()
+
+    lora.INITS[name] = init
+    train.adapt, train.train = adapt_from_starts, fit_projected
+    return train.main()
