@@ -354,7 +354,7 @@ def read_scale(config, name, rank):
 # Merging
 
 def merge(adapter: str | Path, base: str | Path, out: str | Path, dtype: str | None = None):
-    """Write `base` with `adapter` merged to the new folder `out`, and the files BESIDE.
+    """Write `base` with `adapter` merged to the new folder `out`, and what lies beside it.
 
     dtype: "float32" or "bfloat16", else the base's.
     """

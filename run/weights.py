@@ -21,9 +21,12 @@ INDEX = "model.safetensors.index.json"
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 BACKBONE = ("embed_tokens.", "layers.", "norm.")    # the names of what the forward pass consists of
-# The files beside the weights that a merged model needs too
+# The files beside the weights of a repository on the hub that a model made from it needs too
 BESIDE = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     chat_template.jinja generation_config.json added_tokens.json LICENSE""".split()
+# Of a folder here all files go along, but for weights, code, and what is said of these weights
+NOT_BESIDE = """.safetensors .bin .pt .pth .gguf .npz .h5 .msgpack .py .pyc .md .part config.json
+    model.safetensors.index.json pytorch_model.bin.index.json""".split()
 READ_VALUES = 4 << 20  # of a checkpoint at once: 16 MB in float32
 
 Place = tuple[Path, str]  # a tensor's file, and its name there
@@ -123,9 +126,14 @@ def read_weight(place: Place, weight):
 
 
 def copy_beside(source: str | Path, out: Path):
-    """Copy a checkpoint's files BESIDE its weights to the folder `out`, made unless there."""
+    """Copy a checkpoint's files beside its weights to the folder `out`, made unless there."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in BESIDE:
+    folder = Path(source).expanduser()
+    names = BESIDE
+    if folder.is_dir():
+        names = [path.name for path in folder.iterdir()
+                 if path.is_file() and not path.name.endswith(tuple(NOT_BESIDE))]
+    for name in names:
         if path := locate(source, name, optional=True):
             refuse_pointer(path)
             shutil.copyfile(path, out / name)

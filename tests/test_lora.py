@@ -332,8 +332,9 @@ def test_merged_and_adapter_have_the_same_logits_in_transformers_and_peft(saved,
 
 def test_the_command_takes_along_everything_beside_the_weights(saved, tmp_path, monkeypatch):
     base, adapter, _ = saved
-    beside = {"chat_template.jinja", "tokenizer_config.json", "generation_config.json", "LICENSE"}
-    for name in [*beside, "pytorch_model.bin", "pytorch_model.bin.index.json", "modeling.py"]:
+    beside = {"chat_template.jinja", "tokenizer_config.json", "generation_config.json", "LICENSE",
+              "vocab.extra"}
+    for name in [*beside, "README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "modeling.py"]:
         (base / name).write_text(name)
     (base / "original").mkdir()
     monkeypatch.setattr(sys, "argv", ["lora.py", str(adapter), "--dtype", "bfloat16",
