@@ -25,8 +25,8 @@ BACKBONE = ("embed_tokens.", "layers.", "norm.")    # the names of what the forw
 BESIDE = """tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json
     chat_template.jinja generation_config.json added_tokens.json LICENSE""".split()
 # Of a folder here all files go along, but for weights, code, and what is said of these weights
-NOT_BESIDE = """.safetensors .bin .pt .pth .gguf .npz .h5 .msgpack .py .pyc .md .part config.json
-    model.safetensors.index.json pytorch_model.bin.index.json""".split()
+NOT_BESIDE = """*.safetensors *.bin *.pt *.pth *.gguf *.npz *.h5 *.msgpack *.index.json config.json
+    *.py *.md""".split()
 READ_VALUES = 4 << 20  # of a checkpoint at once: 16 MB in float32
 
 Place = tuple[Path, str]  # a tensor's file, and its name there
@@ -132,7 +132,7 @@ def copy_beside(source: str | Path, out: Path):
     names = BESIDE
     if folder.is_dir():
         names = [path.name for path in folder.iterdir()
-                 if path.is_file() and not path.name.endswith(tuple(NOT_BESIDE))]
+                 if path.is_file() and not any(map(path.match, NOT_BESIDE))]
     for name in names:
         if path := locate(source, name, optional=True):
             refuse_pointer(path)

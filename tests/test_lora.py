@@ -334,7 +334,8 @@ def test_the_command_takes_along_everything_beside_the_weights(saved, tmp_path, 
     base, adapter, _ = saved
     beside = {"chat_template.jinja", "tokenizer_config.json", "generation_config.json", "LICENSE",
               "vocab.extra"}
-    for name in [*beside, "README.md", "pytorch_model.bin", "pytorch_model.bin.index.json", "modeling.py"]:
+    for name in [*beside, "README.md", "pytorch_model.bin", "pytorch_model.bin.index.json",
+                 "modeling.py"]:
         (base / name).write_text(name)
     (base / "original").mkdir()
     monkeypatch.setattr(sys, "argv", ["lora.py", str(adapter), "--dtype", "bfloat16",
