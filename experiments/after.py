@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 import lora
 import train
@@ -89,12 +90,12 @@ def look(model, tokenizer, sets, settings) -> dict[str, dict]:
     shares = {}
     for name, of_set in sets.items():
         texts = answer(model, tokenizer, of_set.prompts, settings.max_new_tokens,
-                       settings.eval_batch, settings.format)
+                       settings.eval_batch, settings.format, name)
         rows = [{"set": name, "role": of_set.role, "completion": text, "verdict": verdict(text),
                  "fields": prompt.fields} for prompt, text in zip(of_set.prompts, texts)]
-        found = figures(rows)[name]
-        main = main_figure(of_set.role, found)
-        shares[f"{name}: {main.replace('_', '-')}"] = found[main]
+        by_name = figures(rows)[name]
+        main = main_figure(of_set.role, by_name)
+        shares[f"{name}: {main.replace('_', '-')}"] = by_name[main]
     return shares
 
 
@@ -108,7 +109,8 @@ def fine_tuned(model, examples, settings, line, measure) -> list[dict]:
     steps = line["looks"][-1]
     batches = itertools.islice(train.batches_of(examples, order), steps)
     schedule = train.cosine(line["lr"], steps, 0.1)
-    return [measure(model) for metrics in train.fit(model, optimizer, batches, schedule, clip=1.0)
+    fit = train.fit(model, optimizer, batches, schedule, clip=1.0)
+    return [measure(model) for metrics in tqdm(fit, "steps", steps, leave=False, disable=None)
             if metrics["step"] in line["looks"]]
 
 
@@ -125,7 +127,7 @@ def run_arm(args, arm, arms) -> None:
         for of_set in sets.values():
             of_set.prompts = [prompt for prompt in of_set.prompts if prompt.turns not in trained]
 
-    def opened():
+    def merged_model():
         _, model = next(loaded([arm], settings))
         lora.fold_lora(model)
         return model
@@ -141,8 +143,8 @@ def run_arm(args, arm, arms) -> None:
                     "lr": rate, "seed": seed, "looks": args.looks, "prompts": args.prompts,
                     "files": files}
             if [line[name] for name in KEY] not in done:
-                before = before or measure(opened())
-                curve = [before, *fine_tuned(opened(), rows, settings, line, measure)]
+                before = before or measure(merged_model())
+                curve = [before, *fine_tuned(merged_model(), rows, settings, line, measure)]
                 append_lines(args.out, [line | {"curve": curve} | versions()])
                 print(f"{arm.name}, {name}, lr {rate:g}, seed {seed}: done", flush=True)
 
@@ -175,7 +177,7 @@ def print_results(args) -> None:
                 points = [interval(own, label, index) for index in range(len(args.looks))]
                 curves.setdefault((label, title), {})[model] = points
     rows = []
-    for (label, title), models in sorted(curves.items()):
+    for (label, title), models in sorted(curves.items(), key=lambda item: item[0][0]):
         for model, points in models.items():
             cells = [f"{mean:.0%} [{low:.0%}, {high:.0%}]" for mean, low, high in points]
             rows.append([label, title, model, *cells])
