@@ -38,6 +38,7 @@ from tqdm import tqdm
 from data import load_examples, load_tokenizer
 from model import MODULES, TARGETS, Gemma2, load_model
 from run import parallel
+from run.estimate import check_adapter
 from run.files import InputError, Parser, is_new, read_tensors, write_json, write_tensors
 from run.session import limit_threads
 from run.settings import add_flags, model_folder, resolve
@@ -384,6 +385,7 @@ def main():
         shard = parallel.shard if settings.shard else None
         model = load_model(place, getattr(torch, settings.dtype), settings.device, shard)
         limit_threads(model)
+        check_adapter(settings, model.config)
         saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                          settings.device, model.config)
         pairs, _ = load_examples(settings.data, tokenizer, settings.batch_tokens, settings.format)

@@ -34,7 +34,7 @@ from features import (SELECTIONS, load_subspaces, module_bases, sample_pairs, sa
 from fused import IGNORE
 from model import PRESETS, TARGETS, Gemma2, load_config, load_model, save_model
 from run import parallel
-from run.estimate import check_rank, derive_recompute, size_rows
+from run.estimate import check_adapter, derive_recompute, size_rows
 from run.files import InputError, Parser, table, write_json, write_text
 from run.masters import master_copies, round_weights, trained_weights
 from run.places import contents
@@ -271,7 +271,7 @@ def tune(settings, model, examples, folder, log, signals):
 def dry_run(settings):
     """Print sizes, memory and steps, and stop. Loads no weights."""
     config = PRESETS.get(settings.model) or load_config(model_folder(settings.model))
-    check_rank(settings, config)
+    check_adapter(settings, config)
     rows = size_rows(settings, config, settings.targets or ())
     try:
         tokenizer = load_tokenizer(model_folder(settings.model))
@@ -345,7 +345,7 @@ def run(settings, tokenizer, folder, is_new, signals):
             if settings.sae and all(unaligned for _, unaligned in examples):
                 saes = load_saes(settings.sae, settings.layers, settings.width, settings.l0,
                                  settings.device, config)
-            check_rank(settings, config)
+            check_adapter(settings, config)
             if any(settings.top_k > sae.n_units for sae in saes.values()):
                 raise InputError(f"--top-k {settings.top_k}: an SAE here has fewer features")
             print(*saes.values(), sep="\n")

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import torch
 
-from model import PRESETS, Config, Gemma2, load_config
+from model import MODULES, PRESETS, Config, Gemma2, load_config
 from run import parallel
 from run.files import InputError
+from run.masters import trained_weights
 from run.settings import model_folder
 
 LARGE = 4000    # hidden size: the 9b has 3584, the 27b 4608
@@ -24,8 +25,14 @@ def derive_recompute(settings: SimpleNamespace, source: dict[str, str]):
         source["recompute"] = "the model's size"
 
 
-def check_rank(settings: SimpleNamespace, config: Config):
-    """Raise InputError for a rank that the residual stream doesn't hold."""
+def check_adapter(settings: SimpleNamespace, config: Config):
+    """Raise InputError for a rank that the residual stream doesn't hold, or targets of no adapter.
+
+    (Of full fine-tuning masters.trained_weights checks the targets.)
+    """
+    unknown = set(settings.targets or ()) - set(MODULES)
+    if unknown and settings.method != "full":
+        raise InputError(f"--targets {' '.join(sorted(unknown))}: known are {', '.join(MODULES)}")
     if settings.rank and settings.rank > config.hidden_size:
         raise InputError(f"--rank {settings.rank}: the residual stream of {settings.model} has "
                          f"{config.hidden_size} dimensions; give 1 to {config.hidden_size}")
@@ -40,8 +47,7 @@ def size_rows(settings: SimpleNamespace, config: Config, targets: Collection[str
     with torch.device("meta"):
         model = Gemma2(config)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    weights = [weight for name, weight in model.named_parameters()
-               if not targets or name.split(".")[-2] in targets]
+    weights = [weight for _, weight in trained_weights(model, targets)]
     num_trained = sum(weight.numel() for weight in weights)
     if settings.method == "lora":
         num_trained = sum(settings.rank * sum(weight.shape) for weight in weights)

@@ -22,7 +22,8 @@ def trained_weights(model: nn.Module, targets: Collection[str] | None) -> Named:
     """
     leaves = {name.split(".")[-2] for name, _ in model.named_parameters()}
     if unknown := set(targets or ()) - leaves:
-        raise InputError(f"--targets {' '.join(unknown)}: known are {', '.join(sorted(leaves))}")
+        raise InputError(f"--targets {' '.join(sorted(unknown))}: known are "
+                         f"{', '.join(sorted(leaves))}")
     named = [(name, weight) for name, weight in model.named_parameters()
              if not targets or name.split(".")[-2] in targets]
     for _, weight in named:

@@ -75,7 +75,7 @@ def agreements(models: dict[str, list[dict]]) -> dict[str, dict]:
         others = [fits[other] for other in models if other != model]
         totals = [sum(fit) for fit in zip(*others)]     # a number for each of LIMITS
         best = LIMITS[totals.index(max(totals))] if totals else None
-        people = [[KINDS.get(row.get(column), "") for row in rows] for column in ANNOTATIONS]
+        people = [[KINDS.get(row.get(column, ""), "") for row in rows] for column in ANNOTATIONS]
         are_complete = all(map(all, people))
         results[model] = {
             "substrings": agreement(strings, truth[model]),

@@ -395,6 +395,7 @@ def test_a_small_model_takes_one_thread(monkeypatch):
     (["--more", "nosuch=1"], ["nosuch", "accumulate"]),
     (["--batch-token", "96"], ["--batch-token "]),
     (["--rank", "65"], ["--rank 65", "64"]),
+    (["--targets", "q_proj", "norm"], ["--targets norm", "down_proj"]),
     (["--lr", "nan"], ["--lr nan"]),
     (["--dtype", "float16"], ["float16", "bfloat16"]),
     (["--device", "tpu9"], ["tpu9"]),
