@@ -1,17 +1,21 @@
 """experiments/neighbours/: each method against its formula on whole matrices, or peft's own."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lora
 import train
+from conftest import random_gemma, transformers_twin
 from data import Example, Row
-from experiments.neighbours import derta, guardspace, salora, shared
+from experiments import inits, variants
+from experiments.neighbours import derta, guardspace, salora, shared, sift
 from experiments.neighbours.averaging import average
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.rosi import harm_direction, inject
+from model import TARGETS
 
 
 # ---- After training ------------------------------------------------------------------------------
@@ -179,3 +183,69 @@ def test_projected_training_is_autograds(gemma, sides):
         assert torch.allclose(layer.update, 0.5 * (whole + first), atol=1e-3)
     assert torch.equal(layer.A[3:], began[0]) and torch.equal(layer.B[:, 3:], began[1])
     assert layer.update.norm() > 1
+
+
+# ---- Inits of the grid against peft's ------------------------------------------------------------
+def peft_twin(gemma, init, **options):
+    """peft's adapters on transformers' twin: {module: its layer}."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=inits.RANK, lora_alpha=inits.RANK, target_modules=list(TARGETS),
+                             init_lora_weights=init, **options)
+    twin = peft.get_peft_model(transformers_twin(gemma), config)
+    return twin, {name: twin.get_submodule(f"base_model.model.model.{name}")
+                  for name in lora.linears(gemma, TARGETS)}
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_factors_and_what_is_left_of_the_weight_are_peft_s(gemma, name):
+    _, theirs = peft_twin(gemma, name)
+    variants.VARIANTS[name](None, gemma, torch.Generator().manual_seed(0))
+    layers = lora.lora_layers(gemma)
+    assert layers.keys() == theirs.keys() and len(layers) == 16
+    for module, layer in layers.items():
+        for ours, their in ((layer.A, theirs[module].lora_A), (layer.B, theirs[module].lora_B)):
+            # Singular vectors have no sign of their own
+            assert torch.allclose(ours.abs(), their["default"].weight.abs(), atol=1e-4)
+        assert torch.allclose(layer.base.weight, theirs[module].base_layer.weight, atol=1e-5)
+
+
+def test_eva_begins_at_peft_s_incremental_svd(gemma):
+    """peft centres what it has seen, and ours doesn't: X and −X are both."""
+    pca = pytest.importorskip("peft.utils.incremental_pca")
+    draw = torch.Generator().manual_seed(0)
+    examples = [Example([2, *torch.randint(3, 300, (30,), generator=draw).tolist()], 4, True)
+                for _ in range(2)]
+    world = SimpleNamespace(model=random_gemma(), examples=[(each, None) for each in examples])
+    inits.eva(world, gemma, draw)
+    name = "layers.2.self_attn.v_proj"
+    wholes = [Example(example.tokens, 0, True) for example in examples]
+    X = moments_by_hand(world.model, name, wholes)[0]
+    # In one batch: of several it keeps no more than the leading part after each
+    theirs = pca.IncrementalPCA(n_components=inits.RANK).partial_fit(torch.cat((X, -X)))
+    A, V = gemma.get_submodule(name).A, theirs.components_.float()
+    assert A.shape == V.shape and torch.allclose((A @ V.T).abs(), torch.eye(len(A)), atol=1e-3)
+
+
+# ---- SIFT ----------------------------------------------------------------------------------------
+def test_sift_moves_the_components_of_the_largest_gradients(gemma):
+    example = Example([2, 5, 9, 7, 30, 31], 2, True)
+    rows = train.pack([example], 8, 0, 0)
+    batch = Row(*(part[None] for part in vars(rows[0]).values()))
+    named = {name: weight.requires_grad_() for name, weight in gemma.named_parameters()
+             if name.endswith(("q_proj.weight", "down_proj.weight"))}
+    before = {name: weight.detach().clone() for name, weight in named.items()}
+    train.row_loss(gemma, batch).backward()
+    largest = {}
+    for name, weight in named.items():
+        limit = weight.grad.abs().flatten().sort(descending=True).values[weight.numel() // 10]
+        largest[name] = weight.grad.abs() >= limit
+        weight.grad = None
+    sift.masked(gemma, list(named.values()), rows, share=0.1)
+    optimizer = torch.optim.AdamW(named.values(), 1e-2, weight_decay=0)
+    for _ in range(2):
+        train.row_loss(gemma, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in named.items():
+        assert torch.equal(weight != before[name], largest[name])
+        assert int(largest[name].sum()) == weight.numel() // 10 + 1
