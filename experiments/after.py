@@ -206,6 +206,7 @@ def draw(curves, looks, path) -> None:
         axes.set_title(f"{label}, %\n{title}", fontsize=8)
         axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=7)
+    figure.supxlabel("step")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
