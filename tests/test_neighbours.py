@@ -11,7 +11,7 @@ import train
 from conftest import random_gemma, transformers_twin
 from data import Example, Row
 from experiments import inits, variants
-from experiments.neighbours import derta, guardspace, salora, shared, sift
+from experiments.neighbours import derta, guardspace, irr, salora, shared, sift
 from experiments.neighbours.averaging import average
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.rosi import harm_direction, inject
@@ -249,3 +249,62 @@ def test_sift_moves_the_components_of_the_largest_gradients(gemma):
     for name, weight in named.items():
         assert torch.equal(weight != before[name], largest[name])
         assert int(largest[name].sum()) == weight.numel() // 10 + 1
+
+
+# ---- IRR -----------------------------------------------------------------------------------------
+def test_irr_removes_opposite_signs_of_large_fisher():
+    delta = torch.tensor([[1., -1, 1, 0, -1], [-1, 1, 1, -1, 1]])
+    safety = torch.tensor([[1., 1, -1, 1, 1], [1, 1, -1, 1, 1]])
+    fisher = torch.tensor([[9., 1, 2, 3, 1], [4, 9, 5, 6, 9]])
+    # Opposite: F of 1 2 3 4 5 6, and 1 in the second block; half of each block stays
+    assert irr.unsafe(delta, safety, fisher, 0, 4).int().tolist() == [[0, 1, 1, 1, 1],
+                                                                      [1, 0, 1, 1, 0]]
+    assert irr.unsafe(delta, safety, fisher, 0.5, 4).int().tolist() == [[0, 0, 0, 0, 1],
+                                                                        [1, 0, 1, 1, 0]]
+
+
+def test_irr_mends_by_least_squares():
+    """Of each removed column in turn, those after it take over as much of δ·X as they can."""
+    draw = torch.Generator().manual_seed(0)
+    delta = torch.randn(2, 5, generator=draw).double()
+    X = torch.randn(5, 9, generator=draw).double()
+    mask = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 1]]).bool()
+    H = X @ X.T
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(5)
+    wanted = delta.clone()
+    for row, column in mask.nonzero().tolist():
+        after = slice(column + 1, 5)
+        lost = damped[after, column] * wanted[row, column]
+        wanted[row, after] += torch.linalg.solve(damped[after, after], lost)
+        wanted[row, column] = 0
+    assert torch.allclose(irr.recalibrated(delta, mask, H), wanted)
+
+
+def test_irr_s_fisher_by_backward(gemma):
+    examples = [Example([2, 5, 9, 7], 2, True), Example([2, 8, 30, 31, 9], 1, True)]
+    fisher = irr.fisher_of(gemma, examples)
+    weight = gemma.get_submodule("layers.1.mlp.up_proj").weight
+    wanted = 0
+    for example in examples:
+        hidden, _ = gemma.hidden(torch.tensor([example.tokens]))
+        logits = 30 * torch.tanh(hidden[0] @ gemma.embed_tokens.weight.T / 30)
+        answer = torch.tensor(example.tokens[example.start:])
+        loss = torch.nn.functional.cross_entropy(logits[example.start - 1:-1], answer)
+        wanted = wanted + torch.autograd.grad(loss, weight)[0] ** 2 / 2
+    assert torch.allclose(fisher["layers.1.mlp.up_proj"], wanted, rtol=1e-3, atol=1e-9)
+
+
+def test_irr_leaves_what_agrees_with_safety():
+    """What is of δ_s's sign stays and is mended, its opposite goes; norms and embedding stay."""
+    aligned, finetuned, unaligned = (random_gemma(seed=seed) for seed in (0, 1, 2))
+    before = {name: value.clone() for name, value in finetuned.state_dict().items()}
+    examples = [Example([2, 5, 9, 7, 30], 1, True)]
+    irr.realign(aligned, finetuned, unaligned, examples, examples)
+    for name, value in finetuned.state_dict().items():
+        if not name.endswith("_proj.weight"):
+            assert torch.equal(value, before[name])
+            continue
+        base = aligned.state_dict()[name]
+        opposite = (before[name] - base).sign() != (base - unaligned.state_dict()[name]).sign()
+        assert torch.allclose(value[opposite], base[opposite], atol=1e-6)
+        assert not torch.equal(value[~opposite], base[~opposite])

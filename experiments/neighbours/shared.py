@@ -32,10 +32,13 @@ def refusals(settings, tokenizer, examples) -> list[Example]:
 
 
 @torch.no_grad()
-def input_moments(model, examples, targets) -> dict[str, Tensor]:
-    """{module: XᵀX (in, in) float64}, over the tokens of the examples from their start on."""
+def input_moments(model, examples, targets, part=None) -> dict[str, Tensor]:
+    """{module: XᵀX (in, in) float64}, over the tokens of the examples from their start on.
+
+    part: a part of the model, whose modules alone are looked at.
+    """
     moments, hooks, start = {}, [], 0
-    for name, module in lora.linears(model, targets).items():
+    for name, module in lora.linears(part or model, targets).items():
         def add(_, inputs, name=name):
             X = inputs[0][0, start:].double()
             moments[name] = moments.get(name, 0) + X.T @ X
