@@ -41,9 +41,11 @@ def by_arm(rows: list[dict]) -> dict:
     return values
 
 
-def mean_with_interval(of_models: dict, is_share: bool) -> str:
+def mean_with_interval(of_models: dict, is_share: bool) -> str | None:
     """One figure of an arm, {model: {prompt: value}}, as "mean [low, high] ± between seeds"."""
     prompts = set.intersection(*(set(values) for values in of_models.values()))
+    if not prompts:
+        return None
     means = [statistics.mean(of_models[model][prompt] for model in of_models)
              for prompt in sorted(prompts)]
     mean = statistics.mean(means)

@@ -133,16 +133,15 @@ def removed(model, directions, sae_layers, norm_aware=False):
 @torch.no_grad()
 def carrying(model, factors):
     """Within, the layers carry other factors {module name: (A, B)} of the same shapes."""
-    own = {}
+    own = []
     try:
         for name, layer in lora.lora_layers(model).items():
-            own[name] = layer.A.clone(), layer.B.clone()
+            own.append((layer, layer.A.clone(), layer.B.clone()))
             layer.A.copy_(factors[name][0])
             layer.B.copy_(factors[name][1])
         yield
     finally:
-        for name, (A, B) in own.items():
-            layer = lora.lora_layers(model)[name]
+        for layer, A, B in own:
             layer.A.copy_(A)
             layer.B.copy_(B)
 

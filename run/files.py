@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+BEHIND = "prefix:"      # before a file of plain prompts: they are put behind a jailbreak
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -172,6 +173,8 @@ def moved_place(place, old: str | None, new: str | Path):
     """
     if isinstance(place, dict):
         return {role: moved_place(file, old, new) for role, file in place.items()}
+    if place and place.startswith(BEHIND):
+        return BEHIND + moved_place(place.removeprefix(BEHIND), old, new)
     if not old or not place or not os.path.isabs(place) or os.path.exists(place):
         return place
     beside = os.path.join(Path(new).expanduser(), os.path.relpath(place, old))

@@ -36,7 +36,7 @@ from run.files import InputError, run_command
 LARGE = 1 << 22                    # entries: 16 MB, summed over the processes by itself
 DRIVER = Path("/proc/driver/nvidia/version")     # is there if a driver of NVIDIA's is loaded
 GRACE = 20                         # seconds that a process has after SIGTERM
-PATIENCE = timedelta(minutes=10)   # with a process that lives and doesn't answer
+PATIENCE = timedelta(minutes=30)   # with a process that lives and doesn't answer
 store = None                       # held by torchrun's agent, so it outlives every process
 
 
@@ -107,8 +107,9 @@ def _watch_over():
             pass
         time.sleep(GRACE)
         if last_word():
-            print(f"process {rank()} of {world_size()} still waits for another, which has died: "
-                  "the run goes on from its last checkpoint by --resume", file=sys.stderr)
+            print(f"process {rank()} of {world_size()} didn't end within {GRACE} s of SIGTERM. "
+                  "torchrun sends it when another process has died. The run goes on from its last "
+                  "checkpoint by --resume", file=sys.stderr)
         os._exit(2)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -170,7 +171,7 @@ def _collective(operation):
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
                 raise
-            message = ("another process has died, or didn't answer for 10 minutes: the run goes on "
+            message = ("another process has died, or didn't answer for 30 minutes: the run goes on "
                        "from its last checkpoint by --resume")
             place = f"process {rank()} of {world_size()}"
             raise ConnectionError(errno.ECONNRESET, message, place) from error

@@ -12,13 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from run import parallel
-from run.files import ROOT, InputError, locate, moved_place, read_json, table
+from run.files import BEHIND, ROOT, InputError, locate, moved_place, read_json, table
 
 TOY = ROOT / "toy"
 HH_RLHF = "hf://datasets/Anthropic/hh-rlhf/harmless-base"
 HELPFUL = "hf://datasets/Anthropic/hh-rlhf/helpful-base"
 JBB = "hf://datasets/JailbreakBench/JBB-Behaviors/data"
-BEHIND = "prefix:"      # before a file of plain prompts: they are put behind a jailbreak
 TOP_K = 20
 ROLES = {  # what a set of prompts is asked for
     "harmful": "harmful prompts: the safety rate",

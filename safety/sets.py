@@ -13,9 +13,9 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from run.files import InputError, data_file, table
+from run.files import BEHIND, InputError, data_file, table
 from run.readers import Prompt, read_prompts
-from run.settings import BEHIND, HH_RLHF, JBB, ROLES, TOY
+from run.settings import HH_RLHF, JBB, ROLES, TOY
 from safety.templates import PREFIX, wrapped
 
 HARMFUL = ("harmful", "jailbreak")      # roles of sets to refuse; the others are to be answered

@@ -15,8 +15,8 @@ the first line is C + d·mean(diag C)·I, d = 0.01; its doubling of d, where C�
 single precision, falls away in double.
 Ours: C is divided by mean(diag C), which shares S between A and B as unit inputs do (there each
 prompt's X is divided by its largest value). N are the eigenvectors of C that together hold a share
-NULL of its trace (there those of at most 1e-6 of the largest eigenvalue, which on the toy are none,
-and nothing would be trained). Both lines take the prompts that --data refuses (there the second
+NULL of its trace (there those of at most 1e-6 of the largest eigenvalue, which a small model may
+not have). Both lines take the prompts that --data refuses (there the second
 has prompts of its own). Its place is fine-tuning after alignment: give an aligned --model.
 """
 
