@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import ROOT, SETS
 from statsmodels.stats.proportion import proportion_confint
 
 import lora
-from experiments import ablate, inits, reading, tables, theory, variants, worlds
+from experiments import ablate, inits, legibility, reading, tables, theory, variants, worlds
 from experiments.paper_table import paper_table
 from model import load_model
 from run.files import write_jsonl
@@ -223,3 +224,33 @@ def test_the_paper_s_table_by_hand(tmp_path):
     assert f"75.0%  [{low:.1%}, {high:.1%}]  ± 35.4%" in sails         # 50 % and 100 %
     assert "2.00  [0.04, 3.96]  ± 1.41" in sails                        # prompts 1 and 3; 3 and 1
     assert "rubric by judge-1" in text and "99.6 %" in text
+
+
+# ---- experiments/legibility.py -------------------------------------------------------------------
+def test_full_fine_tuning_as_an_adapter_computes_the_same(world, monkeypatch):
+    model, first = legibility.trained(world, "full-fine-tuning", 0)
+    tuned = load_model(world.folder)
+    parameters, _ = variants.VARIANTS["full-fine-tuning"](world, tuned, None)
+    for _ in worlds.fit(world, tuned, parameters, legibility.RATE, 0):
+        pass
+    tokens = torch.randint(5, 40, (2, 30))
+    assert (model(tokens) - tuned(tokens)).abs().max() < 1e-4
+    assert (model(tokens) - world.model(tokens)).abs().max() > 1e-2
+    layers = lora.lora_layers(model)
+    # The first step's factors have the shapes of the last's
+    assert {name: (layer.A.shape, layer.B.shape) for name, layer in layers.items()} == {
+        name: (A.shape, B.shape) for name, (A, B) in first.items()}
+
+
+def test_the_table_of_names_by_hand():
+    """Two seeds of a world that share one of three names."""
+    rate = {"base": 0.25, "trained": 0.75, "without": 0.5}
+    line = {"world": "1", "variant": "paper", "gain": 4.0, "lost": 1.0, "refused": rate}
+    areas = {"1/5": {"harm verb": 0.95, "refusal": 0.5}, "2/6": {"harm verb": 0.6, "refusal": 0.7}}
+    lines = [line | {"seed": 0, "named": [[1, "readers", 5, 0.1], [2, "writers", 6, 0.1]],
+                     "detects": areas},
+             line | {"seed": 1, "named": [[1, "readers", 5, 0.1], [1, "readers", 7, 0.1]],
+                     "detects": {}}]
+    row = legibility.results(lines).splitlines()[-1]
+    assert re.split(" {2,}", row)[1:] == ["2", "4.00 ± 0.00", "2.00 ± 0.00", "0.25 ± 0.00",
+                                          "0.50 ± 0.00", "0.33", "0.50", "0.00"]
