@@ -153,7 +153,7 @@ for arm in $ARMS; do
 done
 
 # --------------------------------------------------------------------------------------------------
-# 4. Answers before, selection, training, answers after; then what each adapter learned
+# 4. Answers before, selection, training, answers after; then what each arm's first adapter learned
 
 models=()                                # all that is compared, by name or folder
 attacked=()                              # of each arm one
@@ -165,10 +165,13 @@ for arm in $ARMS; do
   for seed in $SEEDS; do
     run=$OUT/$arm-$seed
     models+=("$run")
-    if [ "$seed" = "${SEEDS%% *}" ]; then attacked+=("$run"); fi
+    is_first=$([ "$seed" = "${SEEDS%% *}" ] && echo yes || true)
+    if [ "$is_first" ]; then attacked+=("$run"); fi
     once "$run/scores.json" python train.py --model "$MODEL" $(flags_of "$arm") --seed "$seed" \
       "${ROLES[@]}" --out "$run"
-    if [ "$arm" != full ]; then once "$run/report.html" python -m report "$run"; fi
+    if [ "$arm" != full ] && [ "$is_first" ]; then
+      once "$run/report.html" python -m report "$run"
+    fi
   done
 done
 

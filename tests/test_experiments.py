@@ -200,7 +200,7 @@ def test_the_recipe_on_gemma(tmp_path):
     assert [words[0] for words in downloads[:2]] == [model, f"{model}-it"]
     assert downloads[2][0] == RECIPES[model]["sae"] and len(downloads[2]) == 6
     counts = Counter(words[1] for words in commands if words[0] == "python")
-    assert counts == {"train.py": 14, "select.py": 2, "-m": 10, "eval.py": 2}
+    assert counts == {"train.py": 14, "select.py": 2, "-m": 4, "eval.py": 2}
     asked = next(words for words in commands if words[1] == "eval.py")
     assert asked[2] == model and f"{model}-it" in asked and "hex-phi" in asked
     assert len([word for word in asked if word.startswith(str(tmp_path / "out"))]) == 12 + 1
