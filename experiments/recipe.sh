@@ -6,7 +6,7 @@
 #     export HF_TOKEN=…      # of an account that has accepted google/gemma-2-2b's licence
 #     bash experiments/recipe.sh                     # google/gemma-2-2b
 #     bash experiments/recipe.sh google/gemma-2-9b
-#     bash experiments/recipe.sh toy                 # about 12 minutes of two cores, no network
+#     bash experiments/recipe.sh toy                 # some minutes of a CPU, no network
 #
 # If it is stopped, the same line goes on: finished parts are left out, begun ones are taken up.
 # Full fine-tuning of the 9b needs 183 GB: leave it out (ARMS="base lora sails gradient it"), or
