@@ -100,7 +100,8 @@ def models(config, dtype: torch.dtype):
     ours.init_weights(0.02, torch.Generator().manual_seed(0)).requires_grad_(False)
     theirs = theirs_of(config, dtype)
     weights = {f"model.{name}": weight for name, weight in ours.state_dict().items()}
-    theirs.load_state_dict(weights, strict=False, assign=True)
+    missing, extra = theirs.load_state_dict(weights, strict=False, assign=True)
+    assert missing == ["lm_head.weight"] and not extra      # the head is the embedding
     theirs.tie_weights()
     return ours, theirs.eval().requires_grad_(False)
 

@@ -87,7 +87,8 @@ def theirs(config, dtype, labelled, compiled=False, batch=BATCH):
     # The same weights and factors as ours
     weights = {f"model.{name.replace('.base.', '.')}": weight
                for name, weight in twin.state_dict().items() if not name.endswith((".A", ".B"))}
-    model.load_state_dict(weights, strict=False, assign=True)
+    missing, extra = model.load_state_dict(weights, strict=False, assign=True)
+    assert missing == ["lm_head.weight"] and not extra      # the head is the embedding
     model.tie_weights()
     settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
     model = peft.get_peft_model(model, settings)
