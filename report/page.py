@@ -250,12 +250,10 @@ def removal(run):
     """What the answers are when directions are taken out of the update."""
     rows = []
     for trial in run.explain["removal"]:
-        key = trial["feature"]
-        tokens = small(" ", fires_on(run.words[key])) if key else None
         # The first row is what the others are compared with
         change = points(trial) if trial["safe"] and rows else None
         rows.append([
-            join(trial["what"], tokens),
+            trial["what"],
             percent(trial["safe"]),
             change,
             percent(trial["over_refusal"])])
