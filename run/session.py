@@ -20,9 +20,10 @@ from types import SimpleNamespace
 import torch
 
 from run import parallel
-from run.files import (InputError, is_new, open_tensors, read_json, read_metadata, read_tensors,
+from run.files import (InputError, is_new, read_json, read_metadata, read_tensors, tensor_shapes,
                        write_json, write_jsonl, write_tensors)
 from run.settings import PLACES, flag
+from run.weights import read_weight
 
 FINISHED = "scores.json"                        # the last file of a run
 FIRST = "first_step"                            # the adapter after one step, which learned little
@@ -251,31 +252,20 @@ def load_checkpoint(folder: Path, parameters: Parameters, optimizer: torch.optim
         metadata = read_metadata(path)
         step = int(metadata["step"])
         torch.set_num_threads(int(metadata["threads"]))
-        with open_tensors(path) as file:
-            for name, parameter in parameters:
-                _read_rows(file, name, parameter)
-                # A fused AdamW counts its steps on the card
-                place = parameter.device if optimizer.defaults["fused"] else "cpu"
-                state = {"step": torch.tensor(float(step), device=place)}
-                for moment in MOMENTS:
-                    state[moment] = torch.zeros_like(parameter)
-                    _read_rows(file, f"{name}.{moment}", state[moment])
-                optimizer.state[parameter] = state
+        shapes = tensor_shapes(path)
+        for name, parameter in parameters:
+            # A fused AdamW counts its steps on the card
+            place = parameter.device if optimizer.defaults["fused"] else "cpu"
+            state = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            for key, tensor in ((name, parameter), *((f"{name}.{m}", state[m]) for m in MOMENTS)):
+                if shapes[key] != tuple(tensor.shape):
+                    raise ValueError(f"{key} has shape {shapes[key]}")
+                read_weight((path, key), tensor)
+            optimizer.state[parameter] = {"step": torch.tensor(float(step), device=place)} | state
     except (KeyError, ValueError) as error:       # other names, numbers or shapes
         raise InputError(f"{path} is not of this run's weights: remove the file to train from the "
                          f"start ({error})") from None
     return step
-
-
-def _read_rows(file, name, tensor):
-    """Copy tensor `name` of an open safetensors file, or the rows that lie here, to `tensor`."""
-    if name not in file.keys():
-        raise KeyError(name)
-    saved = file.get_slice(name)
-    if saved.get_shape() != list(tensor.shape):
-        raise ValueError(f"{name} has shape {saved.get_shape()}")
-    rows, first = parallel.own_rows(tensor)
-    rows.copy_(saved[first:first + len(rows)])
 
 
 # ------------------------------------------------------------------------------
