@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import lora
@@ -22,7 +23,7 @@ from eval import answer
 from model import Gemma2
 from report.directions import (inside, norm2, parts_of, random_mixtures, span, unit_decoder,
                                update_norm)
-from report.effects import (NUM_FEATURES, NUM_PROMPTS, carrying, named_by_effect, removed,
+from report.effects import (BATCH, NUM_FEATURES, NUM_PROMPTS, carrying, named_by_effect, removed,
                             turned)
 from report.heads import heads_moved
 from run.files import InputError
@@ -144,17 +145,20 @@ def describe(model, sae, tokenizer, features, texts) -> dict:
     device = model.embed_tokens.weight.device
     control = torch.tensor(sorted(tokenizer.control))
     peaks = Peaks(len(features), device)
-    for number, (role, _, example) in enumerate(texts):
-        tokens = torch.tensor(example.tokens)
-        keep = ~torch.isin(tokens, control)
-        keep[example.start - 1] = True
-        positions = keep.nonzero()[:, 0].to(device)
+    for start in range(0, len(texts), BATCH):
+        batch = texts[start:start + BATCH]
+        # Pads stand on the right, so no token sees them
+        ids = [torch.tensor(example.tokens) for *_, example in batch]
+        tokens = pad_sequence(ids, batch_first=True).to(device)
         with lora.scaled(model, 0):
-            _, residuals = model.hidden(tokens[None].to(device), capture=(sae.layer,),
-                                        stop_after=sae.layer)
-        strength = sae.strength(residuals[sae.layer][0, positions])         # (T, F)
-        answer_kind = 0 if role in HARMFUL else 1
-        peaks.update(answer_kind, number, strength[:, features], positions)
+            _, residuals = model.hidden(tokens, capture=(sae.layer,), stop_after=sae.layer)
+        for row, (role, _, example) in enumerate(batch):
+            keep = ~torch.isin(ids[row], control)
+            keep[example.start - 1] = True
+            positions = keep.nonzero()[:, 0].to(device)
+            strength = sae.strength(residuals[sae.layer][row, positions])   # (T, F)
+            answer_kind = 0 if role in HARMFUL else 1
+            peaks.update(answer_kind, start + row, strength[:, features], positions)
 
     described = {}
     vocabularies = promoted(model, tokenizer, sae.directions(features))
