@@ -7,8 +7,9 @@
 import argparse
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,15 +40,25 @@ def add_ask_flags(parser: argparse.ArgumentParser):
 
 
 @contextmanager
-def steered(model: Gemma2, layer: int, direction: Tensor) -> Iterator[None]:
-    """Within, block `layer` gives its output plus `direction` (D), at every token."""
-    block = model.layers[layer]
-    plain_forward = block.forward
-    block.forward = lambda *inputs: plain_forward(*inputs) + direction
+def edited(model: Gemma2, edits: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within, block `layer` gives edits[layer](its output (B, T, D)), for each layer of `edits`."""
+    def forward_with(edit, plain_forward):
+        return lambda *inputs: edit(plain_forward(*inputs))
+    blocks = [model.layers[layer] for layer in edits]
+    for block, edit in zip(blocks, edits.values()):
+        block.forward = forward_with(edit, block.forward)
     try:
         yield
     finally:
-        del block.forward               # the class's own again
+        for block in blocks:
+            del block.forward           # the class's own again
+
+
+def steered(model: Gemma2, directions: Mapping[int, Tensor]):
+    """Within, block `layer` gives its output plus directions[layer] (D), at every token."""
+    weight = model.embed_tokens.weight
+    return edited(model, {layer: partial(torch.add, direction.to(weight))
+                          for layer, direction in directions.items()})
 
 
 def parse_steer(steer: Sequence[str], saes: dict[int, SAE]) -> tuple[int, int, float]:
@@ -107,7 +118,7 @@ def ask(arms: Sequence[Arm], settings, question: str, steer: Sequence[str] | Non
         answers[arm.name] = reply(model, tokenizer, tokens, settings.max_new_tokens)
         if steer and arm is arms[0]:
             label = f"{arm.name} + {amount:g} × {layer}/{feature}"
-            with steered(model, layer, direction.to(model.embed_tokens.weight)):
+            with steered(model, {layer: direction}):
                 answers[label] = reply(model, tokenizer, tokens, settings.max_new_tokens)
 
         # What fires most in one model is shown of all

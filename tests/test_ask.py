@@ -28,7 +28,7 @@ def test_steering_is_a_sum_after_a_block():
     twin.model.layers[1].register_forward_hook(
         lambda block, inputs, output: output + direction if torch.is_tensor(output)
         else (output[0] + direction, *output[1:]))
-    with steered(model, 1, direction):
+    with steered(model, {1: direction}):
         logits = model(tokens)
         _, residuals = model.hidden(tokens, capture=(1,))
         (new,) = model.generate([tokens[0]], max_new_tokens=8)
@@ -72,7 +72,7 @@ def test_the_command(whole, mini, monkeypatch, capsys):
     prompts = [Prompt((("user", QUESTION),), {}, 1)]
     tokens = torch.tensor(prompt_tokens(tokenizer, prompts[0].turns))
     expected, fires = {"base": answer(model, tokenizer, prompts, 4)[0]}, {}
-    with steered(model, 1, -40 * sae.W_dec[5]):
+    with steered(model, {1: -40 * sae.W_dec[5]}):
         expected["base + -40 × 1/5"] = answer(model, tokenizer, prompts, 4)[0]
     fires["base"] = strengths(model, tokens, {1: sae})[1]
     lora.load_adapter(model, whole.folder)
