@@ -152,11 +152,14 @@ def load_world(seed: int, folder: str) -> World:
 
 
 def build_world(seed: int, folder: str) -> None:
-    """Build a world into FOLDER/SEED where it isn't there. One that misses a gate is left out."""
+    """Build a world into FOLDER/SEED where it isn't there. One that misses a gate is left out.
+
+    Its SASAs are trained when a variant asks for them.
+    """
     path = Path(folder) / str(seed)
     if (path / "world.json").is_file():
         return
-    missed = toy.misses(toy.build(seed, path))
+    missed = toy.misses(toy.build(seed, path, ["sae"]))
     if missed:
         print(f"world {seed} is left out:\n{toy.gates_table(missed)}", file=sys.stderr)
 

@@ -86,12 +86,11 @@ def test_pairs_refuse_harm_and_answer_the_rest_with_the_right_facts(pairs):
 def test_files_are_replaced_only_when_the_gates_hold(l0, tmp_path, monkeypatch):
     model = load_model(TOY)
     monkeypatch.setattr(build, "train_base", lambda *_: model)
-    monkeypatch.setattr(build, "SAES", {})
     monkeypatch.setattr(build, "measure", lambda folder: [("L0", "", l0)])
     (tmp_path / "data").mkdir()
     for name in ("world.json", "build.py", "data/train.jsonl"):
         (tmp_path / name).write_text("old")
-    build.build(3, tmp_path)
+    build.build(3, tmp_path, kinds=())
     names = {path.name for path in tmp_path.iterdir()}
     built = {"config.json", "model.safetensors", "tokenizer.json"} if l0 == 10 else set()
     assert names == {"world.json", "build.py", "data"} | built

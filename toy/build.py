@@ -123,7 +123,8 @@ def measure(folder, sae_tokens=1 << 20):
     # The SAEs
     conversations = read_items(folder / "data/sae_test.jsonl.gz")
     batches = sae_measure.held_out(tokenizer, conversations, ROW, sae_tokens)
-    for kind, layer in itertools.product(SAES, SAE_LAYERS):
+    kinds = [kind for kind in SAES if (folder / kind).is_dir()]
+    for kind, layer in itertools.product(kinds, SAE_LAYERS):
         sae = load_sae(folder / kind, layer, WIDTH)
         figures = sae_measure.measure(model, tokenizer, sae, batches)
         rise = figures["ce"]["spliced"] - figures["ce"]["clean"]
@@ -152,10 +153,10 @@ def gates_table(rows):
 
 # --------------------------------------------------------------------------------------------------
 
-def build(seed, out):
+def build(seed, out, kinds=tuple(SAES)):
     """Build world `seed` into folder `out`, whose files are replaced only when every gate holds.
 
-    Returns measure's rows. Raises InputError where `out` is there and is no toy.
+    kinds: of SAEs, that are trained. Returns measure's rows. Raises InputError where `out` is there and is no toy.
     """
     out = Path(out)
     if out.exists() and not (out / "world.json").is_file():
@@ -177,8 +178,9 @@ def build(seed, out):
         model = train_base(tokenizer, world.corpus(20_000, "base"), STEPS, seed)
         save_model(model, part)
         conversations = world.corpus(4000, "SAE")
-        for kind, spec in SAES.items():
-            training = train_saes(model, tokenizer, conversations, spec, SAE_STEPS, seed, kind)
+        for kind in kinds:
+            training = train_saes(model, tokenizer, conversations, SAES[kind], SAE_STEPS, seed,
+                                  kind)
             training.write(part / kind)
 
         # This file lies in toy/ too, so what is there already stays. A folder with world.json is a
