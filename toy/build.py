@@ -156,7 +156,8 @@ def gates_table(rows):
 def build(seed, out, kinds=tuple(SAES)):
     """Build world `seed` into folder `out`, whose files are replaced only when every gate holds.
 
-    kinds: of SAEs, that are trained. Returns measure's rows. Raises InputError where `out` is there and is no toy.
+    kinds: of SAEs, that are trained. Returns measure's rows. Raises InputError where `out` is there
+    and is no toy.
     """
     out = Path(out)
     if out.exists() and not (out / "world.json").is_file():
