@@ -1,9 +1,12 @@
-"""What several neighbours need: refusals, what a module reads, an init that stays projected.
+"""What several neighbours need: refusals, what a module reads, updates kept frozen or projected.
 
 Letters: r rank, in and out the widths of W, X (n, in) what a module reads at n tokens.
 """
 
+import argparse
+import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import lora
 import train
-from data import Example
+from data import Example, load_examples, load_tokenizer
 from run.files import InputError
+from run.settings import model_folder
 from safety.rules import verdict
 
 
@@ -31,24 +35,71 @@ def refusals(settings, tokenizer, examples) -> list[Example]:
     return found
 
 
-@torch.no_grad()
-def input_moments(model, examples, targets, part=None) -> dict[str, Tensor]:
-    """{module: XᵀX (in, in) float64}, over the tokens of the examples from their start on.
+def safety_file() -> str:
+    """The file of --safety, a flag that is taken out of the command line for train.main()."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--safety")
+    own, sys.argv[1:] = parser.parse_known_args()
+    if not own.safety:
+        raise InputError("give --safety FILE, with refusals and harmless answers")
+    return own.safety
 
-    part: a part of the model, whose modules alone are looked at.
-    """
-    moments, hooks, start = {}, [], 0
-    for name, module in lora.linears(part or model, targets).items():
+
+def safety_answers(path, settings) -> tuple[list[Example], list[Example]]:
+    """(refusals, harmless answers): the aligned answers of a file, told apart by our rules."""
+    tokenizer = load_tokenizer(model_folder(settings.model))
+    examples, _ = load_examples(path, tokenizer, settings.batch_tokens, settings.format, False)
+    of_verdict: dict[str, list] = {"full": [], "comply": []}
+    for aligned, _ in examples:
+        answer = tokenizer.decode(aligned.tokens[aligned.start:])
+        of_verdict.setdefault(verdict(answer), []).append(aligned)
+    refused, harmless = of_verdict["full"], of_verdict["comply"]
+    if not refused or not harmless:
+        raise InputError(f"--safety {path}: {len(refused)} refusals and {len(harmless)} harmless "
+                         "answers: give a file with both")
+    return refused, harmless
+
+
+@torch.no_grad()
+def input_sums(model, examples, modules, of_input) -> dict[str, Tensor]:
+    """{name: sum of of_input(X (n, in) float64)} of the modules {name: module}, X what a module
+    reads at an example's tokens from its start on."""
+    sums, hooks, start = {}, [], 0
+    for name, module in modules.items():
         def add(_, inputs, name=name):
-            X = inputs[0][0, start:].double()
-            moments[name] = moments.get(name, 0) + X.T @ X
+            sums[name] = sums.get(name, 0) + of_input(inputs[0][0, start:].double())
         hooks.append(module.register_forward_pre_hook(add))
     for example in examples:
         start = example.start
         model.hidden(torch.tensor([example.tokens], device=model.embed_tokens.weight.device))
     for hook in hooks:
         hook.remove()
-    return moments
+    return sums
+
+
+def input_moments(model, examples, targets, part=None) -> dict[str, Tensor]:
+    """{module: XᵀX (in, in) float64}, over the tokens of the examples from their start on.
+
+    part: a part of the model, whose modules alone are looked at.
+    """
+    modules = lora.linears(part or model, targets)
+    return input_sums(model, examples, modules, lambda X: X.T @ X)
+
+
+def freeze(model, masks: dict[str, Tensor]):
+    """Keep rows, True in a mask (out, 1), or columns, in one (1, in), of weights as they are.
+
+    masks: {module: mask}. A weight's gradient is 0 there. Of an adapter, the rows of B or columns
+    of A are 0 for good, and so are those of ΔW. It must be B·A = 0 still.
+    """
+    for name, mask in masks.items():
+        module = model.get_submodule(name)
+        weight = getattr(module, "weight", None)
+        if isinstance(module, lora.LoRALinear):
+            weight = module.B if mask.shape[1] == 1 else module.A
+            weight.data.masked_fill_(mask, 0)
+        if weight.requires_grad:
+            weight.register_hook(partial(torch.Tensor.masked_fill, mask=mask, value=0))
 
 
 @dataclass
