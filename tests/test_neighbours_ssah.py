@@ -9,7 +9,7 @@ import torch
 
 import lora
 import train
-from conftest import ROOT, command, random_gemma
+from conftest import ROOT, SHAPES, command, random_gemma
 from data import Example, Row, load_examples, load_tokenizer
 from experiments.neighbours import shared, ssah
 from model import MODULES, load_model
@@ -58,8 +58,9 @@ def test_units_are_chosen_kind_by_kind(monkeypatch):
     assert ssah.frozen_units(I_S, I_U).nonzero().flatten().tolist() == [2, 6]
 
 
-def test_masks_are_columns_of_b_and_the_rows_of_a_that_make_them(gemma):
-    """Moving what a frozen row of A writes moves no input of B but frozen ones, and the reverse."""
+def test_masks_are_columns_of_b_and_the_rows_of_a_that_make_them():
+    """All inputs of B that are frozen move with the frozen rows of A, and no more than must."""
+    gemma = random_gemma(SHAPES[3])     # three query heads a group
     masks = ssah.frozen_masks(gemma, REFUSALS, HARMLESS)
     assert len(masks) == 4 * 5
     for b, feeders in (("self_attn.o_proj", ["v_proj"]), ("mlp.down_proj", ["up_proj"])):
@@ -74,7 +75,7 @@ def test_masks_are_columns_of_b_and_the_rows_of_a_that_make_them(gemma):
             weight[rows] += 1
             moved = (inputs_by_hand(gemma, name, REFUSALS) != before).any(0)
             weight.copy_(kept)
-            # Two query heads read a row of v: it is frozen if one of them needs it
+            # All query heads of a group read a row of v: it is frozen if one of them needs it
             assert bool(moved[columns].all())
             assert moved.sum() == rows.sum() * len(columns) / len(rows)
 

@@ -35,12 +35,12 @@ def refusals(settings, tokenizer, examples) -> list[Example]:
     return found
 
 
-def safety_file() -> str:
+def safety_file() -> str | None:
     """The file of --safety, a flag that is taken out of the command line for train.main()."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--safety")
     own, sys.argv[1:] = parser.parse_known_args()
-    if not own.safety:
+    if not own.safety and not {"-h", "--help"} & set(sys.argv):
         raise InputError("give --safety FILE, with refusals and harmless answers")
     return own.safety
 
