@@ -123,8 +123,8 @@ def cosine(peak: float, steps: int, warmup: float) -> Callable[[int], float]:
     return rate
 
 
-def batches_of(examples: Sequence[Example], settings) -> Iterator[list[Row]]:
-    """Lists of packed rows, a list a step, epoch after epoch without end.
+def batches_of(examples: Sequence[Example], settings, pack=pack) -> Iterator[list[Row]]:
+    """Lists of packed rows, a list a step, without end. An ablation may pack otherwise.
 
     A pure function of data, seed and number of processes, so that a resumed run sees the same.
     """

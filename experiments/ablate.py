@@ -28,7 +28,7 @@ from tqdm import tqdm
 import lora
 from eval import answer
 from experiments import tables
-from experiments.inits import AFTER
+from experiments.inits import AFTER, BATCHES
 from experiments.variants import VARIANTS
 from experiments.worlds import RANK, RATE, STEPS, build_world, fit, load_world
 from model import load_model
@@ -59,21 +59,33 @@ def safe_share(world, model) -> float:
     return figures(judged(world, model, "harmful"))["harmful"]["safe"]["rate"]
 
 
-def measure(world, name: str, rate: float, seed: int) -> dict:
-    """Fine-tune one variant: the curve of safety, and the figures at the end."""
-    model = load_model(world.folder)
+def fine_tuned(world, model, name: str, rate: float, seed: int):
+    """(what is trained, bases, train.fit's metrics, step by step) of a variant on a base model."""
     # Every variant has draws of its own; the data's order depends on the seed alone
     key = f"{world.seed} {seed} {name}".encode()
     draw_seed = int.from_bytes(hashlib.sha256(key).digest()[:6])
-    start = time.perf_counter()
     generator = torch.Generator().manual_seed(draw_seed)
     parameters, bases = VARIANTS[name](world, model, generator)
+    batches = BATCHES[name](world, seed) if name in BATCHES else None
+
+    def steps():
+        state: dict = {}
+        for metrics in fit(world, model, parameters, rate, seed, batches):
+            if name in AFTER:
+                AFTER[name](world, model, metrics["step"], state)
+            yield metrics
+    return parameters, bases, steps()
+
+
+def measure(world, name: str, rate: float, seed: int) -> dict:
+    """Fine-tune one variant: the curve of safety, and the figures at the end."""
+    model = load_model(world.folder)
+    start = time.perf_counter()
+    parameters, bases, steps = fine_tuned(world, model, name, rate, seed)
     begin_training = time.perf_counter()
-    curve, losses, state = [safe_share(world, model)], [], {}
-    for metrics in fit(world, model, parameters, rate, seed):
+    curve, losses = [safe_share(world, model)], []
+    for metrics in steps:
         losses.append(metrics["loss"])
-        if name in AFTER:
-            AFTER[name](world, model, metrics["step"], state)
         # The probe on the way: a look is a few dozen answers
         if metrics["step"] in LOOKS:
             curve.append(safe_share(world, model))

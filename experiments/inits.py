@@ -1,7 +1,8 @@
 """Variants without a selection: inits of LoRA, full fine-tuning, and changes after training.
 
 Each is a variant as in variants.py. AFTER[name](world, model, step, state) is called after each
-training step of the variant of that name; `state` is a dict to keep things in.
+training step of the variant of that name; `state` is a dict to keep things in. BATCHES[name](world,
+seed) are its batches, where they aren't those of the aligned answers.
 Letters: r rank, in and out the widths of W.
 """
 
@@ -12,12 +13,12 @@ from torch.nn.functional import normalize
 
 import lora
 from experiments import selections
-from experiments.neighbours import averaging
+from experiments.neighbours import averaging, derta, sift
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.rosi import harm_direction, inject
 from experiments.neighbours.shared import input_moments
-from experiments.variants import begin, top, variant
-from experiments.worlds import RANK, STEPS, full_parameters
+from experiments.variants import begin, paper_bases, top, variant
+from experiments.worlds import RANK, STEPS, batches_of, full_parameters
 from model import TARGETS
 
 ROSI_ALPHA = 3.0               # chosen on world 101, like LoX's k and factor:
@@ -95,6 +96,38 @@ def eva(world, model, generator):
 def full_fine_tuning(world, model, generator):
     """All of q, k, v, o and nothing else, no adapter."""
     return full_parameters(model), None
+
+
+@variant
+def sparse(world, model, generator):
+    """SIFT: the 1 % of q, k, v, o whose gradient is largest on the first batch of seed 0."""
+    parameters = full_parameters(model)
+    rows = next(batches_of([aligned for aligned, _ in world.examples], 0))
+    sift.masked(model, [weight for _, weight in parameters], rows)
+    return parameters, None
+
+
+# -------------------------------------------------------------------------------------------------
+# Other batches
+
+def derta_batches(world, seed):
+    pairs = derta.harmful_only(world.tokenizer, world.examples)
+    return batches_of(pairs, seed, derta.pack_pairs)
+
+
+@variant
+def derta_own(world, model, generator):
+    """DeRTa's rows, LoRA's own init."""
+    return begin(model, generator, init="random")
+
+
+@variant
+def derta_paper(world, model, generator):
+    """DeRTa's rows, SAILS' init."""
+    return begin(model, generator, paper_bases(world, model))
+
+
+BATCHES = {"derta-own": derta_batches, "derta-paper": derta_batches}
 
 
 # -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from run.readers import read_pairs, read_prompts
 import train
-from data import load_tokenizer, make_example
+from data import load_tokenizer, make_example, pack
 from features import contrast_gradients, feature_statistics, gradient_moments
 from lora import linears
 from model import TARGETS, load_model
@@ -178,12 +178,18 @@ def full_parameters(model):
     return [(name, module.weight.requires_grad_()) for name, module in targets(model).items()]
 
 
-def fit(world: World, model, parameters, rate: float, seed: int):
-    """train.fit's metrics, step by step, on a world's aligned answers, in an order that depends
-    on the seed alone."""
+def batches_of(examples, seed: int, pack=pack):
+    """train.batches_of, in an order that depends on the seed alone."""
     settings = SimpleNamespace(batch_tokens=BATCH_TOKENS, accumulate=ACCUMULATE, seed=seed)
+    return train.batches_of(examples, settings, pack)
+
+
+def fit(world: World, model, parameters, rate: float, seed: int, batches=None, steps=0):
+    """train.fit's metrics, step by step, of STEPS or `steps` on the world's aligned answers or on
+    `batches`."""
     trained = [parameter for _, parameter in parameters]
     optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.0)
-    aligned = [example for example, _ in world.examples]
-    batches = itertools.islice(train.batches_of(aligned, settings), STEPS)
-    return train.fit(model, optimizer, batches, train.cosine(rate, STEPS, 0.1), clip=1.0)
+    batches = batches or batches_of([aligned for aligned, _ in world.examples], seed)
+    steps = steps or STEPS
+    schedule = train.cosine(rate, steps, 0.1)
+    return train.fit(model, optimizer, itertools.islice(batches, steps), schedule, clip=1.0)

@@ -1,6 +1,7 @@
 """Small random models for the tests, a folder like toy/, and commands as a person runs them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,21 @@ def whole(mini, tmp_path_factory):
     """An unbroken run with all sets."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return SimpleNamespace(folder=folder, out=ended("train.py", command(mini, folder, sets=SETS)))
+
+
+@pytest.fixture(scope="module")
+def world(mini, tmp_path_factory):
+    """World 7 of experiments/: the mini folder, and sizes that fit it."""
+    from experiments import ablate, inits, lasting, reading, variants, worlds
+    folder = tmp_path_factory.mktemp("worlds") / "7"
+    shutil.copytree(mini, folder)
+    (folder / "data").mkdir()
+    for name in ("train", *SETS):
+        shutil.move(folder / f"{name}.jsonl", folder / "data")
+    small = {"LAYERS": (0, 1), "WIDTH": "96", "RANK": 8, "TOP_K": 6, "STEPS": 2, "NUM_GREEDY": 16,
+             "LOOKS": (0, 2), "STEERED": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (worlds, variants, inits, ablate, reading, lasting):
+            for name, value in small.items():
+                patch.setattr(module, name, value, raising=False)
+        yield worlds.load_world(7, str(folder.parent))

@@ -4,7 +4,6 @@ import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SETS
+from conftest import ROOT
 from statsmodels.stats.proportion import proportion_confint
 
 import lora
-from experiments import ablate, inits, legibility, reading, tables, theory, variants, worlds
+from experiments import ablate, legibility, reading, tables, theory, variants, worlds
 from experiments.paper_table import paper_table
 from model import load_model
 from run.files import write_jsonl
@@ -26,23 +25,6 @@ from run.settings import RECIPES
 SAMPLE = ("paper-frozen", "decoder-gradient", "greedy-rotated", "greedy-block", "oracle",
           "attribution", "decision", "mean-difference", "pissa", "olora", "eva", "lora-unit",
           "full-fine-tuning")
-
-
-@pytest.fixture(scope="module")
-def world(mini, tmp_path_factory):
-    """World 7: the mini folder, and sizes that fit it."""
-    folder = tmp_path_factory.mktemp("worlds") / "7"
-    shutil.copytree(mini, folder)
-    (folder / "data").mkdir()
-    for name in ("train", *SETS):
-        shutil.move(folder / f"{name}.jsonl", folder / "data")
-    small = {"LAYERS": (0, 1), "WIDTH": "96", "RANK": 8, "TOP_K": 6, "STEPS": 2, "NUM_GREEDY": 16,
-             "LOOKS": (0, 2)}
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (worlds, variants, inits, ablate, reading):
-            for name, value in small.items():
-                patch.setattr(module, name, value, raising=False)
-        yield worlds.load_world(7, str(folder.parent))
 
 
 @pytest.mark.parametrize("name", SAMPLE)

@@ -14,6 +14,7 @@ trained on r alone, as the paper's helpful answers are; each trained token weigh
 """
 
 import random
+from functools import partial
 
 import train
 from data import Example, load_tokenizer, pack
@@ -54,17 +55,23 @@ def pack_pairs(pairs, length, seed, epoch):
     return rows
 
 
+def harmful_only(tokenizer, examples):
+    """Pairs of which only those that refuse keep their unaligned answer; the others get None."""
+    return [pair if refuses(tokenizer, *pair) else (pair[0], None) for pair in examples]
+
+
 def main():
     fit_aligned = train.train
 
     def fit_pairs(settings, model, named, bases, examples, *rest):
         tokenizer = load_tokenizer(model_folder(settings.model))
-        pairs = [pair if refuses(tokenizer, *pair) else (pair[0], None) for pair in examples]
+        pairs = harmful_only(tokenizer, examples)
         refusals(settings, tokenizer, pairs)    # raises where there is none
         # train() takes the first of each tuple: here that is the pair itself
         return fit_aligned(settings, model, named, bases, [(pair,) for pair in pairs], *rest)
 
     train.train, train.pack = fit_pairs, pack_pairs
+    train.batches_of = partial(train.batches_of, pack=pack_pairs)
     return train.main()
 
 

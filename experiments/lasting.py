@@ -1,0 +1,339 @@
+"""Does safety last? Each way to align a model, on eight worlds, before and after what comes next.
+
+    python -m experiments.lasting                                # all arms: hours
+    python -m experiments.lasting --worlds 1 --seeds 0 --arms paper lora-own
+    python -m experiments.lasting --print --figure lasting.png   # what the lines say
+
+An arm aligns a world's base model, which is then merged and fine-tuned once more, LATER steps on
+the world's benign rows (or with a share that complies with harm, see experiments/after.py). A
+defence is what the second fine-tuning does differently, so it takes somebody who cooperates:
+"lora-own + salora" is LoRA's own init, then SaLoRA. Sets are asked before and after. Each run is a
+line of --out, and a run whose line is there isn't done again.
+"""
+
+import copy
+import itertools
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import lora
+from experiments import after, tables, variants
+from experiments.ablate import (RESULTS, WORLDS, append_lines, final_figures, fine_tuned,
+                                read_lines, safe_share, versions)
+from experiments.neighbours import guardspace, irr, salora, shared, steering
+from experiments.worlds import RANK, RATE, batches_of, build_world, fit, load_world
+from model import MODULES, TARGETS, load_model
+from run.files import InputError, Parser, run_command, table
+from safety.ask import steered
+from toy.world import World as Words
+
+LATER = 30                     # steps of the second fine-tuning, at RATE
+STEERED, STRENGTH = 2, 2.0     # SAE layer and strength of steering
+NO_DEFENCE = "none"
+
+
+# -------------------------------------------------------------------------------------------------
+# What the second fine-tuning trains: LoRA's own init, or a defence in its place. A defence is
+# (world, model, rows, generator) -> (what is trained, a function that is called after each step)
+
+def refusals(world):
+    return shared.refusals(SimpleNamespace(data=world.folder), world.tokenizer, world.examples)
+
+
+def own_init(world, model, rows, generator):
+    layers = lora.add_lora(model, RANK, RANK, "random", generator=generator)
+    return lora.trainable_parameters(layers), lambda step: None
+
+
+def held(model, starts, generator):
+    """Adapters that begin at starts {module: shared.Start}, and stay inside their projectors."""
+    modules = lora.linears(model, TARGETS)
+    of_weight = {modules[name].weight: start for name, start in starts.items()}
+
+    def init(weight, *_):
+        return of_weight[weight].factors()
+
+    layers = lora.add_lora(model, RANK, RANK, init, generator=generator)
+    for name, layer in layers.items():
+        shared.hold(layer, starts[name])
+
+    def after_step(step):
+        for name, layer in layers.items():
+            shared.project(layer, starts[name])
+    return lora.trainable_parameters(layers), after_step
+
+
+def salora_start(world, model, rows, generator):
+    """SaLoRA: writes nothing where refusals are written."""
+    safe, task = (shared.input_moments(model, examples, TARGETS)
+                  for examples in (refusals(world), rows))
+    starts = {name: salora.start(module.weight, safe[name], task[name], RANK)
+              for name, module in lora.linears(model, TARGETS).items()}
+    return held(model, starts, generator)
+
+
+def guardspace_start(world, model, rows, generator):
+    """GuardSpace: reads nothing that harmful prompts hold."""
+    prompts = [replace(example, tokens=example.tokens[:example.start], start=0)
+               for example in refusals(world)]
+    moments = shared.input_moments(model, prompts, TARGETS)
+    starts = {name: guardspace.start(module.weight, moments[name], RANK)
+              for name, module in lora.linears(model, TARGETS).items()}
+    return held(model, starts, generator)
+
+
+def kept_subspace(world, model, rows, generator):
+    """Ours: neither reads nor writes SAILS' safety subspace."""
+    starts = {}
+    bases = variants.paper_bases(world, model)
+    for name, module in lora.linears(model, TARGETS).items():
+        outside = torch.eye(len(bases[name])) - bases[name] @ bases[name].T
+        writer = MODULES[name.rpartition(".")[2]].side == "writers"
+        factors = lora.random(module.weight, None, RANK, writer, generator)
+        starts[name] = shared.Start(*factors, **{"left" if writer else "right": outside})
+    return held(model, starts, generator)
+
+
+def irr_mended(world, model, rows, generator):
+    """IRR: LoRA's own, then what speaks against safety is taken out."""
+    aligned = copy.deepcopy(model)
+    parameters, _ = own_init(world, model, rows, generator)
+    task = [replace(example, start=0) for example in rows]
+
+    def after_step(step):
+        if step == LATER:
+            lora.fold_lora(model)
+            irr.realign(aligned, model, world.model, refusals(world), task)
+    return parameters, after_step
+
+
+DEFENCES = {NO_DEFENCE: own_init, "salora": salora_start, "guardspace": guardspace_start,
+            "irr": irr_mended, "subspace": kept_subspace}
+
+
+# -------------------------------------------------------------------------------------------------
+# Arms: a variant of the grid, and the defences that follow it
+
+@variants.variant
+def base(world, model, generator):
+    """The base model, which nobody has aligned."""
+    return [], None
+
+
+@variants.variant
+def steering_by_features(world, model, generator):
+    """The base model, which answers while the paper's features are added to its residuals."""
+    return [], None
+
+
+ARMS = {
+    "paper": [NO_DEFENCE, "subspace"],
+    "paper-frozen": [NO_DEFENCE],
+    "greedy-rotated": [NO_DEFENCE],
+    "orthonormal": [NO_DEFENCE],
+    "lora-own": list(DEFENCES),
+    "full-fine-tuning": [NO_DEFENCE],
+    "derta-own": [NO_DEFENCE],
+    "derta-paper": [NO_DEFENCE, "subspace"],
+    "pissa": [NO_DEFENCE],
+    "olora": [NO_DEFENCE],
+    "eva": [NO_DEFENCE],
+    "sparse": [NO_DEFENCE],
+    "lora-lox": [NO_DEFENCE],
+    "lora-rosi": [NO_DEFENCE],
+    "lora-average": [NO_DEFENCE],
+    "steering-by-features": [NO_DEFENCE],
+    "base": [NO_DEFENCE]}
+
+
+def aligned_model(world, variant: str, seed: int):
+    """A variant's model, merged."""
+    model = load_model(world.folder)
+    parameters, _, steps = fine_tuned(world, model, variant, RATE, seed)
+    for _ in steps if parameters else ():
+        pass
+    lora.fold_lora(model)
+    return model
+
+
+def asked(world, model, variant: str) -> dict:
+    """The figures of a model's answers to a world's sets."""
+    context = nullcontext()
+    if variant == "steering-by-features":
+        saes = {STEERED: world.saes[STEERED]}
+        context = steered(model, steering.directions(saes, world.statistics, STRENGTH))
+    with context:
+        return {"harmful": safe_share(world, model), **final_figures(world, model)}
+
+
+def measure(world, variant: str, seed: int, kinds, defences) -> list[dict]:
+    """A line for each of the defences: the figures before and after each kind of rows."""
+    aligned = aligned_model(world, variant, seed)
+    before = asked(world, aligned, variant)
+    examples = {}
+    for kind, rows in after.toy_rows(Words(world.seed)).items():
+        examples[kind] = [world.example((("user", row["prompt"]),), row["response"])
+                          for row in rows]
+    mixtures = after.mixtures(examples, seed)
+    lines = []
+    for defence in defences:
+        line = {"variant": variant, "defence": defence, "before": before, "after": {}}
+        for kind in kinds:
+            # All arms see the same rows in the same order, and begin at the same adapters
+            model, generator = copy.deepcopy(aligned), torch.Generator().manual_seed(seed)
+            begin = DEFENCES[defence]
+            parameters, after_step = begin(world, model, mixtures[kind], generator)
+            batches = batches_of(mixtures[kind], seed)
+            for metrics in fit(world, model, parameters, RATE, seed, batches, LATER):
+                after_step(metrics["step"])
+            line["after"][kind] = asked(world, model, variant)
+        lines.append(line)
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------
+# What the lines say
+
+BASELINE = "lora-own"
+
+
+def label(line) -> str:
+    if line["defence"] == NO_DEFENCE:
+        return line["variant"]
+    return f"{line['variant']} + {line['defence']}"
+
+
+def figure(line, kind, name: str) -> float:
+    """A figure before (kind None) or after a second fine-tuning; over-refusal is of both kinds."""
+    figures = line["after"][kind] if kind else line["before"]
+    if name == "over_refusal":
+        return sum(figures[name].values()) / len(figures[name])
+    return figures[name]
+
+
+def values_of(lines, kind, name: str) -> dict:
+    """{label: {(world, seed): the figure}}, for tables.paired and tables.world_means."""
+    values: dict = defaultdict(dict)
+    for line in lines:
+        if kind is None or kind in line["after"]:
+            values[label(line)][line["world"], line["seed"]] = figure(line, kind, name)
+    return values
+
+
+def share_cell(runs) -> str:
+    """Mean ± half the 95 % t-interval over worlds, in %."""
+    means = list(tables.world_means(runs).values())
+    mean = 100 * sum(means) / len(means)
+    if len(means) == 1:
+        return f"{mean:.1f}"
+    low, high = tables.t_interval(means)
+    return f"{mean:.1f} ± {50 * (high - low):.1f}"
+
+
+def difference_cell(differences) -> str | None:
+    """Mean of world differences and its 95 % t-interval, in points."""
+    if not differences:
+        return None
+    mean = 100 * sum(differences) / len(differences)
+    if len(differences) == 1:
+        return f"{mean:+.1f}"
+    low, high = (100 * end for end in tables.t_interval(differences))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def results(lines, kind: str) -> str:
+    """The table of one kind of rows, the arm that is safest afterwards first."""
+    before = {name: values_of(lines, None, name) for name in ("harmful", "jailbreak")}
+    later = {name: values_of(lines, kind, name)
+             for name in ("harmful", "jailbreak", "over_refusal", "benign")}
+    rows = []
+    for arm in tables.sorted_by_mean(later["jailbreak"]):
+        lead = tables.paired(later["jailbreak"], arm, BASELINE) if arm != BASELINE else None
+        rows.append([arm, len(later["jailbreak"][arm]),
+                     *(share_cell(values[arm]) for values in (*before.values(), *later.values())),
+                     difference_cell(lead)])
+    head = ["arm", "runs", "harmful", "jailbreak", "harmful", "jailbreak", "over-refusal",
+            "benign right", f"jailbreak, less {BASELINE}"]
+    title = f"%, ± 95 % over worlds; from the third figure on after {kind} rows"
+    return f"{title}\n{table(rows, head, right=range(1, len(head)))}"
+
+
+def draw(lines, kind: str, path) -> None:
+    """Safety under jailbreak, before (hollow) and after (full), an arm a line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    before, later = (values_of(lines, of, "jailbreak") for of in (None, kind))
+    arms = tables.sorted_by_mean(later)[::-1]
+    picture, axes = pyplot.subplots(figsize=(7, 0.3 * len(arms) + 1.2), constrained_layout=True)
+    for height, arm in enumerate(arms):
+        for values, face in ((before, "white"), (later, "C0")):
+            means = [100 * mean for mean in tables.world_means(values[arm]).values()]
+            center = sum(means) / len(means)
+            reach = center - tables.t_interval(means)[0] if len(means) > 1 else None
+            axes.errorbar(center, height, xerr=reach, fmt="o", color="C0", mfc=face, capsize=2)
+    axes.set(yticks=range(len(arms)), yticklabels=arms, xlim=(-2, 102),
+             xlabel=f"safe under jailbreak, %: aligned (hollow), after {kind} rows (full)")
+    axes.grid(alpha=0.3)
+    picture.savefig(path, dpi=120)
+    pyplot.close(picture)
+
+
+def run_missing(args, lines) -> None:
+    torch.set_num_threads(1)
+    done = {(line["world"], line["seed"], label(line)): set(line["after"]) for line in lines}
+    for seed, world_seed in itertools.product(args.seeds, args.worlds):
+        build_world(world_seed, str(WORLDS))
+        if not (WORLDS / str(world_seed) / "world.json").exists():
+            continue
+        world = load_world(world_seed, str(WORLDS))
+        for variant in args.arms:
+            key = {"world": world_seed, "seed": seed}
+            left = [defence for defence in ARMS[variant] if not set(args.rows) <= done.get(
+                (world_seed, seed, label({"variant": variant, "defence": defence})), set())]
+            for line in measure(world, variant, seed, args.rows, left) if left else ():
+                line = key | line | {"lr": RATE, "digest": world.digest} | versions()
+                append_lines(args.out, [line])
+                lines.append(line)
+                print(f"world {world_seed}, seed {seed}, {label(line)}: jailbreak "
+                      f"{figure(line, None, 'jailbreak'):.2f}, then "
+                      f"{[round(figure(line, kind, 'jailbreak'), 2) for kind in args.rows]}",
+                      flush=True)
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="NAME",
+        help=f"of {', '.join(ARMS)} (default: all)")
+    add("--worlds", nargs="+", type=int, default=list(range(1, 9)), metavar="SEED",
+        help="default 1 to 8")
+    add("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="default 0 1")
+    add("--rows", nargs="+", default=["benign", "5% harmful"], metavar="KIND",
+        help="of the second fine-tuning, as experiments.after names them (default: benign and "
+             "'5%% harmful')")
+    add("--out", type=Path, default=RESULTS / "lasting.jsonl", metavar="FILE",
+        help="lines are added here (default experiments/results/lasting.jsonl)")
+    add("--print", action="store_true", help="print what the lines say, and stop")
+    add("--figure", type=Path, metavar="PNG", help="for --print: draw the first kind of rows")
+    args = parser.parse_args()
+    lines = read_lines([args.out])
+    if not args.print:
+        run_missing(args, lines)
+    for kind in args.rows:
+        of_kind = [line for line in lines if kind in line["after"]]
+        if not of_kind:
+            raise InputError(f"{args.out} has no lines of {kind!r}")
+        print(results(of_kind, kind))
+    if args.figure:
+        draw([line for line in lines if args.rows[0] in line["after"]], args.rows[0], args.figure)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,105 @@
+"""experiments/lasting: what arms and defences train, the runs, and the table of their lines."""
+
+import copy
+import sys
+
+import pytest
+import torch
+
+import lora
+from experiments import after, lasting, tables, worlds
+from model import TARGETS
+from run.files import InputError, read_jsonl
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr(after, "COUNT", 100)
+
+
+def rows_of(world):
+    rows = after.toy_rows(lasting.Words(world.seed))["benign"][:20]
+    return [world.example((("user", row["prompt"]),), row["response"]) for row in rows]
+
+
+def trained(world, defence):
+    """(the model before and after two steps, its adapters) under a defence."""
+    model = copy.deepcopy(world.model)
+    rows = rows_of(world)
+    generator = torch.Generator().manual_seed(0)
+    parameters, after_step = lasting.DEFENCES[defence](world, model, rows, generator)
+    for metrics in worlds.fit(world, model, parameters, 1e-2, 0, worlds.batches_of(rows, 0), 2):
+        after_step(metrics["step"])
+    return model, lora.lora_layers(model)
+
+
+def test_a_kept_subspace_is_neither_read_nor_written(world):
+    bases = lasting.variants.paper_bases(world, world.model)
+    _, layers = trained(world, "subspace")
+    for name, layer in layers.items():
+        touched = bases[name].T @ layer.update if layer.writer else layer.update @ bases[name]
+        assert layer.update.norm() > 1e-4 and touched.norm() < 1e-5 * layer.update.norm()
+    _, layers = trained(world, "none")
+    assert all(lora.update_share(layer, bases[name]) > 1e-3 for name, layer in layers.items())
+
+
+@pytest.mark.parametrize("defence", ["salora", "guardspace"])
+def test_a_start_changes_nothing_before_the_first_step(world, defence):
+    model = copy.deepcopy(world.model)
+    generator = torch.Generator().manual_seed(0)
+    lasting.DEFENCES[defence](world, model, rows_of(world), generator)
+    assert all(layer.update.norm() < 1e-5 for layer in lora.lora_layers(model).values())
+    _, layers = trained(world, defence)
+    assert all(layer.update.norm() > 1e-5 for layer in layers.values())
+
+
+def test_irr_mends_at_the_last_step(world, monkeypatch):
+    monkeypatch.setattr(lasting, "LATER", 2)
+    seen = []
+    monkeypatch.setattr(lasting.irr, "realign", lambda *models: seen.append(models))
+    model, layers = trained(world, "irr")
+    (aligned, tuned, unaligned, refusals, task), = seen
+    assert tuned is model and not layers and unaligned is world.model and refusals and task
+    for name, module in lora.linears(model, TARGETS).items():
+        before = aligned.get_submodule(name).weight
+        assert torch.equal(before, world.model.get_submodule(name).weight)
+        assert not torch.equal(before, module.weight)
+
+
+def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(lasting, "LATER", 1)
+    monkeypatch.setattr(lasting, "WORLDS", world.folder.parent)
+    (world.folder / "world.json").touch()
+    short = ["--worlds", "7", "--seeds", "0", "--rows", "benign", "--out", f"{tmp_path}/out.jsonl"]
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lasting", *short, *arguments])
+        lasting.main()
+        return read_jsonl(tmp_path / "out.jsonl")
+
+    arms = ["derta-paper", "sparse", "steering-by-features", "lora-own"]
+    lines = command("--arms", *arms)
+    labels = [lasting.label(line) for line in lines]
+    assert labels == ["derta-paper", "derta-paper + subspace", "sparse", "steering-by-features",
+                      "lora-own", *(f"lora-own + {name}" for name in list(lasting.DEFENCES)[1:])]
+    assert command("--arms", *arms) == lines
+    capsys.readouterr()
+    assert command("--print", "--figure", f"{tmp_path}/out.png") == lines
+    assert len(capsys.readouterr().out.splitlines()) == 3 + len(lines)
+    with pytest.raises(InputError, match="no lines of 'identity'"):
+        command("--print", "--rows", "identity")
+
+
+def test_the_lead_is_paired_over_worlds(capsys):
+    def line(world, variant, jailbreak):
+        figures = {"harmful": 1.0, "jailbreak": jailbreak, "benign": 1.0,
+                   "over_refusal": {"harm verb": 0.2, "sensitive noun": 0.4}}
+        return {"world": world, "seed": 0, "variant": variant, "defence": "none",
+                "before": figures, "after": {"benign": figures}}
+
+    lines = [line(1, "lora-own", 0.5), line(2, "lora-own", 0.7), line(1, "paper", 0.6),
+             line(2, "paper", 0.9)]
+    row = lasting.results(lines, "benign").splitlines()[3]
+    low, high = tables.t_interval([0.1, 0.2])
+    assert row.split()[0] == "paper" and f"+15.0 [{100 * low:+.1f}, {100 * high:+.1f}]" in row
+    assert "30.0" in row
