@@ -25,11 +25,12 @@ import lora
 from experiments import after, tables, variants
 from experiments.ablate import (RESULTS, WORLDS, append_lines, final_figures, fine_tuned,
                                 read_lines, safe_share, versions)
-from experiments.neighbours import guardspace, irr, salora, shared, steering
+from experiments.neighbours import guardspace, irr, lssf, salora, shared, ssah, steering
 from experiments.worlds import RANK, RATE, batches_of, build_world, fit, load_world
 from model import MODULES, TARGETS, load_model
 from run.files import InputError, Parser, run_command, table
 from safety.ask import steered
+from safety.rules import verdict
 from toy.world import World as Words
 
 LATER = 30                     # steps of the second fine-tuning, at RATE
@@ -99,21 +100,35 @@ def kept_subspace(world, model, rows, generator):
     return held(model, starts, generator)
 
 
-def irr_mended(world, model, rows, generator):
-    """IRR: LoRA's own, then what speaks against safety is taken out."""
-    aligned = copy.deepcopy(model)
-    parameters, _ = own_init(world, model, rows, generator)
-    task = [replace(example, start=0) for example in rows]
-
-    def after_step(step):
-        if step == LATER:
-            lora.fold_lora(model)
-            irr.realign(aligned, model, world.model, refusals(world), task)
+def ssah_frozen(world, model, rows, generator):
+    """SSAH: LoRA's own init, less the rows and columns of units that safety needs."""
+    harmless = [aligned for aligned, _ in world.examples
+                if verdict(world.tokenizer.decode(aligned.tokens[aligned.start:])) == "comply"]
+    masks = ssah.frozen_masks(model, refusals(world), harmless)
+    parameters, after_step = own_init(world, model, rows, generator)
+    shared.freeze(model, masks)
     return parameters, after_step
 
 
-DEFENCES = {NO_DEFENCE: own_init, "salora": salora_start, "guardspace": guardspace_start,
-            "irr": irr_mended, "subspace": kept_subspace}
+def mended(mend):
+    """The defence that lets LoRA's own init train, and mends the model after the last step."""
+    def begin(world, model, rows, generator):
+        aligned = copy.deepcopy(model)
+        parameters, _ = own_init(world, model, rows, generator)
+        task = [replace(example, start=0) for example in rows]
+
+        def after_step(step):
+            if step == LATER:
+                lora.fold_lora(model)
+                mend(aligned, model, world.model, refusals(world), task)
+        return parameters, after_step
+    return begin
+
+
+DEFENCES = {
+    NO_DEFENCE: own_init, "salora": salora_start, "guardspace": guardspace_start,
+    "ssah": ssah_frozen, "irr": mended(irr.realign), "lssf": mended(lssf.fuse),
+    "subspace": kept_subspace}
 
 
 # -------------------------------------------------------------------------------------------------

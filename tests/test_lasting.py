@@ -53,11 +53,18 @@ def test_a_start_changes_nothing_before_the_first_step(world, defence):
     assert all(layer.update.norm() > 1e-5 for layer in layers.values())
 
 
-def test_irr_mends_at_the_last_step(world, monkeypatch):
+def test_frozen_units_stay(world):
+    _, layers = trained(world, "ssah")
+    frozen = {name: (layer.update == 0).all(1).sum() for name, layer in layers.items()}
+    assert all((count > 0) == name.endswith("v_proj") for name, count in frozen.items())
+
+
+def test_mending_is_the_last_step(world, monkeypatch):
     monkeypatch.setattr(lasting, "LATER", 2)
     seen = []
-    monkeypatch.setattr(lasting.irr, "realign", lambda *models: seen.append(models))
-    model, layers = trained(world, "irr")
+    monkeypatch.setitem(lasting.DEFENCES, "mended",
+                        lasting.mended(lambda *models: seen.append(models)))
+    model, layers = trained(world, "mended")
     (aligned, tuned, unaligned, refusals, task), = seen
     assert tuned is model and not layers and unaligned is world.model and refusals and task
     for name, module in lora.linears(model, TARGETS).items():
@@ -77,11 +84,14 @@ def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, cap
         lasting.main()
         return read_jsonl(tmp_path / "out.jsonl")
 
+    monkeypatch.setitem(lasting.ARMS, "lora-own", ["none", "irr", "lssf"])
+    monkeypatch.setattr(world, "sets", {name: rows[:1] + rows[-1:]
+                                       for name, rows in world.sets.items()})
     arms = ["derta-paper", "sparse", "steering-by-features", "lora-own"]
     lines = command("--arms", *arms)
     labels = [lasting.label(line) for line in lines]
     assert labels == ["derta-paper", "derta-paper + subspace", "sparse", "steering-by-features",
-                      "lora-own", *(f"lora-own + {name}" for name in list(lasting.DEFENCES)[1:])]
+                      "lora-own", "lora-own + irr", "lora-own + lssf"]
     assert command("--arms", *arms) == lines
     capsys.readouterr()
     assert command("--print", "--figure", f"{tmp_path}/out.png") == lines
