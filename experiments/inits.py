@@ -15,6 +15,7 @@ import lora
 from experiments import selections
 from experiments.neighbours import averaging, derta, sift
 from experiments.neighbours.lox import extrapolate
+from experiments.neighbours.pissa import factors
 from experiments.neighbours.rosi import harm_direction, inject
 from experiments.neighbours.shared import input_moments
 from experiments.variants import begin, paper_bases, top, variant
@@ -65,11 +66,7 @@ def begin_within(model, generator, factors_of):
 @variant
 def pissa(world, model, generator):
     """PiSSA (arXiv 2404.02948): A and B leading singular triplets of W, W less B·A."""
-    def triplets(weight):
-        U, S, V = torch.linalg.svd(weight, full_matrices=False)
-        root = S[:RANK].sqrt()
-        return root[:, None] * V[:RANK], U[:, :RANK] * root
-    return begin_within(model, generator, triplets)
+    return begin_within(model, generator, lambda weight: factors(weight, RANK))
 
 
 @variant
