@@ -25,16 +25,19 @@ import lora
 from experiments import after, tables, variants
 from experiments.ablate import (RESULTS, WORLDS, append_lines, final_figures, fine_tuned,
                                 read_lines, safe_share, versions)
-from experiments.neighbours import guardspace, irr, lssf, salora, shared, ssah, steering
+from experiments.neighbours import (gsae, guardspace, irr, lssf, salora, shared, ssah,
+                                    steering)
 from experiments.worlds import RANK, RATE, batches_of, build_world, fit, load_world
+from features import feature_statistics
 from model import MODULES, TARGETS, load_model
 from run.files import InputError, Parser, run_command, table
-from safety.ask import steered
+from safety.ask import edited, steered
 from safety.rules import verdict
+from toy import build as toy
 from toy.world import World as Words
 
 LATER = 30                     # steps of the second fine-tuning, at RATE
-STEERED, STRENGTH = 2, 2.0     # SAE layer and strength of steering
+STRENGTH = 2.0                 # of steering, at all layers with SAEs
 NO_DEFENCE = "none"
 
 
@@ -146,6 +149,12 @@ def steering_by_features(world, model, generator):
     return [], None
 
 
+@variants.variant
+def gsae_steering(world, model, generator):
+    """The same with GSAE's features and its weights of them."""
+    return [], None
+
+
 ARMS = {
     "paper": [NO_DEFENCE, "subspace"],
     "paper-frozen": [NO_DEFENCE],
@@ -162,7 +171,9 @@ ARMS = {
     "lora-lox": [NO_DEFENCE],
     "lora-rosi": [NO_DEFENCE],
     "lora-average": [NO_DEFENCE],
+    "bias-adapted": [NO_DEFENCE],
     "steering-by-features": [NO_DEFENCE],
+    "gsae-steering": [NO_DEFENCE],
     "base": [NO_DEFENCE]}
 
 
@@ -176,13 +187,22 @@ def aligned_model(world, variant: str, seed: int):
     return model
 
 
+def answering(world, model, variant: str):
+    """The context in which an arm's model answers: steering for two, none for the others."""
+    if variant == "steering-by-features":
+        return steered(model, steering.directions(world.saes, world.statistics, STRENGTH))
+    if variant == "gsae-steering":
+        saes = world.other_saes("gsae", toy.SAES["sae"], gsae.GraphTraining)
+        control = world.tokenizer.control
+        statistics = feature_statistics(world.model, saes, world.examples, control)
+        return edited(model, {layer: gsae.edit(sae, statistics[layer], STRENGTH)
+                              for layer, sae in saes.items()})
+    return nullcontext()
+
+
 def asked(world, model, variant: str) -> dict:
     """The figures of a model's answers to a world's sets."""
-    context = nullcontext()
-    if variant == "steering-by-features":
-        saes = {STEERED: world.saes[STEERED]}
-        context = steered(model, steering.directions(saes, world.statistics, STRENGTH))
-    with context:
+    with answering(world, model, variant):
         return {"harmful": safe_share(world, model), **final_figures(world, model)}
 
 

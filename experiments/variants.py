@@ -14,10 +14,13 @@ import torch
 import lora
 from data import prompt_tokens
 from experiments import selections
-from experiments.worlds import LAYERS, RANK, TAU, TOP_K, targets
+from experiments.neighbours.bias_adaptation import BiasTraining
+from experiments.worlds import LAYERS, RANK, TAU, TOP_K, WIDTH, targets
 from features import (SIDES, choose_features, contrast_gradients, feature_statistics,
                       gradient_moments, module_bases, serving_layer, spanning_rows, subspace)
 from saes import gradient
+from saes.step import Spec
+from toy.build import L0
 
 NUM_GREEDY = 2 * RANK          # features that the gradient selections choose
 
@@ -115,12 +118,23 @@ def paper_full(world, model, generator):
     return module_bases(model, both_sides(spaces))
 
 
+def bases_of(world, model, saes):
+    """The paper's bases, by other SAEs."""
+    statistics = feature_statistics(world.model, saes, world.examples, world.tokenizer.control)
+    return paper_bases(world, model, saes, statistics)
+
+
 @basis
 def sasa(world, model, generator):
     """SAILS with a SASA's blocks for features."""
-    control = world.tokenizer.control
-    statistics = feature_statistics(world.model, world.sasas, world.examples, control)
-    return paper_bases(world, model, world.sasas, statistics)
+    return bases_of(world, model, world.sasas)
+
+
+@basis
+def bias_adapted(world, model, generator):
+    """SAILS with SAEs whose biases hold features to target frequencies (arXiv 2506.14002)."""
+    spec = Spec("jumprelu", int(WIDTH), L0)
+    return bases_of(world, model, world.other_saes("bias-adapted", spec, BiasTraining))
 
 
 def random_features(world, layer, count, generator):

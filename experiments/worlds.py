@@ -25,6 +25,8 @@ from lora import linears
 from model import TARGETS, load_model
 from run.files import read_tensors, write_tensors
 from sae import load_sae
+from saes.step import Spec
+from saes.train import Training
 from toy import build as toy
 from toy.world import PHRASINGS, TUNED_PHRASINGS, ask
 from toy.world import World as Words
@@ -123,14 +125,18 @@ class World:
 
     @cached_property
     def sasas(self):
-        """{layer: a SASA}, trained where the folder has none."""
-        path = self.folder / "sasa"
+        """{layer: a SASA}."""
+        return self.other_saes("sasa", toy.SAES["sasa"])
+
+    def other_saes(self, name: str, spec: Spec, kind=Training):
+        """{layer: SAE} of the folder `name`, trained by a `kind` where the world has none."""
+        path = self.folder / name
         if not path.exists():
             conversations = Words(self.seed).corpus(4000, "SAE")
-            training = toy.train_saes(self.model, self.tokenizer, conversations,
-                                      toy.SAES["sasa"], toy.SAE_STEPS, self.seed, "sasa")
+            training = toy.train_saes(self.model, self.tokenizer, conversations, spec,
+                                      toy.SAE_STEPS, self.seed, name, kind)
             # Renamed when whole, so that a stop leaves no half of one
-            part = Path(tempfile.mkdtemp(prefix=".sasa.", dir=self.folder))
+            part = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self.folder))
             training.write(part)
             part.rename(path)
         return {layer: load_sae(path, layer, WIDTH) for layer in LAYERS}

@@ -133,7 +133,7 @@ def world(mini, tmp_path_factory):
     for name in ("train", *SETS):
         shutil.move(folder / f"{name}.jsonl", folder / "data")
     small = {"LAYERS": (0, 1), "WIDTH": "96", "RANK": 8, "TOP_K": 6, "STEPS": 2, "NUM_GREEDY": 16,
-             "LOOKS": (0, 2), "STEERED": 1}
+             "LOOKS": (0, 2)}
     with pytest.MonkeyPatch.context() as patch:
         for module in (worlds, variants, inits, ablate, reading, lasting):
             for name, value in small.items():

@@ -1,6 +1,8 @@
 """experiments/neighbours/: each method against its formula on whole matrices, or peft's own."""
 
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +10,16 @@ import torch
 
 import lora
 import train
-from conftest import random_gemma, transformers_twin
+from conftest import ROOT, command, random_gemma, transformers_twin
 from data import Example, Row
 from experiments import inits, variants
-from experiments.neighbours import derta, guardspace, irr, salora, shared, sift
+from experiments.neighbours import derta, guardspace, irr, pissa, salora, shared, sift
 from experiments.neighbours.averaging import average
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.rosi import harm_direction, inject
-from model import TARGETS
+from features import load_subspaces, module_bases
+from model import TARGETS, load_model
+from run.files import read_json, write_jsonl
 
 
 # ---- After training ------------------------------------------------------------------------------
@@ -224,6 +228,36 @@ def test_eva_begins_at_peft_s_incremental_svd(gemma):
     theirs = pca.IncrementalPCA(n_components=inits.RANK).partial_fit(torch.cat((X, -X)))
     A, V = gemma.get_submodule(name).A, theirs.components_.float()
     assert A.shape == V.shape and torch.allclose((A @ V.T).abs(), torch.eye(len(A)), atol=1e-3)
+
+
+# ---- Forks of train.py that need no pairs --------------------------------------------------------
+def forked(module, mini, out, *more):
+    """A run of one step on rows with one answer: its folder's adapter, put on the base model."""
+    rows = mini / "one-answer.jsonl"
+    write_jsonl(rows, [{"prompt": "how do i pour the tea?", "response": "here you pour the tea."}])
+    arguments = [*command(mini, out), "--steps", "1", "--lr", "1e-6", "--data", rows, *more]
+    subprocess.run([sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
+                   cwd=ROOT, check=True, capture_output=True)
+    model = load_model(mini)
+    return lora.load_adapter(model, out)
+
+
+def test_pissa_s_adapter_fits_the_base_model(mini, tmp_path):
+    layers = forked("neighbours.pissa", mini, tmp_path / "run", "--init", "pissa")
+    for layer in layers.values():
+        A, B = pissa.factors(layer.base.weight, 8)
+        assert torch.allclose(layer.A[:8], A, atol=1e-4)
+        assert torch.allclose(layer.B, torch.cat((B, -B), 1), atol=1e-4)
+
+
+def test_a_given_subspace_is_where_an_adapter_begins(mini, whole, tmp_path):
+    subspaces = load_subspaces(whole.folder / "subspace.safetensors")
+    flags = ["--subspace", whole.folder, "--init", "given"]
+    layers = forked("given", mini, tmp_path / "run", *flags)
+    for name, U in module_bases(load_model(mini), subspaces).items():
+        factor = layers[name].B if layers[name].writer else layers[name].A.T
+        assert torch.allclose(factor[:, :U.shape[1]], U, atol=1e-4)
+    assert read_json(tmp_path / "run/scores.json")["share"]["subspace"] > 0.3
 
 
 # ---- SIFT ----------------------------------------------------------------------------------------

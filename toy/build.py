@@ -79,11 +79,11 @@ def train_base(tokenizer, conversations, steps, seed):
     return model.requires_grad_(False)
 
 
-def train_saes(model, tokenizer, conversations, spec, steps, seed, name):
-    """A Training that is done, with an SAE for each of SAE_LAYERS."""
+def train_saes(model, tokenizer, conversations, spec, steps, seed, name, kind=Training):
+    """A `kind` that is done, with an SAE for each of SAE_LAYERS."""
     buffers = functools.partial(stream, model, tokenizer, lambda: iter(conversations), SAE_LAYERS,
                                 1 << 17, ROW)
-    training = Training(buffers, spec, steps, SAE_BATCH, seed)
+    training = kind(buffers, spec, steps, SAE_BATCH, seed)
     for _ in tqdm(training, name, steps):
         pass
     return training
