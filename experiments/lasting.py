@@ -16,6 +16,7 @@ import itertools
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,7 @@ NO_DEFENCE = "none"
 # What the second fine-tuning trains: LoRA's own init, or a defence in its place. A defence is
 # (world, model, rows, generator) -> (what is trained, a function that is called after each step)
 
+@cache
 def refusals(world):
     return shared.refusals(SimpleNamespace(data=world.folder), world.tokenizer, world.examples)
 
@@ -206,15 +208,18 @@ def asked(world, model, variant: str) -> dict:
         return {"harmful": safe_share(world, model), **final_figures(world, model)}
 
 
+@cache
+def later_rows(world) -> dict:
+    """{kind: Examples} of the world's rows, of which the second fine-tuning takes a mixture."""
+    return {kind: [world.example((("user", row["prompt"]),), row["response"]) for row in rows]
+            for kind, rows in after.toy_rows(Words(world.seed)).items()}
+
+
 def measure(world, variant: str, seed: int, kinds, defences) -> list[dict]:
     """A line for each of the defences: the figures before and after each kind of rows."""
     aligned = aligned_model(world, variant, seed)
     before = asked(world, aligned, variant)
-    examples = {}
-    for kind, rows in after.toy_rows(Words(world.seed)).items():
-        examples[kind] = [world.example((("user", row["prompt"]),), row["response"])
-                          for row in rows]
-    mixtures = after.mixtures(examples, seed)
+    mixtures = after.mixtures(later_rows(world), seed)
     lines = []
     for defence in defences:
         line = {"variant": variant, "defence": defence, "before": before, "after": {}}

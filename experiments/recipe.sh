@@ -26,7 +26,8 @@
 #       before and after, one pass   12 times       15 minutes    33 minutes
 #     5 1,663 prompts of six sets    14 times        5 minutes     8 minutes
 #     6 gcg, 21 prompts, at most      6 times        1 hour        4 hours
-#     in all                                        11 hours      32 hours
+#     8 50 steps more, three looks    6 times        7 minutes    15 minutes
+#     in all                                        12 hours      34 hours
 #     memory of the card, LoRA                      12 GB         32 GB
 #     memory of the card, full                      57 GB         4 × 60 GB
 #     disk: files, models of full                   33 GB         96 GB
@@ -49,6 +50,7 @@ JUDGE=${JUDGE:-}                         # the paper's 1 to 5: "--judge rubric -
 ATTACKED=${ATTACKED:-21}                 # prompts that a suffix is searched for, first seed
 TASKS=${TASKS:-mmlu,hellaswag}           # lm_eval's, for lost ability
 IT=${IT-}                                # the RLHF-tuned model: by default, MODEL's -it
+AFTER=${AFTER-"--lrs 2e-4 --looks 0 10 50"}      # of experiments.after; empty: it is left out
 
 flags_of() {                             # ARM: the flags of train.py that make it
   case $1 in
@@ -81,6 +83,7 @@ mkdir -p "$OUT"
 if [ "$MODEL" = toy ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   ROLES=()                               # the recipe's own four
+  BENIGN=()
   SETS=(--sets toy-harmful toy-jailbreak toy-lookalike toy-benign)
   ATTACK=(--sets toy-harmful --target "here you {verb} the {noun}"
           --attack-steps 25 --attack-width 64 --attack-length 6)
@@ -126,13 +129,15 @@ for layer in recipe["layers"]:
   else
     echo "HEx-PHI is left out: ask at https://huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI"
   fi
+  # 15,011 instructions with answers by people, CC-BY-SA-3.0
+  BENIGN=(--benign hf://datasets/databricks/databricks-dolly-15k/databricks-dolly-15k.jsonl)
   # AdvBench's rows bring their targets; Zou et al. search 500 steps
   ATTACK=(--set "advbench=$FILES/advbench.csv" --attack-steps 250)
 fi
 
 # --------------------------------------------------------------------------------------------------
 # 2. A look before anything is paid for: settings and their sources, parameters, steps, memory.
-# CHOOSE, TRAIN, FULL, JUDGE and what flags_of says are lists of words, and stand without quotes
+# CHOOSE, TRAIN, FULL, JUDGE, AFTER and what flags_of says are lists of words, without quotes
 
 for arm in $ARMS; do
   case $arm in
@@ -203,7 +208,14 @@ if [ "$MODEL" != toy ] && command -v lm_eval > /dev/null; then
 fi
 
 # --------------------------------------------------------------------------------------------------
-# 8. The table, beside the paper's figures
+# 8. Does it last? Of each arm one, fine-tuned once more on harmless rows; a toy has rows of its own
+
+if [ -n "$AFTER" ]; then
+  python -m experiments.after "${attacked[@]}" "${BENIGN[@]}" $AFTER --out "$OUT/after.jsonl"
+fi
+
+# --------------------------------------------------------------------------------------------------
+# 9. The table, beside the paper's figures
 
 python -m experiments.paper_table "$OUT"
 echo "pages: $OUT/*/report.html; table: $OUT/table.txt; answers: $OUT/sets/completions.jsonl"

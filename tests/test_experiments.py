@@ -18,7 +18,7 @@ import lora
 from experiments import ablate, legibility, reading, tables, theory, variants, worlds
 from experiments.paper_table import paper_table
 from model import load_model
-from run.files import write_jsonl
+from run.files import read_jsonl, write_jsonl
 from run.settings import RECIPES
 
 # One variant of each kind of code
@@ -159,7 +159,7 @@ def recipe(folder, model, record=(), **settings):
 
 def test_the_recipe_goes_all_the_way_on_the_toy(tmp_path):
     short = {"SEEDS": "0", "ARMS": "base full gradient it", "PROMPTS": "2", "ATTACKED": "1",
-             "CHOOSE": "--more pairs=8"}
+             "CHOOSE": "--more pairs=8", "AFTER": "--lrs 1e-3 --looks 0 1 --prompts 2"}
     short |= dict.fromkeys(("FULL", "TRAIN"), "--steps 1 --eval-prompts 2 --more max-new-tokens=4")
     recipe(tmp_path, "toy", **short)
     out = tmp_path / "out"
@@ -169,9 +169,10 @@ def test_the_recipe_goes_all_the_way_on_the_toy(tmp_path):
     for name in ("toy-harmful", "toy-jailbreak", "toy-lookalike", "toy-benign"):
         assert [row[1] for row in rows if row[:1] == [name]] == ["toy", "full", "gradient"]
     assert len([row for row in rows if row[:2] == ["full", "toy-harmful"]]) == 4    # GCG's budgets
-    # Where all is there, the look ahead and the table are made again
+    assert len(read_jsonl(out / "after.jsonl")) == 3 * 5             # three models, five mixtures
+    # Where all is there, the look ahead, what lasts and the table are made again
     again = recipe(tmp_path, "toy", ("python",), **short)
-    assert [words[1] for words in again] == ["train.py", "-m"]
+    assert [words[1] for words in again] == ["train.py", "-m", "-m"]
 
 
 def test_the_recipe_on_gemma(tmp_path):
@@ -182,7 +183,7 @@ def test_the_recipe_on_gemma(tmp_path):
     assert [words[0] for words in downloads[:2]] == [model, f"{model}-it"]
     assert downloads[2][0] == RECIPES[model]["sae"] and len(downloads[2]) == 6
     counts = Counter(words[1] for words in commands if words[0] == "python")
-    assert counts == {"train.py": 14, "select.py": 2, "-m": 4, "eval.py": 2}
+    assert counts == {"train.py": 14, "select.py": 2, "-m": 5, "eval.py": 2}
     asked = next(words for words in commands if words[1] == "eval.py")
     assert asked[2] == model and f"{model}-it" in asked and "hex-phi" in asked
     assert len([word for word in asked if word.startswith(str(tmp_path / "out"))]) == 12 + 1
