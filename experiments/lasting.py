@@ -265,27 +265,6 @@ def values_of(lines, kind, name: str) -> dict:
     return values
 
 
-def share_cell(runs) -> str:
-    """Mean ± half the 95 % t-interval over worlds, in %."""
-    means = list(tables.world_means(runs).values())
-    mean = 100 * sum(means) / len(means)
-    if len(means) == 1:
-        return f"{mean:.1f}"
-    low, high = tables.t_interval(means)
-    return f"{mean:.1f} ± {50 * (high - low):.1f}"
-
-
-def difference_cell(differences) -> str | None:
-    """Mean of world differences and its 95 % t-interval, in points."""
-    if not differences:
-        return None
-    mean = 100 * sum(differences) / len(differences)
-    if len(differences) == 1:
-        return f"{mean:+.1f}"
-    low, high = (100 * end for end in tables.t_interval(differences))
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
 def results(lines, kind: str) -> str:
     """The table of one kind of rows, the arm that is safest afterwards first."""
     before = {name: values_of(lines, None, name) for name in ("harmful", "jailbreak")}
@@ -295,8 +274,9 @@ def results(lines, kind: str) -> str:
     for arm in tables.sorted_by_mean(later["jailbreak"]):
         lead = tables.paired(later["jailbreak"], arm, BASELINE) if arm != BASELINE else None
         rows.append([arm, len(later["jailbreak"][arm]),
-                     *(share_cell(values[arm]) for values in (*before.values(), *later.values())),
-                     difference_cell(lead)])
+                     *(tables.interval_cell(values[arm], 1, 100)
+                       for values in (*before.values(), *later.values())),
+                     tables.lead_cell(lead, 1, 100)])
     head = ["arm", "runs", "harmful", "jailbreak", "harmful", "jailbreak", "over-refusal",
             "benign right", f"jailbreak, less {BASELINE}"]
     title = f"%, ± 95 % over worlds; from the third figure on after {kind} rows"

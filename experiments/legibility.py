@@ -6,7 +6,8 @@
 
 Of each trained model, features are named by effect (report/effects.py), by one rule: random
 directions are those of the SAEs' decoders, whatever the init. Full fine-tuning, of q, k, v and o,
-is explained as an adapter of full rank. Columns of the table, means ± deviations over runs:
+is explained as an adapter of full rank. Columns of the table, means ± half a 95 % interval over
+worlds:
 
     gain        of the log-likelihood of held-out aligned answers, nats an answer
     named       features
@@ -27,6 +28,7 @@ import torch
 import lora
 from data import make_example
 from eval import answer
+from experiments import tables
 from experiments.ablate import RESULTS, WORLDS, append_lines, read_lines, versions
 from experiments.concepts import auroc, labelled
 from experiments.variants import VARIANTS
@@ -147,46 +149,64 @@ def detected(world: World, features) -> dict:
 # --------------------------------------------------------------------------------------------------
 # The table
 
-def spread(values) -> str | None:
-    """Mean ± standard deviation of the numbers among the values."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    deviation = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.2f}{deviation}"
+BASELINE = "lora-own"
+DIGITS = {"gain": 2, "named": 1, "carried": 2, "refusals": 2, "agreement": 2, "harm verb": 2,
+          "refusal": 2}
+COMPARED = ("named", "carried", "refusals", "agreement")
 
 
-def agreements(lines) -> list[float]:
-    """Jaccard of the names of each two seeds of a world; of two empty lists there is none."""
+def figures_of(line) -> dict:
+    """The columns of one run: {name: number}, less those that it can't have."""
+    figures = {"gain": line["gain"], "named": len(line["named"]),
+               "carried": line["lost"] / line["gain"]}
+    rate = line["refused"]
+    gained = rate["trained"] - rate["base"]
+    if gained > 0:
+        figures["refusals"] = (rate["trained"] - rate["without"]) / gained
+    for concept in ("harm verb", "refusal"):
+        told = [areas[concept] >= DETECTS for areas in line["detects"].values()]
+        if told:
+            figures[concept] = sum(told) / len(told)
+    return figures
+
+
+def agreements(lines) -> dict:
+    """{(world, 0): Jaccard of the names of its two seeds}; of two empty lists there is none."""
     sets = defaultdict(list)
     for line in lines:
         sets[line["world"]].append({tuple(name[:3]) for name in line["named"]})
-    pairs = [pair for names in sets.values() for pair in itertools.combinations(names, 2)]
-    return [len(one & other) / len(one | other) for one, other in pairs if one | other]
+    shares = {}
+    for world, names in sets.items():
+        pairs = [pair for pair in itertools.combinations(names, 2) if pair[0] | pair[1]]
+        if pairs:
+            shares[world, 0] = statistics.mean(len(a & b) / len(a | b) for a, b in pairs)
+    return shares
 
 
 def results(lines) -> str:
-    rows = []
+    """Means ± 95 % over worlds, and how far each arm lies from LoRA's own init."""
+    values: dict = {name: defaultdict(dict) for name in DIGITS}
+    for line in lines:
+        for name, value in figures_of(line).items():
+            values[name][line["variant"]][line["world"], line["seed"]] = value
+    for variant in ARMS:
+        runs = agreements([line for line in lines if line["variant"] == variant])
+        values["agreement"][variant] = runs
+    means, leads = [], []
     for variant, label in ARMS.items():
-        runs = [line for line in lines if line["variant"] == variant]
-        if not runs:
-            continue
-        carried, refusals, told = [], [], defaultdict(list)
-        for run in runs:
-            carried.append(run["lost"] / run["gain"])
-            rate = run["refused"]
-            gained = rate["trained"] - rate["base"]
-            refusals.append((rate["trained"] - rate["without"]) / gained if gained > 0 else None)
-            for areas in run["detects"].values():
-                for concept, area in areas.items():
-                    told[concept].append(float(area >= DETECTS))
-        rows.append([label, len(runs), spread([run["gain"] for run in runs]),
-                     spread([len(run["named"]) for run in runs]), spread(carried),
-                     spread(refusals), spread(agreements(runs)),
-                     *(f"{statistics.mean(told[c]):.2f}" if told[c] else None
-                       for c in ("harm verb", "refusal"))])
+        num_runs = sum(line["variant"] == variant for line in lines)
+        if num_runs:
+            means.append([label, num_runs, *(
+                tables.interval_cell(of_name[variant], DIGITS[name])
+                for name, of_name in values.items())])
+        if num_runs and variant != BASELINE:
+            leads.append([label, *(
+                tables.lead_cell(tables.paired(values[name], variant, BASELINE), DIGITS[name])
+                for name in COMPARED)])
     head = ["", "runs", "gain", "named", "carried", "refusals", "agreement", "harm", "refusal"]
-    return table(rows, head)
+    less = [f"less {ARMS[BASELINE]}", *COMPARED]
+    return "\n\n".join((table(means, head, right=range(1, 9)),
+                        table(leads, less, right=range(1, 5))))
 
 
 def main():
@@ -196,7 +216,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--out", type=Path, default=RESULTS / "legibility.jsonl")
-    parser.add_argument("--print", action="store_true", help="the table alone")
+    parser.add_argument("--print", action="store_true", help="the table of --worlds alone")
     args = parser.parse_args()
     done = read_lines([args.out])
     jobs = [] if args.print else list(itertools.product(args.worlds, args.seeds, args.variants))
@@ -212,7 +232,7 @@ def main():
         append_lines(args.out, [line])
         done.append(line)
         print(f"world {name}, seed {seed}, {variant}: {len(line['named'])} named")
-    print(results(done))
+    print(results([line for line in done if line["world"] in args.worlds]))
 
 
 if __name__ == "__main__":

@@ -178,6 +178,29 @@ def mean_cell(runs, digits: int) -> str | None:
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
+def interval_cell(runs, digits: int, scale=1.0) -> str | None:
+    """Mean ± half the 95 % t-interval over worlds."""
+    if not runs:
+        return None
+    means = list(world_means(runs).values())
+    mean = scale * sum(means) / len(means)
+    if len(means) == 1:
+        return f"{mean:.{digits}f}"
+    low, high = t_interval(means)
+    return f"{mean:.{digits}f} ± {scale * (high - low) / 2:.{digits}f}"
+
+
+def lead_cell(differences, digits: int, scale=1.0) -> str | None:
+    """Mean of world differences, and its 95 % t-interval."""
+    if not differences:
+        return None
+    mean = f"{scale * sum(differences) / len(differences):+.{digits}f}"
+    if len(differences) == 1:
+        return mean
+    low, high = (scale * end for end in t_interval(differences))
+    return f"{mean} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def means_table(lines, metrics=MAIN) -> str:
     """A row a variant, the largest area first: mean ± standard error over worlds."""
     values = {name: by_run(lines, METRICS[name].figure) for name in metrics}

@@ -226,14 +226,20 @@ def test_full_fine_tuning_as_an_adapter_computes_the_same(world, monkeypatch):
 
 
 def test_the_table_of_names_by_hand():
-    """Two seeds of a world that share one of three names."""
+    """Two seeds of a world that share one of three names; in a second world there are two more."""
     rate = {"base": 0.25, "trained": 0.75, "without": 0.5}
     line = {"world": "1", "variant": "paper", "gain": 4.0, "lost": 1.0, "refused": rate}
     areas = {"1/5": {"harm verb": 0.95, "refusal": 0.5}, "2/6": {"harm verb": 0.6, "refusal": 0.7}}
-    lines = [line | {"seed": 0, "named": [[1, "readers", 5, 0.1], [2, "writers", 6, 0.1]],
-                     "detects": areas},
-             line | {"seed": 1, "named": [[1, "readers", 5, 0.1], [1, "readers", 7, 0.1]],
-                     "detects": {}}]
+    two = [[1, "readers", 5, 0.1], [2, "writers", 6, 0.1]]
+    lines = [line | {"seed": 0, "named": two, "detects": areas},
+             line | {"seed": 1, "named": [two[0], [1, "readers", 7, 0.1]], "detects": {}}]
+    row = legibility.results(lines).splitlines()[2]
+    assert re.split(" {2,}", row)[1:] == ["2", "4.00", "2.0", "0.25", "0.50", "0.33", "0.50",
+                                          "0.00"]
+    own = {"variant": "lora-own", "detects": {}}
+    lines += [each | own | {"named": two[:1]} for each in lines]
+    lines += [line | own | {"world": "2", "seed": 0, "named": two[:1]},
+              line | {"world": "2", "seed": 0, "named": 2 * two, "detects": {}}]
     row = legibility.results(lines).splitlines()[-1]
-    assert re.split(" {2,}", row)[1:] == ["2", "4.00 ± 0.00", "2.00 ± 0.00", "0.25 ± 0.00",
-                                          "0.50 ± 0.00", "0.33", "0.50", "0.00"]
+    low, high = tables.t_interval([1, 3])
+    assert re.split(" {2,}", row)[1] == f"+2.0 [{low:+.1f}, {high:+.1f}]"
