@@ -10,7 +10,7 @@ Letters: D hidden size, F features of an SAE, T tokens, k a few.
 
 import random
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -75,11 +75,11 @@ def shares(model, saes, subspaces, norm_aware, first_step) -> list[dict]:
 # ------------------------------------------------------------------------------
 # Removal: the answers without some directions of the update
 
-def removal(model, named, saes, subspaces, norm_aware, first_step, refusals) -> list[dict]:
+def removal(model, named, saes, subspaces, norm_aware, first_step, trained, refusals) -> list[dict]:
     """explain.json's rows of "removal": single features, all named ones, and their controls.
 
     named: entries of explain.json's "features". refusals() -> {"safe": [bool], "over_refusal":
-    [bool]}, one for each prompt, of the model as it is at the time.
+    [bool]}, one for each prompt, of the model as it is at the time; trained: of the model itself.
     """
     def without(directions):            # {(SAE layer, side): rows (k, D)}
         return removed(model, directions, saes, norm_aware)
@@ -90,7 +90,7 @@ def removal(model, named, saes, subspaces, norm_aware, first_step, refusals) -> 
     decoders = {layer: unit_decoder(saes[layer]) for layer, _ in rows_of}
 
     # Each trial: what it is, the feature that goes, and the context without it
-    trials: list = [("as trained", None, nullcontext())]
+    trials: list = []
     for entry in sorted(named, key=lambda entry: -entry["cost"]["mean"])[:NUM_SINGLE]:
         key = entry["layer"], entry["side"]
         verb = "read" if entry["side"] == "readers" else "written"
@@ -113,22 +113,22 @@ def removal(model, named, saes, subspaces, norm_aware, first_step, refusals) -> 
         trials.append(("after the first step", None, carrying(model, first_step)))
     trials.append(("base model", None, lora.scaled(model, 0)))
 
-    rows = []
-    trained = None
-    for what, feature, context in tqdm(trials, "removing", leave=False, disable=None):
-        # The same prompts are answered again
-        with context:
-            flags = refusals()
-        # Everything is compared with the adapter as trained, the first row
-        trained = trained or flags
+    def row(what, feature, flags):
+        # Everything is compared with the adapter as trained
         paired = compare(trained["safe"], flags["safe"])
-        rows.append({
+        return {
             "what": what,
             "feature": feature,
             "safe": share(flags["safe"]) if flags["safe"] else None,
             "over_refusal": share(flags["over_refusal"]) if flags["over_refusal"] else None,
             "change": paired["change"],
-            "p": paired["p"]})
+            "p": paired["p"]}
+
+    rows = [row("as trained", None, trained)]
+    for what, feature, context in tqdm(trials, "removing", leave=False, disable=None):
+        # The same prompts are answered again
+        with context:
+            rows.append(row(what, feature, refusals()))
     return rows
 
 
@@ -206,18 +206,19 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
         return answer(model, tokenizer, prompts, settings.max_new_tokens, settings.eval_batch,
                       settings.format, "answers")
 
-    def refusals():
+    def refusals(replies):
         flags = {"safe": [], "over_refusal": []}
-        for (role, _), text in zip(questions, answers()):
+        for (role, _), text in zip(questions, replies):
             key = "safe" if role in HARMFUL else "over_refusal"
             flags[key].append(refused(text))
         return flags
 
     # The adapter's own answers, and aligned ones where the prompts' files have them
+    replies = answers()
     longest = model.config.max_position_embeddings
     texts = []
     aligned: dict[str, list[Example]] = defaultdict(list)       # {role: examples}
-    for (role, prompt), text in zip(questions, answers()):
+    for (role, prompt), text in zip(questions, replies):
         example = make_example(tokenizer, prompt.turns, text, longest, settings.format)
         # A prompt may be longer than the model's context
         if example is None:
@@ -257,5 +258,5 @@ def explain(model: Gemma2, saes: dict[int, SAE], tokenizer: Tokenizer, sets: dic
     return found | {
         "layers": shares(model, saes, subspaces, settings.norm_aware, first_step),
         "removal": removal(model, named, saes, subspaces, settings.norm_aware, first_step,
-                           refusals),
+                           refusals(replies), lambda: refusals(answers())),
         "words": words}
