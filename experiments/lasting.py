@@ -7,8 +7,8 @@
 An arm aligns a world's base model, which is then merged and fine-tuned once more, LATER steps on
 the world's benign rows (or with a share that complies with harm, see experiments/after.py). A
 defence is what the second fine-tuning does differently, so it takes somebody who cooperates:
-"lora-own + salora" is LoRA's own init, then SaLoRA. Sets are asked before and after. Each run is a
-line of --out, and a run whose line is there isn't done again.
+"lora-own, then salora" is LoRA's own init, then SaLoRA. Sets are asked before and after. Each run
+is a line of --out, and a run whose line is there isn't done again.
 """
 
 import copy
@@ -93,16 +93,18 @@ def guardspace_start(world, model, rows, generator):
     return held(model, starts, generator)
 
 
-def kept_subspace(world, model, rows, generator):
-    """Ours: neither reads nor writes SAILS' safety subspace."""
-    starts = {}
-    bases = variants.paper_bases(world, model)
-    for name, module in lora.linears(model, TARGETS).items():
-        outside = torch.eye(len(bases[name])) - bases[name] @ bases[name].T
-        writer = MODULES[name.rpartition(".")[2]].side == "writers"
-        factors = lora.random(module.weight, None, RANK, writer, generator)
-        starts[name] = shared.Start(*factors, **{"left" if writer else "right": outside})
-    return held(model, starts, generator)
+def outside(bases_of):
+    """The defence that neither reads nor writes bases_of(world, model, generator), {module: U}."""
+    def begin(world, model, rows, generator):
+        starts = {}
+        bases = bases_of(world, model, generator)
+        for name, module in lora.linears(model, TARGETS).items():
+            projector = torch.eye(len(bases[name])) - bases[name] @ bases[name].T
+            writer = MODULES[lora.leaf(name)].side == "writers"
+            factors = lora.random(module.weight, None, RANK, writer, generator)
+            starts[name] = shared.Start(*factors, **{"left" if writer else "right": projector})
+        return held(model, starts, generator)
+    return begin
 
 
 def ssah_frozen(world, model, rows, generator):
@@ -133,7 +135,8 @@ def mended(mend):
 DEFENCES = {
     NO_DEFENCE: own_init, "salora": salora_start, "guardspace": guardspace_start,
     "ssah": ssah_frozen, "irr": mended(irr.realign), "lssf": mended(lssf.fuse),
-    "subspace": kept_subspace}
+    # Ours: the safety subspace is kept free, as the paper chooses it or by the gradient
+    "paper": outside(variants.paper), "greedy": outside(variants.greedy)}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -158,14 +161,14 @@ def gsae_steering(world, model, generator):
 
 
 ARMS = {
-    "paper": [NO_DEFENCE, "subspace"],
+    "paper": [NO_DEFENCE, "paper"],
     "paper-frozen": [NO_DEFENCE],
-    "greedy-rotated": [NO_DEFENCE],
+    "greedy-rotated": [NO_DEFENCE, "greedy"],
     "orthonormal": [NO_DEFENCE],
     "lora-own": list(DEFENCES),
     "full-fine-tuning": [NO_DEFENCE],
     "derta-own": [NO_DEFENCE],
-    "derta-paper": [NO_DEFENCE, "subspace"],
+    "derta-paper": [NO_DEFENCE, "paper"],
     "pissa": [NO_DEFENCE],
     "olora": [NO_DEFENCE],
     "eva": [NO_DEFENCE],
@@ -245,7 +248,7 @@ BASELINE = "lora-own"
 def label(line) -> str:
     if line["defence"] == NO_DEFENCE:
         return line["variant"]
-    return f"{line['variant']} + {line['defence']}"
+    return f"{line['variant']}, then {line['defence']}"
 
 
 def figure(line, kind, name: str) -> float:

@@ -33,9 +33,10 @@ def trained(world, defence):
     return model, lora.lora_layers(model)
 
 
-def test_a_kept_subspace_is_neither_read_nor_written(world):
-    bases = lasting.variants.paper_bases(world, world.model)
-    _, layers = trained(world, "subspace")
+@pytest.mark.parametrize("defence", ["paper", "greedy"])
+def test_a_kept_subspace_is_neither_read_nor_written(world, defence):
+    bases = getattr(lasting.variants, defence)(world, world.model, None)
+    _, layers = trained(world, defence)
     for name, layer in layers.items():
         touched = bases[name].T @ layer.update if layer.writer else layer.update @ bases[name]
         assert layer.update.norm() > 1e-4 and touched.norm() < 1e-5 * layer.update.norm()
@@ -90,8 +91,8 @@ def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, cap
     arms = ["derta-paper", "sparse", "steering-by-features", "lora-own"]
     lines = command("--arms", *arms)
     labels = [lasting.label(line) for line in lines]
-    assert labels == ["derta-paper", "derta-paper + subspace", "sparse", "steering-by-features",
-                      "lora-own", "lora-own + irr", "lora-own + lssf"]
+    assert labels == ["derta-paper", "derta-paper, then paper", "sparse", "steering-by-features",
+                      "lora-own", "lora-own, then irr", "lora-own, then lssf"]
     assert command("--arms", *arms) == lines
     capsys.readouterr()
     assert command("--print", "--figure", f"{tmp_path}/out.png") == lines
