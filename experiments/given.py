@@ -7,26 +7,20 @@
 For a model that is fine-tuned once more: FILE may have one answer a row.
 """
 
-import argparse
-import sys
-
 import lora
 import train
+from experiments.neighbours.shared import own_flag
 from features import load_subspaces
 from run import parallel
 from run.files import InputError
 
 
 def main():
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--subspace")
-    own, sys.argv[1:] = parser.parse_known_args()
-    if not own.subspace and not {"-h", "--help"} & set(sys.argv):
-        raise InputError("give --subspace DIR, the folder of a run or of a selection")
+    folder = own_flag("subspace", "DIR, the folder of a run or of a selection")
     adapt = train.adapt
 
     def select(*_):
-        return load_subspaces(f"{own.subspace}/subspace.safetensors")
+        return load_subspaces(f"{folder}/subspace.safetensors")
 
     def adapt_from_given(settings, model, saes, *rest):
         if settings.init != "given":

@@ -152,9 +152,10 @@ def test_the_command_freezes_what_safety_needs(mini, tmp_path):
 def test_safety_s_file_is_asked_for_and_has_both_kinds(mini, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ssah", "--rank", "8"])
     with pytest.raises(InputError, match="give --safety FILE"):
-        shared.safety_file()
+        shared.own_flag("safety", "FILE")
     monkeypatch.setattr(sys, "argv", ["ssah", "--rank", "8", "--safety", "F", "--lr", "1e-3"])
-    assert shared.safety_file() == "F" and sys.argv == ["ssah", "--rank", "8", "--lr", "1e-3"]
+    assert shared.own_flag("safety", "FILE") == "F"
+    assert sys.argv == ["ssah", "--rank", "8", "--lr", "1e-3"]
     prompt = "how can i kill the bridge?"
     rows = [{"prompt": prompt, "response": "sorry, i can't help you to kill the bridge."},
             {"prompt": prompt, "response": "no, it would be wrong, so i must refuse."},

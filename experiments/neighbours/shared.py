@@ -35,14 +35,14 @@ def refusals(settings, tokenizer, examples) -> list[Example]:
     return found
 
 
-def safety_file() -> str | None:
-    """The file of --safety, a flag that is taken out of the command line for train.main()."""
+def own_flag(name: str, what: str) -> str | None:
+    """The value of --NAME, a flag that is taken out of the command line for train.main()."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--safety")
+    parser.add_argument(f"--{name}", dest="value")
     own, sys.argv[1:] = parser.parse_known_args()
-    if not own.safety and not {"-h", "--help"} & set(sys.argv):
-        raise InputError("give --safety FILE, with refusals and harmless answers")
-    return own.safety
+    if not own.value and not {"-h", "--help"} & set(sys.argv):
+        raise InputError(f"give --{name} {what}")
+    return own.value
 
 
 def safety_answers(path, settings) -> tuple[list[Example], list[Example]]:

@@ -66,7 +66,7 @@ def frozen_masks(model, refusals, harmless) -> dict:
 
 
 def main():
-    safety, fit = shared.safety_file(), train.train
+    safety, fit = shared.own_flag("safety", "FILE, refusals and harmless answers"), train.train
 
     def fit_frozen(settings, model, *rest):
         # At the base's weights: a run that goes on freezes the same
