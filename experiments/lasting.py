@@ -280,9 +280,9 @@ def results(lines, kind: str) -> str:
                      *(tables.interval_cell(values[arm], 1, 100)
                        for values in (*before.values(), *later.values())),
                      tables.lead_cell(lead, 1, 100)])
-    head = ["arm", "runs", "harmful", "jailbreak", "harmful", "jailbreak", "over-refusal",
-            "benign right", f"jailbreak, less {BASELINE}"]
-    title = f"%, ± 95 % over worlds; from the third figure on after {kind} rows"
+    head = ["arm", "runs", "harmful", "jailbreak", "harmful after", "jailbreak after",
+            "over-refusal after", "right after", f"jailbreak after, less {BASELINE}"]
+    title = f"%, ± 95 % over worlds; after: {LATER} steps on {kind} rows"
     return f"{title}\n{table(rows, head, right=range(1, len(head)))}"
 
 
