@@ -268,20 +268,20 @@ def values_of(lines, kind, name: str) -> dict:
     return values
 
 
-def results(lines, kind: str) -> str:
+def results(lines, kind: str, baseline=BASELINE) -> str:
     """The table of one kind of rows, the arm that is safest afterwards first."""
     before = {name: values_of(lines, None, name) for name in ("harmful", "jailbreak")}
     later = {name: values_of(lines, kind, name)
              for name in ("harmful", "jailbreak", "over_refusal", "benign")}
     rows = []
     for arm in tables.sorted_by_mean(later["jailbreak"]):
-        lead = tables.paired(later["jailbreak"], arm, BASELINE) if arm != BASELINE else None
+        lead = tables.paired(later["jailbreak"], arm, baseline) if arm != baseline else None
         rows.append([arm, len(later["jailbreak"][arm]),
                      *(tables.interval_cell(values[arm], 1, 100)
                        for values in (*before.values(), *later.values())),
                      tables.lead_cell(lead, 1, 100)])
     head = ["arm", "runs", "harmful", "jailbreak", "harmful after", "jailbreak after",
-            "over-refusal after", "right after", f"jailbreak after, less {BASELINE}"]
+            "over-refusal after", "right after", f"jailbreak after, less {baseline}"]
     title = f"%, ± 95 % over worlds; after: {LATER} steps on {kind} rows"
     return f"{title}\n{table(rows, head, right=range(1, len(head)))}"
 
@@ -344,6 +344,8 @@ def main():
     add("--out", type=Path, default=RESULTS / "lasting.jsonl", metavar="FILE",
         help="lines are added here (default experiments/results/lasting.jsonl)")
     add("--print", action="store_true", help="print what the lines say, and stop")
+    add("--less", default=BASELINE, metavar="ARM",
+        help=f"that the others are compared with in the table (default {BASELINE})")
     add("--figure", type=Path, metavar="PNG", help="for --print: draw the first kind of rows")
     args = parser.parse_args()
     lines = read_lines([args.out])
@@ -353,7 +355,7 @@ def main():
         of_kind = [line for line in lines if kind in line["after"]]
         if not of_kind:
             raise InputError(f"{args.out} has no lines of {kind!r}")
-        print(results(of_kind, kind))
+        print(results(of_kind, kind, args.less))
     if args.figure:
         draw([line for line in lines if args.rows[0] in line["after"]], args.rows[0], args.figure)
 
