@@ -13,11 +13,12 @@ from torch.nn.functional import normalize
 
 import lora
 from experiments import selections
-from experiments.neighbours import averaging, derta, sift
+from experiments.neighbours import averaging, derta
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.pissa import factors
 from experiments.neighbours.rosi import harm_direction, inject
 from experiments.neighbours.shared import input_moments
+from experiments.neighbours.sift import masked
 from experiments.variants import begin, paper_bases, top, variant
 from experiments.worlds import RANK, STEPS, batches_of, full_parameters
 from model import TARGETS
@@ -96,11 +97,11 @@ def full_fine_tuning(world, model, generator):
 
 
 @variant
-def sparse(world, model, generator):
+def sift(world, model, generator):
     """SIFT: the 1 % of q, k, v, o whose gradient is largest on the first batch of seed 0."""
     parameters = full_parameters(model)
     rows = next(batches_of([aligned for aligned, _ in world.examples], 0))
-    sift.masked(model, [weight for _, weight in parameters], rows)
+    masked(model, [weight for _, weight in parameters], rows)
     return parameters, None
 
 

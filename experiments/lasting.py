@@ -29,7 +29,6 @@ from experiments.ablate import (RESULTS, WORLDS, append_lines, final_figures, fi
 from experiments.neighbours import (gsae, guardspace, irr, lssf, salora, shared, ssah,
                                     steering)
 from experiments.worlds import RANK, RATE, batches_of, build_world, fit, load_world
-from features import feature_statistics
 from model import MODULES, TARGETS, load_model
 from run.files import InputError, Parser, run_command, table
 from safety.ask import edited, steered
@@ -118,7 +117,8 @@ def ssah_frozen(world, model, rows, generator):
 
 
 def mended(mend):
-    """The defence that lets LoRA's own init train, and mends the model after the last step."""
+    """The defence that lets LoRA's own init train, and mends the model after the last step, by the
+    aligned model and the world's base model, the unaligned one."""
     def begin(world, model, rows, generator):
         aligned = copy.deepcopy(model)
         parameters, _ = own_init(world, model, rows, generator)
@@ -142,24 +142,6 @@ DEFENCES = {
 # -------------------------------------------------------------------------------------------------
 # Arms: a variant of the grid, and the defences that follow it
 
-@variants.variant
-def base(world, model, generator):
-    """The base model, which nobody has aligned."""
-    return [], None
-
-
-@variants.variant
-def steering_by_features(world, model, generator):
-    """The base model, which answers while the paper's features are added to its residuals."""
-    return [], None
-
-
-@variants.variant
-def gsae_steering(world, model, generator):
-    """The same with GSAE's features and its weights of them."""
-    return [], None
-
-
 ARMS = {
     "paper": [NO_DEFENCE, "paper"],
     "paper-frozen": [NO_DEFENCE],
@@ -172,23 +154,25 @@ ARMS = {
     "pissa": [NO_DEFENCE],
     "olora": [NO_DEFENCE],
     "eva": [NO_DEFENCE],
-    "sparse": [NO_DEFENCE],
+    "sift": [NO_DEFENCE],
     "lora-lox": [NO_DEFENCE],
     "lora-rosi": [NO_DEFENCE],
     "lora-average": [NO_DEFENCE],
     "bias-adapted": [NO_DEFENCE],
+    # The base model, which nobody has aligned: two answer while features are added (`answering`)
     "steering-by-features": [NO_DEFENCE],
     "gsae-steering": [NO_DEFENCE],
     "base": [NO_DEFENCE]}
 
 
 def aligned_model(world, variant: str, seed: int):
-    """A variant's model, merged."""
+    """A variant's model, merged; the base model for what is no variant."""
     model = load_model(world.folder)
-    parameters, _, steps = fine_tuned(world, model, variant, RATE, seed)
-    for _ in steps if parameters else ():
-        pass
-    lora.fold_lora(model)
+    if variant in variants.VARIANTS:
+        _, _, steps = fine_tuned(world, model, variant, RATE, seed)
+        for _ in steps:
+            pass
+        lora.fold_lora(model)
     return model
 
 
@@ -198,8 +182,7 @@ def answering(world, model, variant: str):
         return steered(model, steering.directions(world.saes, world.statistics, STRENGTH))
     if variant == "gsae-steering":
         saes = world.other_saes("gsae", toy.SAES["sae"], gsae.GraphTraining)
-        control = world.tokenizer.control
-        statistics = feature_statistics(world.model, saes, world.examples, control)
+        statistics = world.statistics_of(saes)
         return edited(model, {layer: gsae.edit(sae, statistics[layer], STRENGTH)
                               for layer, sae in saes.items()})
     return nullcontext()

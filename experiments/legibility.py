@@ -183,8 +183,8 @@ def agreements(lines) -> dict:
     return shares
 
 
-def results(lines) -> str:
-    """Means ± 95 % over worlds, and how far each arm lies from LoRA's own init."""
+def results(lines, baseline=BASELINE) -> str:
+    """Means ± 95 % over worlds, and how far each arm lies from the baseline."""
     values: dict = {name: defaultdict(dict) for name in DIGITS}
     for line in lines:
         for name, value in figures_of(line).items():
@@ -199,12 +199,12 @@ def results(lines) -> str:
             means.append([label, num_runs, *(
                 tables.interval_cell(of_name[variant], DIGITS[name])
                 for name, of_name in values.items())])
-        if num_runs and variant != BASELINE:
+        if num_runs and variant != baseline:
             leads.append([label, *(
-                tables.lead_cell(tables.paired(values[name], variant, BASELINE), DIGITS[name])
+                tables.lead_cell(tables.paired(values[name], variant, baseline), DIGITS[name])
                 for name in COMPARED)])
     head = ["", "runs", "gain", "named", "carried", "refusals", "agreement", "harm", "refusal"]
-    less = [f"less {ARMS[BASELINE]}", *COMPARED]
+    less = [f"less {ARMS[baseline]}", *COMPARED]
     return "\n\n".join((table(means, head, right=range(1, 9)),
                         table(leads, less, right=range(1, 5))))
 
@@ -217,6 +217,8 @@ def main():
     parser.add_argument("--variants", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--out", type=Path, default=RESULTS / "legibility.jsonl")
     parser.add_argument("--print", action="store_true", help="the table of --worlds alone")
+    parser.add_argument("--less", default=BASELINE, choices=list(ARMS),
+                        help=f"what the others are compared with (default {BASELINE})")
     args = parser.parse_args()
     done = read_lines([args.out])
     jobs = [] if args.print else list(itertools.product(args.worlds, args.seeds, args.variants))
@@ -232,7 +234,7 @@ def main():
         append_lines(args.out, [line])
         done.append(line)
         print(f"world {name}, seed {seed}, {variant}: {len(line['named'])} named")
-    print(results([line for line in done if line["world"] in args.worlds]))
+    print(results([line for line in done if line["world"] in args.worlds], args.less))
 
 
 if __name__ == "__main__":

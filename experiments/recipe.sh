@@ -26,7 +26,7 @@
 #       before and after, one pass   12 times       15 minutes    33 minutes
 #     5 1,663 prompts of six sets    14 times        5 minutes     8 minutes
 #     6 gcg, 21 prompts, at most      6 times        1 hour        4 hours
-#     8 50 steps more, three looks    6 times        7 minutes    15 minutes
+#     8 50 steps more, three looks    6 times        8 minutes    15 minutes
 #     in all                                        12 hours      34 hours
 #     memory of the card, LoRA                      12 GB         32 GB
 #     memory of the card, full                      57 GB         4 × 60 GB

@@ -16,8 +16,8 @@ from data import prompt_tokens
 from experiments import selections
 from experiments.neighbours.bias_adaptation import BiasTraining
 from experiments.worlds import LAYERS, RANK, TAU, TOP_K, WIDTH, targets
-from features import (SIDES, choose_features, contrast_gradients, feature_statistics,
-                      gradient_moments, module_bases, serving_layer, spanning_rows, subspace)
+from features import (SIDES, choose_features, contrast_gradients, gradient_moments, module_bases,
+                      serving_layer, spanning_rows, subspace)
 from saes import gradient
 from saes.step import Spec
 from toy.build import L0
@@ -80,8 +80,10 @@ def top(M):
 # -------------------------------------------------------------------------------------------------
 # The paper's selection, and random rows in its place
 
-def paper_bases(world, model, saes=None, statistics=None, norm_aware=False):
-    saes, statistics = saes or world.saes, statistics or world.statistics
+def paper_bases(world, model, saes=None, norm_aware=False):
+    """The paper's bases, by the world's own or other SAEs."""
+    statistics = world.statistics_of(saes) if saes else world.statistics
+    saes = saes or world.saes
     spaces = {}
     for layer, sae in saes.items():
         features = choose_features(statistics[layer], TOP_K)
@@ -118,23 +120,17 @@ def paper_full(world, model, generator):
     return module_bases(model, both_sides(spaces))
 
 
-def bases_of(world, model, saes):
-    """The paper's bases, by other SAEs."""
-    statistics = feature_statistics(world.model, saes, world.examples, world.tokenizer.control)
-    return paper_bases(world, model, saes, statistics)
-
-
 @basis
 def sasa(world, model, generator):
     """SAILS with a SASA's blocks for features."""
-    return bases_of(world, model, world.sasas)
+    return paper_bases(world, model, world.sasas)
 
 
 @basis
 def bias_adapted(world, model, generator):
     """SAILS with SAEs whose biases hold features to target frequencies (arXiv 2506.14002)."""
     spec = Spec("jumprelu", int(WIDTH), L0)
-    return bases_of(world, model, world.other_saes("bias-adapted", spec, BiasTraining))
+    return paper_bases(world, model, world.other_saes("bias-adapted", spec, BiasTraining))
 
 
 def random_features(world, layer, count, generator):

@@ -69,8 +69,11 @@ class World:
 
     @cached_property
     def statistics(self):
-        control = self.tokenizer.control
-        return feature_statistics(self.model, self.saes, self.examples, control)
+        return self.statistics_of(self.saes)
+
+    def statistics_of(self, saes):
+        """{layer: Statistics} of the pairs, by the world's own or other SAEs."""
+        return feature_statistics(self.model, saes, self.examples, self.tokenizer.control)
 
     @cached_property
     def gradients(self):

@@ -88,10 +88,10 @@ def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, cap
     monkeypatch.setitem(lasting.ARMS, "lora-own", ["none", "irr", "lssf"])
     monkeypatch.setattr(world, "sets", {name: rows[:1] + rows[-1:]
                                        for name, rows in world.sets.items()})
-    arms = ["derta-paper", "sparse", "steering-by-features", "lora-own"]
+    arms = ["derta-paper", "sift", "steering-by-features", "lora-own"]
     lines = command("--arms", *arms)
     labels = [lasting.label(line) for line in lines]
-    assert labels == ["derta-paper", "derta-paper, then paper", "sparse", "steering-by-features",
+    assert labels == ["derta-paper", "derta-paper, then paper", "sift", "steering-by-features",
                       "lora-own", "lora-own, then irr", "lora-own, then lssf"]
     assert command("--arms", *arms) == lines
     capsys.readouterr()
