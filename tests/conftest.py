@@ -1,5 +1,6 @@
 """Small random models for the tests, a folder like toy/, and commands as a person runs them."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -139,3 +140,31 @@ def world(mini, tmp_path_factory):
             for name, value in small.items():
                 patch.setattr(module, name, value, raising=False)
         yield worlds.load_world(7, str(folder.parent))
+
+
+def inputs_by_hand(model, name, examples):
+    """X (n, in) float64 of what a module reads at the answers' tokens, from whole forwards."""
+    kept = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, x: kept.append(x[0][0]))
+    for example in examples:
+        model.hidden(torch.tensor([example.tokens]))
+    hook.remove()
+    return torch.cat([x[example.start:] for x, example in zip(kept, examples)]).double()
+
+
+def same_when_resumed(make, folder, steps):
+    """SAE trainings: one saved after `steps` and taken up ends as one that ran through."""
+    whole, part, again = make(), make(), make()
+    list(whole)
+    for _ in itertools.islice(part, steps):
+        pass
+    part.save(folder)
+    again.load(folder)
+    assert again.step == steps
+    list(again)
+    for layer, trainer in whole.trainers.items():
+        wanted, state = trainer.state(), again.trainers[layer].state()
+        assert wanted.keys() == state.keys()
+        for key in wanted:
+            assert torch.equal(wanted[key], state[key]), key
+    return again

@@ -10,7 +10,7 @@ import torch
 
 import lora
 import train
-from conftest import ROOT, command, random_gemma, transformers_twin
+from conftest import ROOT, command, inputs_by_hand, random_gemma, transformers_twin
 from data import Example, Row
 from experiments import inits, variants
 from experiments.neighbours import derta, guardspace, irr, pissa, salora, shared, sift
@@ -100,23 +100,13 @@ def test_derta_draws_each_length_and_none_that_does_not_fit():
 
 
 # ---- Inits that stay projected -------------------------------------------------------------------
-def moments_by_hand(gemma, name, examples):
-    """XᵀX of what a module reads, from a forward that keeps X whole."""
-    kept = []
-    hook = gemma.get_submodule(name).register_forward_pre_hook(lambda _, x: kept.append(x[0][0]))
-    for example in examples:
-        gemma.hidden(torch.tensor([example.tokens]))
-    hook.remove()
-    X = torch.cat([x[example.start:] for x, example in zip(kept, examples)]).double()
-    return X, X.T @ X
-
-
 def test_input_moments_by_hand(gemma):
     examples = [Example([2, 5, 9, 7], 1, True), Example([2, 8, 30], 0, True)]
     moments = shared.input_moments(gemma, examples, ("q_proj", "o_proj"))
     assert len(moments) == 8
     for name in ("layers.0.self_attn.q_proj", "layers.3.self_attn.o_proj"):
-        assert torch.allclose(moments[name], moments_by_hand(gemma, name, examples)[1])
+        X = inputs_by_hand(gemma, name, examples)
+        assert torch.allclose(moments[name], X.T @ X)
 
 
 def spread(size, rank, seed):
@@ -223,7 +213,7 @@ def test_eva_begins_at_peft_s_incremental_svd(gemma):
     inits.eva(world, gemma, draw)
     name = "layers.2.self_attn.v_proj"
     wholes = [Example(example.tokens, 0, True) for example in examples]
-    X = moments_by_hand(world.model, name, wholes)[0]
+    X = inputs_by_hand(world.model, name, wholes)
     # In one batch: of several it keeps no more than the leading part after each
     theirs = pca.IncrementalPCA(n_components=inits.RANK).partial_fit(torch.cat((X, -X)))
     A, V = gemma.get_submodule(name).A, theirs.components_.float()

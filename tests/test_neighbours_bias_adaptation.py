@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from conftest import same_when_resumed
 from experiments.neighbours import bias_adaptation as gba
 from run.files import InputError
 from sae import load_sae
@@ -135,15 +136,7 @@ def test_a_resumed_training_is_the_same(tmp_path):
         def buffers(cursor):
             return ((i + 1, {0: random(200, 8, seed=i)}) for i in itertools.count(cursor))
         return gba.BiasTraining(buffers, SPEC, 20, 50, 3)
-    whole, part, again = make(), make(), make()
-    list(whole)
-    for _ in itertools.islice(part, 11):
-        pass
-    part.save(tmp_path)
-    again.load(tmp_path)
-    list(again)
-    for name, value in whole.trainers[0].parameters.items():
-        assert torch.equal(value, again.trainers[0].parameters[name]), name
+    same_when_resumed(make, tmp_path, 11)
 
 
 def test_another_architecture_is_refused():

@@ -9,7 +9,7 @@ import torch
 
 import lora
 import train
-from conftest import ROOT, SHAPES, command, random_gemma
+from conftest import ROOT, SHAPES, command, inputs_by_hand, random_gemma
 from data import Example, Row, load_examples, load_tokenizer
 from experiments.neighbours import shared, ssah
 from model import MODULES, load_model
@@ -18,16 +18,6 @@ from safety.rules import verdict
 
 REFUSALS = [Example([2, 5, 9, 7, 40, 41], 1, True), Example([2, 8, 30, 12], 2, True)]
 HARMLESS = [Example([2, 6, 19, 77, 90, 91, 14], 3, True), Example([2, 33, 30, 17], 1, True)]
-
-
-def inputs_by_hand(gemma, name, examples):
-    """X (n, in) of what a module reads at the answers' tokens."""
-    kept = []
-    hook = gemma.get_submodule(name).register_forward_pre_hook(lambda _, x: kept.append(x[0][0]))
-    for example in examples:
-        gemma.hidden(torch.tensor([example.tokens]))
-    hook.remove()
-    return torch.cat([x[example.start:] for x, example in zip(kept, examples)]).double()
 
 
 def test_importance_is_variance_times_weight(gemma):

@@ -1,7 +1,6 @@
 """saes/: gradients, what a step keeps true, the stream, exact resume, the commands, measuring."""
 
 import functools
-import itertools
 import math
 import sys
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import same_when_resumed
 from data import load_tokenizer
 from experiments import concepts
 from model import load_model
@@ -196,19 +196,7 @@ def test_a_resumed_training_is_the_same_bit_for_bit(name, tmp_path, small):
     def make():
         spec = Spec(name, 48, 6, block=3 if name == "sasa" else 1, dead_after=100)
         return Training(stream_of(small, (0, 1), buffer=150), spec, 20, 40, 3)
-    whole, part, again = make(), make(), make()
-    list(whole)
-    for _ in itertools.islice(part, 11):
-        pass
-    part.save(tmp_path)
-    again.load(tmp_path)
-    assert again.step == 11
-    list(again)
-    for layer in (0, 1):
-        wanted, state = whole.trainers[layer].state(), again.trainers[layer].state()
-        assert wanted.keys() == state.keys()
-        for key in wanted:
-            assert torch.equal(wanted[key], state[key]), key
+    again = same_when_resumed(make, tmp_path, 11)
 
     # One that has diverged leaves the checkpoint as it was
     before = (tmp_path / CHECKPOINT).read_bytes()
