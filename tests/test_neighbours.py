@@ -1,5 +1,6 @@
 """experiments/neighbours/: each method against its formula on whole matrices, or peft's own."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from experiments.neighbours.averaging import average
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.rosi import harm_direction, inject
 from features import load_subspaces, module_bases
+from fused import IGNORE
 from model import TARGETS, load_model
 from run.files import read_json, write_jsonl
 
@@ -97,6 +99,19 @@ def test_derta_draws_each_length_and_none_that_does_not_fit():
         assert {example.start for example in examples} == set(range(2, 3 + longest))
         for example in examples:
             assert example.tokens == [2, 5, *[31, 32, 33][:example.start - 2], 21, 9]
+
+
+def test_derta_s_arms_train_on_both_of_its_terms(world):
+    """Steps of the grid have rows whose labels aren't the next tokens: one token at each place."""
+    for name in inits.BATCHES:
+        rows = list(itertools.chain(*itertools.islice(inits.BATCHES[name](world, 0), 9)))
+        refusing = [row for row in rows if not torch.equal(
+            row.labels[row.labels != IGNORE], row.tokens.roll(-1)[row.labels != IGNORE])]
+        assert 0 < len(refusing) < len(rows)
+        for row in refusing:
+            inside = row.labels != IGNORE
+            for number in row.documents[inside].unique():
+                assert len(set(row.labels[inside & (row.documents == number)].tolist())) == 1
 
 
 # ---- Inits that stay projected -------------------------------------------------------------------

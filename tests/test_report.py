@@ -255,7 +255,8 @@ def test_a_short_run_names_what_survives(run_of):
 # ------------------------------------------------------------------------------
 # Explanations
 
-def test_peaks_are_where_the_base_fires_most(toy):
+def test_peaks_are_where_the_base_fires_most(toy, monkeypatch):
+    monkeypatch.setattr("report.explain.BATCH", 2)     # five texts of different lengths are three
     tokenizer, saes = toy
     base, generator = load_model(TOY), torch.Generator().manual_seed(3)
     texts, strongest = [], []               # strongest: of each text, (F)
