@@ -4,11 +4,11 @@
     python -m experiments.lasting --worlds 1 --seeds 0 --arms paper lora-own
     python -m experiments.lasting --print --figure lasting.png   # what the lines say
 
-An arm aligns a world's base model, which is then merged and fine-tuned once more, LATER steps on
-the world's benign rows (or with a share that complies with harm, see experiments/after.py). A
-defence is what the second fine-tuning does differently, so it takes somebody who cooperates:
-"lora-own, then salora" is LoRA's own init, then SaLoRA. Sets are asked before and after. Each run
-is a line of --out, and a run whose line is there isn't done again.
+An arm aligns a world's base model at its best rate, by the sweep in results/standing.jsonl. The
+model is then merged and fine-tuned once more, LATER steps at RATE on the world's benign rows (or
+others of experiments/after.py). A defence is what the second fine-tuning does differently, so it
+takes somebody who cooperates: "lora-own, then salora" is LoRA's own init, then SaLoRA. Sets are
+asked before and after. Each run is a line of --out, and a run whose line is there isn't done again.
 """
 
 import copy
@@ -144,13 +144,12 @@ DEFENCES = {
 
 ARMS = {
     "paper": [NO_DEFENCE, "paper"],
-    "paper-frozen": [NO_DEFENCE],
     "greedy-rotated": [NO_DEFENCE, "greedy"],
     "orthonormal": [NO_DEFENCE],
-    "lora-own": list(DEFENCES),
+    "lora-own": [defence for defence in DEFENCES if defence != "paper"],
     "full-fine-tuning": [NO_DEFENCE],
     "derta-own": [NO_DEFENCE],
-    "derta-paper": [NO_DEFENCE, "paper"],
+    "derta-paper": [NO_DEFENCE],
     "pissa": [NO_DEFENCE],
     "olora": [NO_DEFENCE],
     "eva": [NO_DEFENCE],
@@ -165,11 +164,11 @@ ARMS = {
     "base": [NO_DEFENCE]}
 
 
-def aligned_model(world, variant: str, seed: int):
+def aligned_model(world, variant: str, rate: float, seed: int):
     """A variant's model, merged; the base model for what is no variant."""
     model = load_model(world.folder)
     if variant in variants.VARIANTS:
-        _, _, steps = fine_tuned(world, model, variant, RATE, seed)
+        _, _, steps = fine_tuned(world, model, variant, rate, seed)
         for _ in steps:
             pass
         lora.fold_lora(model)
@@ -201,9 +200,9 @@ def later_rows(world) -> dict:
             for kind, rows in after.toy_rows(Words(world.seed)).items()}
 
 
-def measure(world, variant: str, seed: int, kinds, defences) -> list[dict]:
+def measure(world, variant: str, rate: float, seed: int, kinds, defences) -> list[dict]:
     """A line for each of the defences: the figures before and after each kind of rows."""
-    aligned = aligned_model(world, variant, seed)
+    aligned = aligned_model(world, variant, rate, seed)
     before = asked(world, aligned, variant)
     mixtures = after.mixtures(later_rows(world), seed)
     lines = []
@@ -293,18 +292,23 @@ def draw(lines, kind: str, path) -> None:
 
 def run_missing(args, lines) -> None:
     torch.set_num_threads(1)
-    done = {(line["world"], line["seed"], label(line)): set(line["after"]) for line in lines}
-    for seed, world_seed in itertools.product(args.seeds, args.worlds):
+    rates = tables.best_rates(read_lines([RESULTS / "standing.jsonl"]))
+    done = {(line["world"], line["seed"], line["variant"], line["defence"], kind)
+            for line in lines for kind in line["after"]}
+    for world_seed in args.worlds:
         build_world(world_seed, str(WORLDS))
         if not (WORLDS / str(world_seed) / "world.json").exists():
             continue
         world = load_world(world_seed, str(WORLDS))
-        for variant in args.arms:
-            key = {"world": world_seed, "seed": seed}
-            left = [defence for defence in ARMS[variant] if not set(args.rows) <= done.get(
-                (world_seed, seed, label({"variant": variant, "defence": defence})), set())]
-            for line in measure(world, variant, seed, args.rows, left) if left else ():
-                line = key | line | {"lr": RATE, "digest": world.digest} | versions()
+        for seed, variant in itertools.product(args.seeds, args.arms):
+            rate = rates.get(variant, RATE)
+            wanted = [defence for defence in ARMS[variant] if defence in args.defences]
+            left = [defence for defence in wanted if not done.issuperset(
+                (world_seed, seed, variant, defence, kind) for kind in args.rows)]
+            runs = measure(world, variant, rate, seed, args.rows, left) if left else ()
+            for line in runs:
+                line = {"world": world_seed, "seed": seed, "lr": rate, **line,
+                        "digest": world.digest, **versions()}
                 append_lines(args.out, [line])
                 lines.append(line)
                 print(f"world {world_seed}, seed {seed}, {label(line)}: jailbreak "
@@ -318,12 +322,14 @@ def main():
     add = parser.add_argument
     add("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="NAME",
         help=f"of {', '.join(ARMS)} (default: all)")
+    add("--defences", nargs="+", default=list(DEFENCES), choices=list(DEFENCES), metavar="NAME",
+        help=f"of {', '.join(DEFENCES)} (default: all that an arm has)")
     add("--worlds", nargs="+", type=int, default=list(range(1, 9)), metavar="SEED",
         help="default 1 to 8")
     add("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="default 0 1")
-    add("--rows", nargs="+", default=["benign", "5% harmful"], metavar="KIND",
-        help="of the second fine-tuning, as experiments.after names them (default: benign and "
-             "'5%% harmful')")
+    add("--rows", nargs="+", default=["benign"], metavar="KIND",
+        help="of the second fine-tuning: benign (default), '1%% harmful', '5%% harmful', "
+             "'10%% harmful', identity")
     add("--out", type=Path, default=RESULTS / "lasting.jsonl", metavar="FILE",
         help="lines are added here (default experiments/results/lasting.jsonl)")
     add("--print", action="store_true", help="print what the lines say, and stop")
@@ -334,6 +340,8 @@ def main():
     lines = read_lines([args.out])
     if not args.print:
         run_missing(args, lines)
+    lines = [line for line in lines
+             if line["variant"] in args.arms and line["defence"] in args.defences]
     for kind in args.rows:
         of_kind = [line for line in lines if kind in line["after"]]
         if not of_kind:

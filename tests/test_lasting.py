@@ -91,8 +91,10 @@ def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, cap
     arms = ["derta-paper", "sift", "steering-by-features", "lora-own"]
     lines = command("--arms", *arms)
     labels = [lasting.label(line) for line in lines]
-    assert labels == ["derta-paper", "derta-paper, then paper", "sift", "steering-by-features",
-                      "lora-own", "lora-own, then irr", "lora-own, then lssf"]
+    assert labels == ["derta-paper", "sift", "steering-by-features", "lora-own",
+                      "lora-own, then irr", "lora-own, then lssf"]
+    assert lines[3]["lr"] == tables.best_rates(read_jsonl(lasting.RESULTS / "standing.jsonl"))[
+        "lora-own"]
     assert command("--arms", *arms) == lines
     capsys.readouterr()
     assert command("--print", "--figure", f"{tmp_path}/out.png") == lines

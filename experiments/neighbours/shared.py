@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import lora
@@ -18,6 +19,8 @@ from data import Example, load_examples, load_tokenizer
 from run.files import InputError
 from run.settings import model_folder
 from safety.rules import verdict
+
+BATCH = 16                        # examples
 
 
 def refuses(tokenizer, aligned: Example, unaligned: Example | None) -> bool:
@@ -64,14 +67,20 @@ def safety_answers(path, settings) -> tuple[list[Example], list[Example]]:
 def input_sums(model, examples, modules, of_input) -> dict[str, Tensor]:
     """{name: sum of of_input(X (n, in) float64)} of the modules {name: module}, X what a module
     reads at an example's tokens from its start on."""
-    sums, hooks, start = {}, [], 0
+    sums, hooks, counted = {}, [], None
     for name, module in modules.items():
         def add(_, inputs, name=name):
-            sums[name] = sums.get(name, 0) + of_input(inputs[0][0, start:].double())
+            sums[name] = sums.get(name, 0) + of_input(inputs[0][counted].double())
         hooks.append(module.register_forward_pre_hook(add))
-    for example in examples:
-        start = example.start
-        model.hidden(torch.tensor([example.tokens], device=model.embed_tokens.weight.device))
+    # Rows of like length, padded on the right, where no token sees it
+    examples = sorted(examples, key=lambda example: len(example.tokens))
+    for first in range(0, len(examples), BATCH):
+        batch = examples[first:first + BATCH]
+        ids = pad_sequence([torch.tensor(example.tokens) for example in batch], batch_first=True)
+        place = torch.arange(ids.shape[1])
+        counted = torch.stack([(place >= example.start) & (place < len(example.tokens))
+                               for example in batch])                       # (B, T)
+        model.hidden(ids.to(model.embed_tokens.weight.device))
     for hook in hooks:
         hook.remove()
     return sums
