@@ -28,13 +28,14 @@ from tqdm import tqdm
 import lora
 from eval import answer
 from experiments import tables
-from experiments.inits import AFTER, BATCHES
+from experiments.inits import AFTER, BATCHES, LOSSES
 from experiments.variants import VARIANTS
 from experiments.worlds import RANK, RATE, STEPS, build_world, fit, load_world
 from model import load_model
 from run.files import ROOT, InputError, Parser, read_jsonl, run_command, table
 from safety.figures import figures
 from safety.rules import verdict
+from train import row_loss
 
 LOOKS = (*range(0, 31, 2), *range(36, 61, 6))
 STANDING = ("lora-own", "lora-unit", "decoder-full", "paper", "greedy-rotated", "oracle")
@@ -67,10 +68,11 @@ def fine_tuned(world, model, name: str, rate: float, seed: int):
     generator = torch.Generator().manual_seed(draw_seed)
     parameters, bases = VARIANTS[name](world, model, generator)
     batches = BATCHES[name](world, seed) if name in BATCHES else None
+    loss = LOSSES[name](world, seed) if name in LOSSES else row_loss
 
     def steps():
         state: dict = {}
-        for metrics in fit(world, model, parameters, rate, seed, batches):
+        for metrics in fit(world, model, parameters, rate, seed, batches, loss=loss):
             if name in AFTER:
                 AFTER[name](world, model, metrics["step"], state)
             yield metrics

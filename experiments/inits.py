@@ -2,11 +2,13 @@
 
 Each is a variant as in variants.py. AFTER[name](world, model, step, state) is called after each
 training step of the variant of that name; `state` is a dict to keep things in. BATCHES[name](world,
-seed) are its batches, where they aren't those of the aligned answers.
+seed) are its batches, where they aren't those of the aligned answers, and LOSSES[name](world, seed)
+is its loss, where it isn't train.row_loss.
 Letters: r rank, in and out the widths of W.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch.nn.functional import normalize
@@ -17,10 +19,11 @@ from experiments.neighbours import averaging, derta
 from experiments.neighbours.lox import extrapolate
 from experiments.neighbours.pissa import factors
 from experiments.neighbours.rosi import harm_direction, inject
-from experiments.neighbours.shared import input_moments
+from experiments.neighbours.shared import harmful_only, input_moments
 from experiments.neighbours.sift import masked
+from experiments.neighbours.sspu import forget_and_keep, objective, relevant
 from experiments.variants import begin, paper_bases, top, variant
-from experiments.worlds import RANK, STEPS, batches_of, full_parameters
+from experiments.worlds import LAYERS, RANK, STEPS, batches_of, full_parameters
 from model import TARGETS
 
 ROSI_ALPHA = 3.0               # chosen on world 101, like LoX's k and factor:
@@ -106,11 +109,11 @@ def sift(world, model, generator):
 
 
 # -------------------------------------------------------------------------------------------------
-# Other batches
+# Other batches, and another loss
 
-def derta_batches(world, seed):
-    pairs = derta.harmful_only(world.tokenizer, world.examples)
-    return batches_of(pairs, seed, derta.pack_pairs)
+def batches_by(pack):
+    """An entry of BATCHES, by a `pack` of pairs."""
+    return lambda world, seed: batches_of(harmful_only(world.tokenizer, world.examples), seed, pack)
 
 
 @variant
@@ -125,7 +128,28 @@ def derta_paper(world, model, generator):
     return begin(model, generator, paper_bases(world, model))
 
 
-BATCHES = {"derta-own": derta_batches, "derta-paper": derta_batches}
+WRITERS = ("o_proj", "down_proj")
+
+
+def sspu_spaces(world):
+    """{side: U (D, r)}: the span of the relevant features, and (readers) of the irrelevant ones."""
+    layer = LAYERS[1]
+    choices = relevant(None, {layer: world.saes[layer]}, None, world.statistics,
+                       SimpleNamespace(top_k=RANK))
+    return {side: choice.U for (_, side), choice in choices.items()}
+
+
+@variant
+def sspu(world, model, generator):
+    """SSPU: harmful answers are unlearned, within the span of their features."""
+    bases = dict.fromkeys(lora.linears(model, WRITERS), sspu_spaces(world)["writers"])
+    parameters, _ = begin(model, generator, bases, freeze_basis=True, targets=WRITERS)
+    return parameters[:len(WRITERS) * (LAYERS[1] + 1)], bases       # later blocks have no part
+
+
+BATCHES = {"derta-own": batches_by(derta.pack_pairs), "derta-paper": batches_by(derta.pack_pairs),
+           "sspu": batches_by(forget_and_keep)}
+LOSSES = {"sspu": lambda world, seed: objective(LAYERS[1], sspu_spaces(world)["readers"], seed)}
 
 
 # -------------------------------------------------------------------------------------------------

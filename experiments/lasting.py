@@ -150,6 +150,7 @@ ARMS = {
     "full-fine-tuning": [NO_DEFENCE],
     "derta-own": [NO_DEFENCE],
     "derta-paper": [NO_DEFENCE],
+    "sspu": [NO_DEFENCE],
     "pissa": [NO_DEFENCE],
     "olora": [NO_DEFENCE],
     "eva": [NO_DEFENCE],

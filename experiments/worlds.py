@@ -193,7 +193,8 @@ def batches_of(examples, seed: int, pack=pack):
     return train.batches_of(examples, settings, pack)
 
 
-def fit(world: World, model, parameters, rate: float, seed: int, batches=None, steps=0):
+def fit(world: World, model, parameters, rate: float, seed: int, batches=None, steps=0,
+        loss=train.row_loss):
     """train.fit's metrics, step by step, of STEPS or `steps` on the world's aligned answers or on
     `batches`."""
     trained = [parameter for _, parameter in parameters]
@@ -204,4 +205,4 @@ def fit(world: World, model, parameters, rate: float, seed: int, batches=None, s
     # A step's rows in one forward: a sixth faster than one by one at this size
     stacked = ([Row(*map(torch.stack, zip(*(vars(row).values() for row in rows))))]
                for rows in itertools.islice(batches, steps))
-    return train.fit(model, optimizer, stacked, schedule, clip=1.0)
+    return train.fit(model, optimizer, stacked, schedule, clip=1.0, loss=loss)

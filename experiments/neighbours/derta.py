@@ -14,14 +14,11 @@ trained on r alone, as the paper's helpful answers are; each trained token weigh
 """
 
 import random
-from functools import partial
 
-import train
-from data import Example, load_tokenizer, pack
-from experiments.neighbours.shared import refusals, refuses
+from data import Example, pack
+from experiments.neighbours import shared
 from fused import IGNORE
 from run import parallel
-from run.settings import model_folder
 
 
 def behind_prefix(aligned: Example, unaligned: Example, length: int, draw: random.Random):
@@ -55,25 +52,5 @@ def pack_pairs(pairs, length, seed, epoch):
     return rows
 
 
-def harmful_only(tokenizer, examples):
-    """Pairs of which only those that refuse keep their unaligned answer; the others get None."""
-    return [pair if refuses(tokenizer, *pair) else (pair[0], None) for pair in examples]
-
-
-def main():
-    fit_aligned = train.train
-
-    def fit_pairs(settings, model, named, bases, examples, *rest):
-        tokenizer = load_tokenizer(model_folder(settings.model))
-        pairs = harmful_only(tokenizer, examples)
-        refusals(settings, tokenizer, pairs)    # raises where there is none
-        # train() takes the first of each tuple: here that is the pair itself
-        return fit_aligned(settings, model, named, bases, [(pair,) for pair in pairs], *rest)
-
-    train.train, train.pack = fit_pairs, pack_pairs
-    train.batches_of = partial(train.batches_of, pack=pack_pairs)
-    return train.main()
-
-
 if __name__ == "__main__":
-    parallel.run(main)
+    parallel.run(lambda: shared.main_of_pairs(pack_pairs))

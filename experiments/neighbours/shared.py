@@ -38,6 +38,11 @@ def refusals(settings, tokenizer, examples) -> list[Example]:
     return found
 
 
+def harmful_only(tokenizer, examples):
+    """Pairs of which only those that refuse keep their unaligned answer; the others get None."""
+    return [pair if refuses(tokenizer, *pair) else (pair[0], None) for pair in examples]
+
+
 def own_flag(name: str, what: str) -> str | None:
     """The value of --NAME, a flag that is taken out of the command line for train.main()."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -149,6 +154,26 @@ def project(layer: lora.LoRALinear, start: Start):
     r = len(start.A)
     layer.A[:r] = start.inside_A(layer.A[:r])
     layer.B[:, :r] = start.inside_B(layer.B[:, :r])
+
+
+def main_of_pairs(pack, prepare=None):
+    """train.main() with `pack` in the place of data.pack, for the pairs of `harmful_only`.
+
+    prepare(settings, named, folder) -> what is trained of `named`, [(name, parameter)].
+    """
+    fit = train.train
+
+    def fit_pairs(settings, model, named, bases, examples, folder, *rest):
+        tokenizer = load_tokenizer(model_folder(settings.model))
+        pairs = harmful_only(tokenizer, examples)
+        refusals(settings, tokenizer, pairs)    # raises where there is none
+        named = prepare(settings, named, folder) if prepare else named
+        # train() takes the first of each tuple: here that is the pair itself
+        fit(settings, model, named, bases, [(pair,) for pair in pairs], folder, *rest)
+
+    train.train, train.pack = fit_pairs, pack
+    train.batches_of = partial(train.batches_of, pack=pack)
+    return train.main()
 
 
 def main(name, starts_of):
