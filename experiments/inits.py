@@ -135,7 +135,7 @@ def sspu_spaces(world):
     """{side: U (D, r)}: the span of the relevant features, and (readers) of the irrelevant ones."""
     layer = LAYERS[1]
     choices = relevant(None, {layer: world.saes[layer]}, None, world.statistics,
-                       SimpleNamespace(top_k=RANK))
+                       SimpleNamespace(rank=RANK))
     return {side: choice.U for (_, side), choice in choices.items()}
 
 

@@ -1,10 +1,11 @@
 """SSPU (arXiv 2505.24428): unlearn harmful answers, within the SAE features that are theirs.
 
-    python -m experiments.neighbours.sspu --select relevant --layers 2 --top-k 16 \\
-        --targets o_proj down_proj --freeze-basis --out runs/sspu
+    python -m experiments.neighbours.sspu --select relevant --freeze-basis \\
+        --targets o_proj down_proj --out runs/sspu
 
-R are the k features most active on what is to be forgotten, less on what is to be kept, and N the
-last in that order. With h the residual stream at the SAE's layer, h_0 the base's, u ~ N(0, I),
+R are the --rank features of one SAE, the first of --layers, that are most active on what is to be
+forgotten, less on what is to be kept, and N the last in that order. With h the residual stream at
+that layer, h_0 the base model's, and u ~ N(0, I),
 
     U_R, U_N = Q of the QR of the decoder rows of R, of N
     c = U_N·U_Nᵀ·u, the control signal
@@ -12,8 +13,8 @@ last in that order. With h the residual stream at the SAE's layer, h_0 the base'
 
 Accounts of the paper tell these steps in words; it and its code couldn't be looked up. Ours:
 forgotten are answers that comply where the aligned one refuses, kept all aligned ones; the order is
-by −Δ; c has the length of h_0, and both terms are divided by ‖h_0‖²; u is drawn once, by --seed;
-ΔW = U_R·A is a LoRA with a frozen basis, of what writes the stream up to the layer.
+by −Δ; c has h_0's length, and both terms are divided by ‖h_0‖²; u is drawn once, by --seed; ΔW is
+a LoRA, U_R·A, of what writes the stream up to the layer.
 """
 
 import torch
@@ -26,26 +27,24 @@ from data import pack
 from experiments.neighbours import shared
 from fused import IGNORE
 from run import parallel
-
-FORGET, KEEP = 1, 0             # labels
+from run.files import InputError
 
 
 def relevant(model, saes, pairs, statistics, settings):
-    """{(layer, side): Choice} of the first SAE: U_R for writers, U_N where readers have theirs."""
-    layer, k, choices = min(saes), settings.top_k, {}
+    """{(layer, side): Choice}: U_R for writers, and U_N where readers would have theirs."""
+    layer, k, choices = min(saes), settings.rank, {}
     delta = statistics[layer].delta.cpu()
-    order = delta.argsort()
-    for side, units in (("writers", order[:k]), ("readers", order[-k:])):
+    for side, units in (("writers", delta.argsort()[:k]), ("readers", delta.argsort()[-k:])):
         U = torch.linalg.qr(saes[layer].directions(units).float().cpu().T).Q.contiguous()
         choices[layer, side] = features.Choice(units, -delta[units], U, 1.0, "rank")
     return choices
 
 
 def forget_and_keep(pairs, length, seed, epoch):
-    """Rows to forget and to keep by turns, of pairs (aligned, unaligned or None)."""
+    """Rows to forget (labels 1) and to keep (0) by turns, of pairs (aligned, unaligned or None)."""
     forget = pack([unaligned for _, unaligned in pairs if unaligned], length, seed, epoch)
     keep = pack([aligned for aligned, _ in pairs], length, seed, epoch)
-    for rows, label in ((forget, FORGET), (keep, KEEP)):
+    for rows, label in ((forget, 1), (keep, 0)):
         for row in rows:
             row.labels[row.labels != IGNORE] = label
     return [row for both in zip(forget, keep) for row in both]
@@ -61,15 +60,17 @@ def objective(layer, U_N, seed):
         with torch.no_grad(), lora.scaled(model, 0):
             base = model.hidden(row.tokens, row.documents, stop_after=layer)[0].float()
         length = base.norm(dim=-1, keepdim=True)                                # (B, T, 1)
-        target = torch.where(row.labels[..., None] == FORGET, length * direction.to(base), base)
+        target = torch.where(row.labels[..., None] == 1, length * direction.to(base), base)
         return ((h - target) / length).square().sum(-1)[row.labels != IGNORE].sum()
     return loss
 
 
 def prepare(settings, named, folder):
-    subspaces = features.load_subspaces(folder / "subspace.safetensors")
-    layer = min(layer for layer, _ in subspaces)
-    train.row_loss = objective(layer, subspaces[layer, "readers"], settings.seed)
+    writers = set(settings.targets) <= {"o_proj", "down_proj"}
+    if settings.select != "relevant" or not settings.freeze_basis or not writers:
+        raise InputError("give --select relevant --freeze-basis --targets o_proj down_proj")
+    (layer, _), U_N = min(features.load_subspaces(folder / "subspace.safetensors").items())
+    train.row_loss = objective(layer, U_N, settings.seed)
     # Later blocks have no part in h
     return [(name, part) for name, part in named if int(name.split(".")[1]) <= layer]
 
