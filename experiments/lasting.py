@@ -4,7 +4,7 @@
     python -m experiments.lasting --worlds 1 --seeds 0 --arms paper lora-own
     python -m experiments.lasting --print --figure lasting.png   # what the lines say
 
-An arm aligns a world's base model at its best rate, by the sweep in results/standing.jsonl. The
+An arm aligns a world's base model, at its best rate by the sweep in results/standing.jsonl. The
 model is then merged and fine-tuned once more, LATER steps at RATE on the world's benign rows (or
 others of experiments/after.py). A defence is what the second fine-tuning does differently, so it
 takes somebody who cooperates: "lora-own, then salora" is LoRA's own init, then SaLoRA. Sets are
@@ -291,25 +291,27 @@ def draw(lines, kind: str, path) -> None:
     pyplot.close(picture)
 
 
-def run_missing(args, lines) -> None:
+def key_of(line, kind) -> tuple:
+    return line["world"], line["seed"], line["lr"], label(line), kind
+
+
+def run_missing(args, rates: dict[str, float], lines) -> None:
+    """Append what is missing to --out and to the lines; rates: {arm: of its alignment}."""
     torch.set_num_threads(1)
-    rates = tables.best_rates(read_lines([RESULTS / "standing.jsonl"]))
-    done = {(line["world"], line["seed"], line["variant"], line["defence"], kind)
-            for line in lines for kind in line["after"]}
+    done = {key_of(line, kind) for line in lines for kind in line["after"]}
     for world_seed in args.worlds:
         build_world(world_seed, str(WORLDS))
         if not (WORLDS / str(world_seed) / "world.json").exists():
             continue
         world = load_world(world_seed, str(WORLDS))
         for seed, variant in itertools.product(args.seeds, args.arms):
-            rate = rates.get(variant, RATE)
+            key = {"world": world_seed, "seed": seed, "lr": rates[variant], "variant": variant}
             wanted = [defence for defence in ARMS[variant] if defence in args.defences]
             left = [defence for defence in wanted if not done.issuperset(
-                (world_seed, seed, variant, defence, kind) for kind in args.rows)]
-            runs = measure(world, variant, rate, seed, args.rows, left) if left else ()
+                key_of(key | {"defence": defence}, kind) for kind in args.rows)]
+            runs = measure(world, variant, rates[variant], seed, args.rows, left) if left else ()
             for line in runs:
-                line = {"world": world_seed, "seed": seed, "lr": rate, **line,
-                        "digest": world.digest, **versions()}
+                line = key | line | {"digest": world.digest} | versions()
                 append_lines(args.out, [line])
                 lines.append(line)
                 print(f"world {world_seed}, seed {seed}, {label(line)}: jailbreak "
@@ -325,6 +327,8 @@ def main():
         help=f"of {', '.join(ARMS)} (default: all)")
     add("--defences", nargs="+", default=list(DEFENCES), choices=list(DEFENCES), metavar="NAME",
         help=f"of {', '.join(DEFENCES)} (default: all that an arm has)")
+    add("--lr", type=float, metavar="LR",
+        help="of the alignment (default: each arm's best)")
     add("--worlds", nargs="+", type=int, default=list(range(1, 9)), metavar="SEED",
         help="default 1 to 8")
     add("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="default 0 1")
@@ -338,11 +342,13 @@ def main():
         help=f"that the others are compared with in the table (default {BASELINE})")
     add("--figure", type=Path, metavar="PNG", help="for --print: draw the first kind of rows")
     args = parser.parse_args()
+    best = tables.best_rates(read_lines([RESULTS / "standing.jsonl"]))
+    rates = {arm: args.lr or best.get(arm, RATE) for arm in args.arms}
     lines = read_lines([args.out])
     if not args.print:
-        run_missing(args, lines)
+        run_missing(args, rates, lines)
     lines = [line for line in lines
-             if line["variant"] in args.arms and line["defence"] in args.defences]
+             if rates.get(line["variant"]) == line["lr"] and line["defence"] in args.defences]
     for kind in args.rows:
         of_kind = [line for line in lines if kind in line["after"]]
         if not of_kind:

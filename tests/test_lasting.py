@@ -93,11 +93,13 @@ def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, cap
     labels = [lasting.label(line) for line in lines]
     assert labels == ["derta-paper", "sift", "steering-by-features", "lora-own",
                       "lora-own, then irr", "lora-own, then lssf"]
-    assert lines[3]["lr"] == tables.best_rates(read_jsonl(lasting.RESULTS / "standing.jsonl"))[
-        "lora-own"]
+    best = tables.best_rates(read_jsonl(lasting.RESULTS / "standing.jsonl"))
+    assert [line["lr"] for line in lines[3:]] == 3 * [best["lora-own"]]
     assert command("--arms", *arms) == lines
+    more = command("--arms", "lora-own", "--defences", "none", "--lr", "4e-3")
+    assert more[:-1] == lines and more[-1]["lr"] == 4e-3 != best["lora-own"]
     capsys.readouterr()
-    assert command("--print", "--figure", f"{tmp_path}/out.png") == lines
+    command("--print", "--figure", f"{tmp_path}/out.png")
     assert len(capsys.readouterr().out.splitlines()) == 3 + len(lines)
     with pytest.raises(InputError, match="no lines of 'identity'"):
         command("--print", "--rows", "identity")
