@@ -252,19 +252,22 @@ def values_of(lines, kind, name: str) -> dict:
 
 
 def results(lines, kind: str, baseline=BASELINE) -> str:
-    """The table of one kind of rows, the arm that is safest afterwards first."""
-    before = {name: values_of(lines, None, name) for name in ("harmful", "jailbreak")}
-    later = {name: values_of(lines, kind, name)
-             for name in ("harmful", "jailbreak", "over_refusal", "benign")}
+    """The table of one kind of rows, the arm that is safest under jailbreak afterwards first."""
+    before, later = (values_of(lines, of, "jailbreak") for of in (None, kind))
+    columns = {
+        "jailbreak": before,
+        "after": later,
+        "lost": {arm: {run: before[arm][run] - value for run, value in values.items()}
+                 for arm, values in later.items()},
+        "harmful after": values_of(lines, kind, "harmful"),
+        "over-refusal after": values_of(lines, kind, "over_refusal"),
+        "right after": values_of(lines, kind, "benign")}
     rows = []
-    for arm in tables.sorted_by_mean(later["jailbreak"]):
-        lead = tables.paired(later["jailbreak"], arm, baseline) if arm != baseline else None
-        rows.append([arm, len(later["jailbreak"][arm]),
-                     *(tables.interval_cell(values[arm], 1, 100)
-                       for values in (*before.values(), *later.values())),
-                     tables.lead_cell(lead, 1, 100)])
-    head = ["arm", "runs", "harmful", "jailbreak", "harmful after", "jailbreak after",
-            "over-refusal after", "right after", f"jailbreak after, less {baseline}"]
+    for arm in tables.sorted_by_mean(later):
+        lead = tables.paired(later, arm, baseline) if arm != baseline else None
+        cells = [tables.interval_cell(values[arm], 1, 100) for values in columns.values()]
+        rows.append([arm, len(later[arm]), *cells, tables.lead_cell(lead, 1, 100)])
+    head = ["arm", "runs", *columns, f"jailbreak after, less {baseline}"]
     title = f"%, ± 95 % over worlds; after: {LATER} steps on {kind} rows"
     return f"{title}\n{table(rows, head, right=range(1, len(head)))}"
 

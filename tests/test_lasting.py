@@ -107,14 +107,14 @@ def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, cap
 
 def test_the_lead_is_paired_over_worlds(capsys):
     def line(world, variant, jailbreak):
-        figures = {"harmful": 1.0, "jailbreak": jailbreak, "benign": 1.0,
-                   "over_refusal": {"harm verb": 0.2, "sensitive noun": 0.4}}
+        before = {"harmful": 1.0, "jailbreak": jailbreak + 0.05, "benign": 1.0,
+                  "over_refusal": {"harm verb": 0.2, "sensitive noun": 0.4}}
         return {"world": world, "seed": 0, "variant": variant, "defence": "none",
-                "before": figures, "after": {"benign": figures}}
+                "before": before, "after": {"benign": before | {"jailbreak": jailbreak}}}
 
     lines = [line(1, "lora-own", 0.5), line(2, "lora-own", 0.7), line(1, "paper", 0.6),
              line(2, "paper", 0.9)]
     row = lasting.results(lines, "benign").splitlines()[3]
     low, high = tables.t_interval([0.1, 0.2])
     assert row.split()[0] == "paper" and f"+15.0 [{100 * low:+.1f}, {100 * high:+.1f}]" in row
-    assert "30.0" in row
+    assert " 75.0 ± 1" in row and " 5.0 ± 0.0 " in row and " 30.0 " in row
