@@ -1,6 +1,6 @@
 """Fine-tune Gemma-2 with LoRA that begins in the safety subspace which SAE features span.
 
-    python train.py --rank 16                              # the built-in toy, about 20 s
+    python train.py --rank 16                              # the built-in toy, about a minute
     python train.py --model google/gemma-2-2b --rank 16    # the paper's; a GPU and Gemma's licence
     python train.py --method full                          # every weight instead of adapters
     python train.py --model google/gemma-2-9b --dry-run    # what would run, and what it would take

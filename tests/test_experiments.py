@@ -15,8 +15,11 @@ from conftest import ROOT
 from statsmodels.stats.proportion import proportion_confint
 
 import lora
-from experiments import ablate, legibility, reading, tables, theory, variants, worlds
+import train
+from data import Row
+from experiments import ablate, inits, legibility, reading, tables, theory, variants, worlds
 from experiments.paper_table import paper_table
+from fused import IGNORE
 from model import load_model
 from run.files import read_jsonl, write_jsonl
 from run.settings import RECIPES
@@ -55,6 +58,21 @@ def test_a_run_is_a_line_and_repeats(world, tmp_path):
     ablate.append_lines(out, [line])
     args = SimpleNamespace(out=out, variants=["greedy-rotated", "paper"], seeds=[0], lrs=[1e-3])
     assert ablate.missing_runs(args, [7]) == [(7, "paper", 0, 1e-3)]
+
+
+@pytest.mark.parametrize("name", ["lora-own", "sspu"])
+def test_a_step_is_the_mean_of_a_variant_s_own_loss_over_all_its_rows(world, name):
+    """At the first step the update is still 0, so the base model has the same loss."""
+    _, _, steps = ablate.fine_tuned(world, load_model(world.folder), name, 1e-3, 0)
+    metrics = next(steps)
+    batches, loss = worlds.batches_of([pair[0] for pair in world.examples], 0), train.row_loss
+    if name == "sspu":
+        batches, loss = inits.BATCHES[name](world, 0), inits.LOSSES[name](world, 0)
+    rows = [Row(*(part[None] for part in vars(row).values())) for row in next(batches)]
+    counts = [int((row.labels != IGNORE).sum()) for row in rows]
+    assert len(rows) == worlds.ACCUMULATE and metrics["trained_tokens"] == sum(counts)
+    total = sum(loss(world.model, row).item() for row in rows)
+    assert metrics["loss"] == pytest.approx(total / sum(counts), rel=1e-4)
 
 
 def test_reading_finds_planted_detectors(world, monkeypatch):

@@ -74,6 +74,16 @@ def test_mending_is_the_last_step(world, monkeypatch):
         assert not torch.equal(before, module.weight)
 
 
+def test_an_arm_is_aligned_at_its_rate(world):
+    name = "layers.0.self_attn.q_proj"
+    slow, fast = (lasting.aligned_model(world, "full-fine-tuning", rate, 0).get_submodule(name)
+                  for rate in (1e-4, 1e-3))
+    before = world.model.get_submodule(name).weight
+    moved = [(model.weight - before).abs().max().item() for model in (slow, fast)]
+    # AdamW's first steps have the rate's size
+    assert moved[1] == pytest.approx(10 * moved[0], rel=0.2)
+
+
 def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(lasting, "LATER", 1)
     monkeypatch.setattr(lasting, "WORLDS", world.folder.parent)
@@ -105,7 +115,7 @@ def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, cap
         command("--print", "--rows", "identity")
 
 
-def test_the_lead_is_paired_over_worlds(capsys):
+def test_the_lead_is_paired_over_worlds():
     def line(world, variant, jailbreak):
         before = {"harmful": 1.0, "jailbreak": jailbreak + 0.05, "benign": 1.0,
                   "over_refusal": {"harm verb": 0.2, "sensitive noun": 0.4}}

@@ -12,9 +12,8 @@ that layer, h_0 the base model's, and u ~ N(0, I),
     L = ‖h − c‖² at tokens to forget, ‖h − h_0‖² at tokens to keep,   ΔW = U_R·U_Rᵀ·ΔW
 
 Accounts of the paper tell these steps in words; it and its code couldn't be looked up. Ours:
-forgotten are answers that comply where the aligned one refuses, kept all aligned ones; the order is
-by −Δ; c has h_0's length, and both terms are divided by ‖h_0‖²; u is drawn once, by --seed; ΔW is
-a LoRA, U_R·A, of what writes the stream up to the layer.
+forgotten are answers that comply where the aligned one refuses, kept all aligned ones; ordered by
+−Δ; c is as long as h_0, and L is divided by ‖h_0‖²; u is drawn once; ΔW = U_R·A of a LoRA.
 """
 
 import torch
@@ -34,7 +33,8 @@ def relevant(model, saes, pairs, statistics, settings):
     """{(layer, side): Choice}: U_R for writers, and U_N where readers would have theirs."""
     layer, k, choices = min(saes), settings.rank, {}
     delta = statistics[layer].delta.cpu()
-    for side, units in (("writers", delta.argsort()[:k]), ("readers", delta.argsort()[-k:])):
+    order = delta.argsort(stable=True)              # so that ties fall alike on every machine
+    for side, units in (("writers", order[:k]), ("readers", order[-k:])):
         U = torch.linalg.qr(saes[layer].directions(units).float().cpu().T).Q.contiguous()
         choices[layer, side] = features.Choice(units, -delta[units], U, 1.0, "rank")
     return choices
