@@ -26,9 +26,10 @@ import lora
 from experiments import after, tables, variants
 from experiments.ablate import (RESULTS, WORLDS, append_lines, final_figures, fine_tuned,
                                 read_lines, safe_share, versions)
-from experiments.neighbours import (gsae, guardspace, irr, lssf, salora, shared, ssah,
+from experiments.neighbours import (averaging, gsae, guardspace, irr, lssf, salora, shared, ssah,
                                     steering)
-from experiments.worlds import RANK, RATE, batches_of, build_world, fit, load_world
+from experiments.worlds import LAYERS, RANK, RATE, batches_of, build_world, fit, load_world
+from features import SIDES, module_bases
 from model import MODULES, TARGETS, load_model
 from run.files import InputError, Parser, run_command, table
 from safety.ask import edited, steered
@@ -38,6 +39,7 @@ from toy.world import World as Words
 
 LATER = 30                     # steps of the second fine-tuning, at RATE
 STRENGTH = 2.0                 # of steering, at all layers with SAEs
+BETA = 0.9                     # of the moving average of weights
 NO_DEFENCE = "none"
 
 
@@ -95,15 +97,23 @@ def guardspace_start(world, model, rows, generator):
 def outside(bases_of):
     """The defence that neither reads nor writes bases_of(world, model, generator), {module: U}."""
     def begin(world, model, rows, generator):
-        starts = {}
-        bases = bases_of(world, model, generator)
-        for name, module in lora.linears(model, TARGETS).items():
-            projector = torch.eye(len(bases[name])) - bases[name] @ bases[name].T
-            writer = MODULES[lora.leaf(name)].side == "writers"
-            factors = lora.random(module.weight, None, RANK, writer, generator)
-            starts[name] = shared.Start(*factors, **{"left" if writer else "right": projector})
+        modules, starts = lora.linears(model, TARGETS), {}
+        # Drawn before the bases, so that all begin at the same factors
+        factors = {name: lora.random(module.weight, None, RANK, False, generator)
+                   for name, module in modules.items()}
+        for name, U in bases_of(world, model, generator).items():
+            side = "left" if MODULES[lora.leaf(name)].side == "writers" else "right"
+            starts[name] = shared.Start(*factors[name], **{side: torch.eye(len(U)) - U @ U.T})
         return held(model, starts, generator)
     return begin
+
+
+def random_bases(world, model, generator):
+    """As many directions as the gradient chooses for each layer and side, but random ones."""
+    shape = model.config.hidden_size, RANK
+    spaces = {(layer, side): torch.linalg.qr(torch.randn(shape, generator=generator)).Q
+              for layer in LAYERS for side in SIDES}
+    return module_bases(model, spaces)
 
 
 def ssah_frozen(world, model, rows, generator):
@@ -113,6 +123,20 @@ def ssah_frozen(world, model, rows, generator):
     masks = ssah.frozen_masks(model, refusals(world), harmless)
     parameters, after_step = own_init(world, model, rows, generator)
     shared.freeze(model, masks)
+    return parameters, after_step
+
+
+def averaged(world, model, rows, generator):
+    """Weight averaging: at the end the moving average of the factors from the beginning on."""
+    parameters, _ = own_init(world, model, rows, generator)
+    state: dict = {}
+    averaging.average(state, parameters, BETA)
+
+    def after_step(step):
+        averaging.average(state, parameters, BETA)
+        if step == LATER:
+            for name, parameter in parameters:
+                parameter.data.copy_(state[name])
     return parameters, after_step
 
 
@@ -135,38 +159,27 @@ def mended(mend):
 DEFENCES = {
     NO_DEFENCE: own_init, "salora": salora_start, "guardspace": guardspace_start,
     "ssah": ssah_frozen, "irr": mended(irr.realign), "lssf": mended(lssf.fuse),
-    # Ours: the safety subspace is kept free, as the paper chooses it or by the gradient
-    "paper": outside(variants.paper), "greedy": outside(variants.greedy)}
+    "averaging": averaged,
+    # Ours: the safety subspace is kept free, as the paper or the gradient chooses it; a random one
+    "paper": outside(variants.paper), "greedy": outside(variants.greedy),
+    "random": outside(random_bases)}
 
 
 # -------------------------------------------------------------------------------------------------
-# Arms: a variant of the grid, and the defences that follow it
+# Arms: a variant of the grid, or the base model: as it is, or steered while it answers
 
-ARMS = {
-    "paper": [NO_DEFENCE, "paper"],
-    "greedy-rotated": [NO_DEFENCE, "greedy"],
-    "orthonormal": [NO_DEFENCE],
-    "lora-own": [defence for defence in DEFENCES if defence != "paper"],
-    "full-fine-tuning": [NO_DEFENCE],
-    "derta-own": [NO_DEFENCE],
-    "derta-paper": [NO_DEFENCE],
-    "sspu": [NO_DEFENCE],
-    "pissa": [NO_DEFENCE],
-    "olora": [NO_DEFENCE],
-    "eva": [NO_DEFENCE],
-    "sift": [NO_DEFENCE],
-    "lora-lox": [NO_DEFENCE],
-    "lora-rosi": [NO_DEFENCE],
-    "lora-average": [NO_DEFENCE],
-    "bias-adapted": [NO_DEFENCE],
-    # The base model, which nobody has aligned: two answer while features are added (`answering`)
-    "steering-by-features": [NO_DEFENCE],
-    "gsae-steering": [NO_DEFENCE],
-    "base": [NO_DEFENCE]}
+STEERED = ["steering-by-features", "gsae-steering"]
+
+# The table: {arm: the defences that follow it}
+ARMS = dict.fromkeys(["paper", "orthonormal", "full-fine-tuning", "pissa", "olora", "eva",
+                      "lora-lox", "lora-rosi", "derta-own", "sift", "sspu", "bias-adapted",
+                      *STEERED], [NO_DEFENCE])
+ARMS |= {"greedy-rotated": [NO_DEFENCE, "greedy"],
+         "lora-own": [defence for defence in DEFENCES if defence != "paper"]}
 
 
 def aligned_model(world, variant: str, rate: float, seed: int):
-    """A variant's model, merged; the base model for what is no variant."""
+    """A variant's model, merged, or the base model."""
     model = load_model(world.folder)
     if variant in variants.VARIANTS:
         _, _, steps = fine_tuned(world, model, variant, rate, seed)
@@ -254,42 +267,49 @@ def values_of(lines, kind, name: str) -> dict:
 def results(lines, kind: str, baseline=BASELINE) -> str:
     """The table of one kind of rows, the arm that is safest under jailbreak afterwards first."""
     before, later = (values_of(lines, of, "jailbreak") for of in (None, kind))
+    lost = {arm: {run: before[arm][run] - value for run, value in values.items()}
+            for arm, values in later.items()}
     columns = {
-        "jailbreak": before,
-        "after": later,
-        "lost": {arm: {run: before[arm][run] - value for run, value in values.items()}
-                 for arm, values in later.items()},
-        "harmful after": values_of(lines, kind, "harmful"),
-        "over-refusal after": values_of(lines, kind, "over_refusal"),
-        "right after": values_of(lines, kind, "benign")}
+        "jailbreak before": before, "jailbreak after": later,
+        "over-refusal": values_of(lines, kind, "over_refusal"),
+        "plain harm": values_of(lines, kind, "harmful"),
+        "benign right": values_of(lines, kind, "benign")}
     rows = []
     for arm in tables.sorted_by_mean(later):
-        lead = tables.paired(later, arm, baseline) if arm != baseline else None
         cells = [tables.interval_cell(values[arm], 1, 100) for values in columns.values()]
-        rows.append([arm, len(later[arm]), *cells, tables.lead_cell(lead, 1, 100)])
-    head = ["arm", "runs", *columns, f"jailbreak after, less {baseline}"]
-    title = f"%, ± 95 % over worlds; after: {LATER} steps on {kind} rows"
+        leads = [tables.paired(values, arm, baseline) if arm != baseline else None
+                 for values in (lost, later)]
+        rows.append([arm, len(later[arm]), *cells,
+                     *(tables.lead_cell(lead, 1, 100) for lead in leads)])
+    head = ["arm", "runs", *columns, "lost, less " + baseline, "after, less " + baseline]
+    title = f"%, ± 95 % over worlds; all but the first: after {LATER} steps on {kind} rows"
     return f"{title}\n{table(rows, head, right=range(1, len(head)))}"
 
 
-def draw(lines, kind: str, path) -> None:
-    """Safety under jailbreak, before (hollow) and after (full), an arm a line."""
+def draw(lines, kinds, path) -> None:
+    """Safety under jailbreak, before (hollow) and after (full): an arm a line, a kind a panel."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    before, later = (values_of(lines, of, "jailbreak") for of in (None, kind))
-    arms = tables.sorted_by_mean(later)[::-1]
-    picture, axes = pyplot.subplots(figsize=(7, 0.3 * len(arms) + 1.2), constrained_layout=True)
-    for height, arm in enumerate(arms):
-        for values, face in ((before, "white"), (later, "C0")):
-            means = [100 * mean for mean in tables.world_means(values[arm]).values()]
-            center = sum(means) / len(means)
-            reach = center - tables.t_interval(means)[0] if len(means) > 1 else None
-            axes.errorbar(center, height, xerr=reach, fmt="o", color="C0", mfc=face, capsize=2)
-    axes.set(yticks=range(len(arms)), yticklabels=arms, xlim=(-2, 102),
-             xlabel=f"safe under jailbreak, %: aligned (hollow), after {kind} rows (full)")
-    axes.grid(alpha=0.3)
+    before = values_of(lines, None, "jailbreak")
+    arms = tables.sorted_by_mean(values_of(lines, kinds[0], "jailbreak"))[::-1]
+    heights = {arm: height for height, arm in enumerate(arms)}
+    picture, panels = pyplot.subplots(1, len(kinds), sharey=True, squeeze=False,
+                                      figsize=(3 + 3.5 * len(kinds), 0.3 * len(arms) + 1.2),
+                                      constrained_layout=True)
+    for kind, axes in zip(kinds, panels[0]):
+        later = values_of(lines, kind, "jailbreak")
+        for values, color, face, shift in (before, "0.6", "white", 0.2), (later, "C0", "C0", -0.2):
+            for arm in heights.keys() & values.keys():
+                means = [100 * mean for mean in tables.world_means(values[arm]).values()]
+                center, height = sum(means) / len(means), heights[arm] + shift
+                axes.plot(tables.t_interval(means), [height, height], color=color)
+                axes.plot(center, height, "o", color=color, mfc=face, ms=5)
+        axes.set(xlim=(-2, 102), title=f"{kind} rows")
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_yticks(range(len(arms)), arms)
+    picture.supxlabel("safe under jailbreak, %: aligned (hollow), fine-tuned again (full)")
     picture.savefig(path, dpi=120)
     pyplot.close(picture)
 
@@ -298,8 +318,8 @@ def key_of(line, kind) -> tuple:
     return line["world"], line["seed"], line["lr"], label(line), kind
 
 
-def run_missing(args, rates: dict[str, float], lines) -> None:
-    """Append what is missing to --out and to the lines; rates: {arm: of its alignment}."""
+def run_missing(args, rates: dict[str, float], defences: dict[str, list], lines) -> None:
+    """Append what is missing to --out and to the lines; {arm: rate of its alignment}."""
     torch.set_num_threads(1)
     done = {key_of(line, kind) for line in lines for kind in line["after"]}
     for world_seed in args.worlds:
@@ -309,8 +329,7 @@ def run_missing(args, rates: dict[str, float], lines) -> None:
         world = load_world(world_seed, str(WORLDS))
         for seed, variant in itertools.product(args.seeds, args.arms):
             key = {"world": world_seed, "seed": seed, "lr": rates[variant], "variant": variant}
-            wanted = [defence for defence in ARMS[variant] if defence in args.defences]
-            left = [defence for defence in wanted if not done.issuperset(
+            left = [defence for defence in defences[variant] if not done.issuperset(
                 key_of(key | {"defence": defence}, kind) for kind in args.rows)]
             runs = measure(world, variant, rates[variant], seed, args.rows, left) if left else ()
             for line in runs:
@@ -326,10 +345,12 @@ def run_missing(args, rates: dict[str, float], lines) -> None:
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="NAME",
-        help=f"of {', '.join(ARMS)} (default: all)")
-    add("--defences", nargs="+", default=list(DEFENCES), choices=list(DEFENCES), metavar="NAME",
-        help=f"of {', '.join(DEFENCES)} (default: all that an arm has)")
+    add("--arms", nargs="+", default=list(ARMS), metavar="NAME",
+        choices=[*variants.VARIANTS, *STEERED, "base"],
+        help="base, a way to steer it, or a variant of experiments.ablate (default: those of the "
+             f"table: {', '.join(ARMS)})")
+    add("--defences", nargs="+", choices=list(DEFENCES), metavar="NAME",
+        help=f"of {', '.join(DEFENCES)} (default: an arm's in the table, or none)")
     add("--lr", type=float, metavar="LR",
         help="of the alignment (default: each arm's best)")
     add("--worlds", nargs="+", type=int, default=list(range(1, 9)), metavar="SEED",
@@ -343,22 +364,23 @@ def main():
     add("--print", action="store_true", help="print what the lines say, and stop")
     add("--less", default=BASELINE, metavar="ARM",
         help=f"that the others are compared with in the table (default {BASELINE})")
-    add("--figure", type=Path, metavar="PNG", help="for --print: draw the first kind of rows")
+    add("--figure", type=Path, metavar="PNG", help="for --print: draw it")
     args = parser.parse_args()
     best = tables.best_rates(read_lines([RESULTS / "standing.jsonl"]))
     rates = {arm: args.lr or best.get(arm, RATE) for arm in args.arms}
+    defences = {arm: args.defences or ARMS.get(arm, [NO_DEFENCE]) for arm in args.arms}
     lines = read_lines([args.out])
     if not args.print:
-        run_missing(args, rates, lines)
-    lines = [line for line in lines
-             if rates.get(line["variant"]) == line["lr"] and line["defence"] in args.defences]
+        run_missing(args, rates, defences, lines)
+    lines = [line for line in lines if rates.get(line["variant"]) == line["lr"]
+             and line["defence"] in defences[line["variant"]]]
     for kind in args.rows:
         of_kind = [line for line in lines if kind in line["after"]]
         if not of_kind:
             raise InputError(f"{args.out} has no lines of {kind!r}")
         print(results(of_kind, kind, args.less))
     if args.figure:
-        draw([line for line in lines if args.rows[0] in line["after"]], args.rows[0], args.figure)
+        draw(lines, args.rows, args.figure)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,14 @@ def trained(world, defence):
     return model, lora.lora_layers(model)
 
 
-@pytest.mark.parametrize("defence", ["paper", "greedy"])
-def test_a_kept_subspace_is_neither_read_nor_written(world, defence):
-    bases = getattr(lasting.variants, defence)(world, world.model, None)
+@pytest.mark.parametrize("defence, bases_of", [
+    ("paper", lasting.variants.paper), ("greedy", lasting.variants.greedy),
+    ("random", lasting.random_bases)])
+def test_a_kept_subspace_is_neither_read_nor_written(world, defence, bases_of):
+    generator = torch.Generator().manual_seed(0)
+    for module in lora.linears(world.model, TARGETS).values():      # the factors are drawn first
+        lora.random(module.weight, None, lasting.RANK, False, generator)
+    bases = bases_of(world, world.model, generator)
     _, layers = trained(world, defence)
     for name, layer in layers.items():
         touched = bases[name].T @ layer.update if layer.writer else layer.update @ bases[name]
@@ -58,6 +63,20 @@ def test_frozen_units_stay(world):
     _, layers = trained(world, "ssah")
     frozen = {name: (layer.update == 0).all(1).sum() for name, layer in layers.items()}
     assert all((count > 0) == name.endswith("v_proj") for name, count in frozen.items())
+
+
+def test_averaged_factors_by_hand(world, monkeypatch):
+    monkeypatch.setattr(lasting, "LATER", 2)
+    model, generator = copy.deepcopy(world.model), torch.Generator().manual_seed(0)
+    parameters, after_step = lasting.averaged(world, model, rows_of(world), generator)
+    first = [parameter.detach().clone() for _, parameter in parameters]
+    for step in (1, 2):
+        for _, parameter in parameters:
+            parameter.data += step
+        after_step(step)
+    for (_, parameter), begun in zip(parameters, first):
+        # .9·(.9·x + .1·(x + 1)) + .1·(x + 3)
+        assert torch.allclose(parameter, begun + 0.39)
 
 
 def test_mending_is_the_last_step(world, monkeypatch):
@@ -109,22 +128,24 @@ def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, cap
     more = command("--arms", "lora-own", "--defences", "none", "--lr", "4e-3")
     assert more[:-1] == lines and more[-1]["lr"] == 4e-3 != best["lora-own"]
     capsys.readouterr()
-    command("--print", "--figure", f"{tmp_path}/out.png")
+    command("--print", "--arms", *arms, "--figure", f"{tmp_path}/out.png")
     assert len(capsys.readouterr().out.splitlines()) == 3 + len(lines)
     with pytest.raises(InputError, match="no lines of 'identity'"):
         command("--print", "--rows", "identity")
 
 
 def test_the_lead_is_paired_over_worlds():
-    def line(world, variant, jailbreak):
-        before = {"harmful": 1.0, "jailbreak": jailbreak + 0.05, "benign": 1.0,
+    def line(world, variant, jailbreak, lost):
+        before = {"harmful": 1.0, "jailbreak": jailbreak + lost, "benign": 1.0,
                   "over_refusal": {"harm verb": 0.2, "sensitive noun": 0.4}}
         return {"world": world, "seed": 0, "variant": variant, "defence": "none",
                 "before": before, "after": {"benign": before | {"jailbreak": jailbreak}}}
 
-    lines = [line(1, "lora-own", 0.5), line(2, "lora-own", 0.7), line(1, "paper", 0.6),
-             line(2, "paper", 0.9)]
+    lines = [line(1, "lora-own", 0.5, 0.1), line(2, "lora-own", 0.7, 0.1),
+             line(1, "paper", 0.6, 0.04), line(2, "paper", 0.9, 0.08)]
     row = lasting.results(lines, "benign").splitlines()[3]
     low, high = tables.t_interval([0.1, 0.2])
     assert row.split()[0] == "paper" and f"+15.0 [{100 * low:+.1f}, {100 * high:+.1f}]" in row
-    assert " 75.0 ± 1" in row and " 5.0 ± 0.0 " in row and " 30.0 " in row
+    low, high = tables.t_interval([-0.06, -0.02])
+    assert f" -4.0 [{100 * low:+.1f}, {100 * high:+.1f}]" in row
+    assert " 81.0 ± 2" in row and " 75.0 ± 1" in row and " 30.0 " in row

@@ -1,6 +1,10 @@
 """Weight averaging (arXiv 2508.12531): in the end the moving average of what is trained.
 
-    python -m experiments.ablate --variants lora-own lora-average --worlds 1 2
+    python -m experiments.lasting --arms lora-own --defences none averaging --worlds 1 2
+
+The paper averages while an aligned model is fine-tuned, to keep it safe: so does this command. The
+variant `lora-average` of experiments/ablate.py averages the alignment itself. Read from the
+abstract. Ours: β = .9, and what is averaged are an adapter's factors.
 """
 
 import torch
