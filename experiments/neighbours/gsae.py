@@ -3,9 +3,9 @@
     python -m experiments.neighbours.gsae --out runs/gsae       # saes.train's flags
 
 H (n, D) has a row for each text, the mean of its residual stream. A_ij is the cosine of H's columns
-i and j where that is at least .6, else 0, as A_ii. D has A's row sums, w_f (D) is a decoder row:
+i and j where that is at least .6, else 0, as A_ii. R = diag(A's row sums), w_f (D) a decoder row:
 
-    L = I − D^(−½)·A·D^(−½),   loss + λ·mean_f w_f·L·w_fᵀ
+    L = I − R^(−½)·A·R^(−½),   loss + λ·mean_f w_f·L·w_fᵀ
 
 Some features steer: x ← x + α·Σ_f s_f·cos(x, v_f)·v_f, v_f = w_f/‖w_f‖, Σ s = 1, s_f ∝ e_f times
 f's importance, e_f = Σ_j U_fj² of the lower eigenvectors U of such an L of the v, joined from .4.

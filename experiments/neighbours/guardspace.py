@@ -1,4 +1,4 @@
-"""GuardSpace (arXiv 2510.14301): freeze what serves refusing, and change nothing it reads.
+"""GuardSpace (arXiv 2510.14301): leave unchanged what harmful prompts give.
 
     python -m experiments.neighbours.guardspace --init guardspace --out runs/guardspace
 

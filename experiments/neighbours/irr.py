@@ -6,7 +6,7 @@ The three are whole models (lora.py merges a run). Per weight, with δ = θ_fine
 safety vector δ_s = θ_aligned − θ_unaligned, F the mean of (∂ NLL/∂θ_aligned)² over refusals:
 
     identify      opposite = sign δ ≠ sign δ_s
-    remove        of these, in each 128 columns, all but the share KEEP of smallest F
+    remove        of these, in each 128 columns, all but the share KEEP (0: all) of smallest F
     recalibrate   column by column, of each removed δ_m: δ_j ← δ_j − δ_m·[H⁻¹]_mj / [H⁻¹]_mm,
                   j > m, H = X·Xᵀ + 0.01·mean(diag)·I of the inputs on --data, from column m on
 

@@ -4,6 +4,8 @@
     save_adapter(model, OUT, "toy")
 
     python -m experiments.ablate --variants lora-own lora-lox --worlds 1 2
+
+Ours: factor .25 (there 1.25, which makes the toy refuse everything).
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""LSSF (arXiv 2602.00038): put the safety vector's part in a low-rank subspace back, afterwards.
+"""LSSF (arXiv 2602.00038): add the safety vector's part in a low-rank subspace, afterwards.
 
     python -m experiments.neighbours.lssf ALIGNED FINETUNED UNALIGNED --data F --safety F --out DIR
 

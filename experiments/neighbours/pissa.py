@@ -6,8 +6,9 @@ With U·S·Vᵀ the singular values and vectors of a weight W, and r of the larg
 
     B = U_r·√S_r,   A = √S_r·V_rᵀ,   W − B·A in the place of W
 
-so the first step begins at the base model. A and B are trained. No answers are compared, so --data
-may have one answer a row.
+so the first step begins at the base model. A and B are trained; −B·A of the beginning is a second,
+frozen half of the adapter (`shared.Start`), whose file so fits the base model. No answers are
+compared, so --data may have one answer a row.
 Ours: alpha = rank, where s = 1; the SVD is a whole one.
 """
 

@@ -4,6 +4,9 @@
     inject(model, harm_direction(model, harmful, harmless), 0.5); save_model(model, OUT)
 
     python -m experiments.ablate --variants lora-own lora-rosi --worlds 1 2
+
+Ours: the direction is read after half of the blocks, and in the grid off the base model; there
+alpha is 3, chosen on world 101.
 """
 
 import torch

@@ -11,7 +11,8 @@ and begins at the task's own part of the weight: with U_r·S_r·V_rᵀ the leadi
 
     B = U_t·U_tᵀ·U_r·√S_r,   A = √S_r·V_rᵀ,   W − C·B·A in the place of W,
 
-so that the first step begins at the base model. A and B are trained, C never is. The formulas are
+so that the first step begins at the base model (`shared.Start` holds −C·B·A of the beginning as a
+second half of the adapter). A and B are trained, C never is. The formulas are
 those of the code at github.com/homles11/SaLoRA, lora_train_act.py; the paper's numbers for them
 couldn't be looked up.
 Ours: r_s = r_t = r (there 32, 32 and 16); o as well as q, k, v (there q and v); X are the inputs at

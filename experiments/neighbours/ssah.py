@@ -11,7 +11,7 @@ With X_nj this input at token n of N, its importance is
 The smallest I_S + I_U are redundant. Of the rest the largest I_S − I_U are exclusive to safety and
 the smallest to utility; others are complex. Frozen are exclusive safety and top complex units.
 Formulas and SHARES (Llama-2-7B's) are as github.com/zhaoyang97/Paper-Notes, docs/ICLR2026, tells
-the paper, which couldn't be looked up; its code isn't out. Ours: the shares hold in each module;
+the paper, which couldn't be looked up; its code wasn't read. Ours: the shares hold in each module;
 "top" is the largest I_S; n runs over answers' tokens; units of attention are o's inputs, with rows
 of v, and q and k stay free. A LoRA freezes rows (of B) and columns (of A), and no single weight.
 """

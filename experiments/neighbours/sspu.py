@@ -11,7 +11,7 @@ that layer, h_0 the base model's, and u ~ N(0, I),
     c = U_N·U_Nᵀ·u, the control signal
     L = ‖h − c‖² at tokens to forget, ‖h − h_0‖² at tokens to keep,   ΔW = U_R·U_Rᵀ·ΔW
 
-Accounts of the paper tell these steps in words; it and its code couldn't be looked up. Ours:
+An account of the paper tells these steps in words; it and its code couldn't be looked up. Ours:
 forgotten are answers that comply where the aligned one refuses, kept all aligned ones; ordered by
 −Δ; c is as long as h_0, and L is divided by ‖h_0‖²; u is drawn once; ΔW = U_R·A of a LoRA.
 """

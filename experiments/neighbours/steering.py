@@ -5,7 +5,9 @@
 
 After a layer, at every token of prompt and answer, the residual stream x becomes
 
-    x + s · Σᵢ Δᵢ·W_dec[i],   Δᵢ = E_aligned[fᵢ] − E_unaligned[fᵢ],   i of the k largest |Δ|
+    x + s · Σᵢ Δᵢ·W_dec[i],   Δᵢ = E_aligned[fᵢ] − E_unaligned[fᵢ],   i of the k largest |Δ|,
+
+E the mean over the answers' tokens.
 
 At s = 1 the step is what these features write on aligned answers less what they write on unaligned
 ones, in the mean. So the unit is the features' own: a layer's scale and the SAE's fall out of it,
