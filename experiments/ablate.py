@@ -30,7 +30,7 @@ from eval import answer
 from experiments import tables
 from experiments.inits import AFTER, BATCHES, LOSSES
 from experiments.variants import VARIANTS
-from experiments.worlds import RANK, RATE, STEPS, build_world, fit, load_world
+from experiments.worlds import RANK, RATE, STEPS, built_world, fit
 from model import load_model
 from run.files import ROOT, InputError, Parser, read_jsonl, run_command, table
 from safety.figures import figures
@@ -40,7 +40,6 @@ from train import row_loss
 LOOKS = (*range(0, 31, 2), *range(36, 61, 6))
 STANDING = ("lora-own", "lora-unit", "decoder-full", "paper", "greedy-rotated", "oracle")
 RESULTS = ROOT / "experiments/results"
-WORLDS = ROOT / "runs/worlds"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -52,7 +51,7 @@ def judged(world, model, name: str) -> list[dict]:
     rows = []
     for prompt, text in zip(world.sets[name], texts):
         rows.append({"set": name, "role": name, "completion": text, "verdict": verdict(text),
-                     "fields": prompt.fields, "answer": prompt.fields.get("answer")})
+                     "fields": prompt.fields})
     return rows
 
 
@@ -85,15 +84,13 @@ def measure(world, name: str, rate: float, seed: int) -> dict:
     start = time.perf_counter()
     parameters, bases, steps = fine_tuned(world, model, name, rate, seed)
     begin_training = time.perf_counter()
-    curve, losses = [safe_share(world, model)], []
+    curve = [safe_share(world, model)]
     for metrics in steps:
-        losses.append(metrics["loss"])
         # The probe on the way: a look is a few dozen answers
         if metrics["step"] in LOOKS:
             curve.append(safe_share(world, model))
     return {
         "safe": curve,
-        "loss": losses,
         **final_figures(world, model),
         "share": basis_share(model, bases) if bases else None,
         "trainable": sum(parameter.numel() for _, parameter in parameters),
@@ -150,27 +147,25 @@ def key_of(line: dict) -> tuple:
 
 def run_one(job) -> dict:
     """A worker's job: one run. Returns its line."""
-    (world_seed, name, seed, rate), folder = job
+    world_seed, name, seed, rate = job
     torch.set_num_threads(1)
-    world = load_world(world_seed, folder)
+    world = built_world(world_seed)
     return {"world": world_seed, "variant": name, "seed": seed, "lr": rate, "rank": RANK,
             "steps": STEPS, "looks": LOOKS, **measure(world, name, rate, seed),
             "digest": world.digest}
 
 
-def prepare(job) -> None:
+def prepare(job) -> bool:
     """A worker's job: build a world, and what takes long of what the variants need of it."""
-    seed, folder, variants = job
+    seed, variants = job
     torch.set_num_threads(1)
-    build_world(seed, folder)
-    if not (Path(folder) / str(seed) / "world.json").is_file():
-        return
-    world = load_world(seed, folder)
+    world = built_world(seed)
     # These two are kept in the folder
-    if any(name.startswith("oracle") for name in variants):
+    if world and any(name.startswith("oracle") for name in variants):
         _ = world.full_update
-    if "sasa" in variants:
+    if world and "sasa" in variants:
         _ = world.sasas
+    return world is not None
 
 
 def missing_runs(args, worlds) -> list[tuple]:
@@ -182,14 +177,13 @@ def missing_runs(args, worlds) -> list[tuple]:
 
 def run_grid(args) -> None:
     """Build the worlds that are missing, then do the runs that are."""
-    folder = str(args.folder)
     stamp = versions()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        pool.map(prepare, [(seed, folder, args.variants) for seed in args.worlds], chunksize=1)
-        built = [seed for seed in args.worlds if (args.folder / str(seed) / "world.json").is_file()]
-        runs = missing_runs(args, built)
+        jobs = [(seed, args.variants) for seed in args.worlds]
+        is_built = pool.map(prepare, jobs, chunksize=1)
+        runs = missing_runs(args, list(itertools.compress(args.worlds, is_built)))
         # A line is written as soon as its run is done: a stop loses only what is under way
-        lines = pool.imap_unordered(run_one, [(run, folder) for run in runs])
+        lines = pool.imap_unordered(run_one, runs)
         for line in tqdm(lines, "runs", len(runs), disable=None):
             append_lines(args.out, [line | stamp])
             tqdm.write(f"world {line['world']} seed {line['seed']} lr {line['lr']:g} "
@@ -237,8 +231,6 @@ def main():
         help=f"peak learning rates (default {RATE:g})")
     add("--jobs", type=int, default=os.cpu_count(), metavar="N",
         help="processes (default: one a core)")
-    add("--folder", type=Path, default=WORLDS, metavar="DIR",
-        help="where worlds are built (default runs/worlds)")
     add("--out", type=Path, default=RESULTS / "standing.jsonl", metavar="FILE",
         help="lines are added here (default experiments/results/standing.jsonl)")
     add("--list", action="store_true", help="print the variants, and stop")

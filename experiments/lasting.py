@@ -24,11 +24,11 @@ import torch
 
 import lora
 from experiments import after, tables, variants
-from experiments.ablate import (RESULTS, WORLDS, append_lines, final_figures, fine_tuned,
-                                read_lines, safe_share, versions)
+from experiments.ablate import (RESULTS, append_lines, final_figures, fine_tuned, read_lines,
+                                safe_share, versions)
 from experiments.neighbours import (averaging, gsae, guardspace, irr, lssf, salora, shared, ssah,
                                     steering)
-from experiments.worlds import LAYERS, RANK, RATE, batches_of, build_world, fit, load_world
+from experiments.worlds import LAYERS, RANK, RATE, batches_of, built_world, fit
 from features import SIDES, module_bases
 from model import MODULES, TARGETS, load_model
 from run.files import InputError, Parser, run_command, table
@@ -323,10 +323,9 @@ def run_missing(args, rates: dict[str, float], defences: dict[str, list], lines)
     torch.set_num_threads(1)
     done = {key_of(line, kind) for line in lines for kind in line["after"]}
     for world_seed in args.worlds:
-        build_world(world_seed, str(WORLDS))
-        if not (WORLDS / str(world_seed) / "world.json").exists():
+        world = built_world(world_seed)
+        if not world:
             continue
-        world = load_world(world_seed, str(WORLDS))
         for seed, variant in itertools.product(args.seeds, args.arms):
             key = {"world": world_seed, "seed": seed, "lr": rates[variant], "variant": variant}
             left = [defence for defence in defences[variant] if not done.issuperset(

@@ -29,10 +29,10 @@ import lora
 from data import make_example
 from eval import answer
 from experiments import tables
-from experiments.ablate import RESULTS, WORLDS, append_lines, read_lines, versions
+from experiments.ablate import RESULTS, append_lines, read_lines, versions
 from experiments.concepts import auroc, labelled
 from experiments.variants import VARIANTS
-from experiments.worlds import RATE, World, build_world, fit, load_world
+from experiments.worlds import RATE, World, built_world, fit
 from model import MODULES, TARGETS, load_model
 from report.effects import likelihoods, named_by_effect, removed
 from run.files import ROOT, Parser, run_command, table
@@ -227,9 +227,9 @@ def main():
         key = {"world": name, "seed": seed, "variant": variant}
         if any(key.items() <= line.items() for line in done):
             continue
-        if name != "toy":
-            build_world(int(name), WORLDS)
-        world = World(0, ROOT / "toy") if name == "toy" else load_world(int(name), WORLDS)
+        world = World(0, ROOT / "toy") if name == "toy" else built_world(int(name))
+        if not world:
+            continue
         line = key | measure(world, variant, seed) | {"versions": versions()}
         append_lines(args.out, [line])
         done.append(line)

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from data import prompt_tokens
 from experiments import selections
-from experiments.ablate import RESULTS, WORLDS, append_lines, read_lines, versions
+from experiments.ablate import RESULTS, append_lines, read_lines, versions
 from experiments.tables import mean_error
 from experiments.variants import NUM_GREEDY
-from experiments.worlds import LAYERS, RANK, TOP_K, build_world, load_world
+from experiments.worlds import LAYERS, RANK, TOP_K, built_world
 from features import choose_features
 from run.files import InputError, Parser, run_command, table
 from saes.gradient import greedy
@@ -117,8 +117,6 @@ def main():
     add = parser.add_argument
     add("--worlds", nargs="+", type=int, default=list(range(1, 9)), metavar="SEED",
         help="default 1 to 8")
-    add("--folder", type=Path, default=WORLDS, metavar="DIR",
-        help="where worlds are built (default runs/worlds)")
     add("--out", type=Path, default=RESULTS / "reading.jsonl", metavar="FILE",
         help="lines are added here (default experiments/results/reading.jsonl)")
     add("--print", action="store_true", help="print what the lines say, and stop")
@@ -127,10 +125,9 @@ def main():
     # A world whose lines are there isn't read again
     wanted = [] if args.print else [seed for seed in args.worlds if seed not in done]
     for seed in tqdm(wanted, "worlds", disable=None):
-        build_world(seed, str(args.folder))
-        world = load_world(seed, str(args.folder))
-        stamp = {"digest": world.digest} | versions()
-        append_lines(args.out, [line | stamp for line in read(world)])
+        if world := built_world(seed):
+            stamp = {"digest": world.digest} | versions()
+            append_lines(args.out, [line | stamp for line in read(world)])
     lines = [line for line in read_lines([args.out]) if line["world"] in args.worlds]
     if not lines:
         raise InputError(f"{args.out}: no lines yet: run python -m experiments.reading first")

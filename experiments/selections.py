@@ -4,7 +4,6 @@
     from experiments import selections
     from features import SELECTIONS
 
-    SELECTIONS["variance"] = selections.variance
     SELECTIONS["attribution"] = partial(selections.attribution, control=tokenizer.control)
     SELECTIONS["decision"] = partial(selections.decision, harmless=prompts)     # lists of token ids
 
@@ -18,23 +17,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from data import pack, prompt_tokens
-from features import SIDES, Choice, spanning_rows, subspace
+from features import SIDES, Choice
 from run.files import InputError
-
-
-def variance(model, saes, pairs, statistics, settings):
-    """What differs most from pair to pair: the variance of the mean codes' difference."""
-    choices = {}
-    for layer, sae in saes.items():
-        covariance = statistics[layer].covariance.nan_to_num()                          # (K, b, b)
-        spread = statistics[layer].num_pairs * covariance.diagonal(dim1=1, dim2=2).sum(1)
-        order = spread.sort(descending=True, stable=True).indices[:settings.top_k]
-        features = order[spread[order] > 0].cpu()
-        rows = spanning_rows(sae, statistics[layer], features, settings.tau)
-        space = subspace(rows, settings.tau, settings.rank)
-        choice = Choice(features, spread.cpu()[features], *space)
-        choices |= {(layer, side): choice for side in SIDES}
-    return choices
 
 
 def attribution(model, saes, pairs, statistics, settings, control=()):

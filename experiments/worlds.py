@@ -23,7 +23,7 @@ from data import Row, load_tokenizer, make_example, pack
 from features import contrast_gradients, feature_statistics, gradient_moments
 from lora import linears
 from model import TARGETS, load_model
-from run.files import read_tensors, write_tensors
+from run.files import ROOT, read_tensors, write_tensors
 from sae import load_sae
 from saes.step import Spec
 from saes.train import Training
@@ -35,6 +35,7 @@ STEPS, RATE = 60, 1e-3
 RANK, TOP_K, TAU = 16, 20, 0.8               # the toy recipe's
 LAYERS, WIDTH = (1, 2, 3), "512"             # of a world's SAEs
 BATCH_TOKENS, ACCUMULATE = 512, 2
+WORLDS = ROOT / "runs/worlds"
 SETS = ("harmful", "jailbreak", "lookalike", "benign")
 
 
@@ -156,21 +157,15 @@ class World:
 
 
 @lru_cache(maxsize=2)
-def load_world(seed: int, folder: str) -> World:
-    return World(seed, Path(folder) / str(seed))
-
-
-def build_world(seed: int, folder: str) -> None:
-    """Build a world into FOLDER/SEED where it isn't there. One that misses a gate is left out.
-
-    Its SASAs are trained when a variant asks for them.
-    """
-    path = Path(folder) / str(seed)
-    if (path / "world.json").is_file():
-        return
-    missed = toy.misses(toy.build(seed, path, ["sae"]))
-    if missed:
-        print(f"world {seed} is left out:\n{toy.gates_table(missed)}", file=sys.stderr)
+def built_world(seed: int) -> World | None:
+    """The world in WORLDS, built where it isn't there; None, with a word, if it misses a gate."""
+    path = WORLDS / str(seed)
+    if not (path / "world.json").is_file():
+        missed = toy.misses(toy.build(seed, path, ["sae"]))
+        if missed:
+            print(f"world {seed} is left out:\n{toy.gates_table(missed)}", file=sys.stderr)
+            return None
+    return World(seed, path)
 
 
 # -------------------------------------------------------------------------------------------------

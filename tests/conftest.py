@@ -133,13 +133,15 @@ def world(mini, tmp_path_factory):
     (folder / "data").mkdir()
     for name in ("train", *SETS):
         shutil.move(folder / f"{name}.jsonl", folder / "data")
-    small = {"LAYERS": (0, 1), "WIDTH": "96", "RANK": 8, "TOP_K": 6, "STEPS": 2, "NUM_GREEDY": 16,
-             "LOOKS": (0, 2)}
+    (folder / "world.json").touch()
+    small = {"WORLDS": folder.parent, "LAYERS": (0, 1), "WIDTH": "96", "RANK": 8, "TOP_K": 6,
+             "STEPS": 2, "NUM_GREEDY": 16, "LOOKS": (0, 2)}
+    worlds.built_world.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         for module in (worlds, variants, inits, ablate, reading, lasting):
             for name, value in small.items():
                 patch.setattr(module, name, value, raising=False)
-        yield worlds.load_world(7, str(folder.parent))
+        yield worlds.built_world(7)
 
 
 def inputs_by_hand(model, name, examples):

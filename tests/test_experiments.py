@@ -49,10 +49,10 @@ def test_a_variant_begins_at_the_base_model(world, name):
 
 
 def test_a_run_is_a_line_and_repeats(world, tmp_path):
-    job = (7, "greedy-rotated", 0, 1e-3), str(world.folder.parent)
+    job = 7, "greedy-rotated", 0, 1e-3
     line, again = ablate.run_one(job), ablate.run_one(job)
     assert line | {"seconds": 0} == again | {"seconds": 0}
-    assert len(line["safe"]) == 2 and len(line["loss"]) == 2 and 0.9 < line["share"] <= 1
+    assert len(line["safe"]) == 2 and 0.9 < line["share"] <= 1
     assert set(line["over_refusal"]) == {"harm verb", "sensitive noun"}
     out = tmp_path / "results/out.jsonl"
     ablate.append_lines(out, [line])

@@ -105,8 +105,6 @@ def test_an_arm_is_aligned_at_its_rate(world):
 
 def test_runs_are_lines_and_are_not_done_again(world, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(lasting, "LATER", 1)
-    monkeypatch.setattr(lasting, "WORLDS", world.folder.parent)
-    (world.folder / "world.json").touch()
     short = ["--worlds", "7", "--seeds", "0", "--rows", "benign", "--out", f"{tmp_path}/out.jsonl"]
 
     def command(*arguments):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from experiments import ablate
-from experiments.worlds import LAYERS, TOP_K, World, build_world, load_world
+from experiments.worlds import LAYERS, TOP_K, World, built_world
 from features import Statistics, choose_features
 from run.files import InputError, Parser, run_command, table
 from run.settings import TOY
@@ -54,10 +54,9 @@ def main():
     args = parser.parse_args()
     if not set(args.layers) <= set(LAYERS):
         raise InputError(f"--layers {args.layers}: a world's SAEs are of {LAYERS}")
-    world = World(0, TOY)
-    if args.world is not None:
-        build_world(args.world, str(ablate.WORLDS))
-        world = load_world(args.world, str(ablate.WORLDS))
+    world = World(0, TOY) if args.world is None else built_world(args.world)
+    if not world:
+        return
     saes = {layer: world.saes[layer] for layer in args.layers}
     rows = []
     for strength in args.strengths:
