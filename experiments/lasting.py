@@ -77,21 +77,12 @@ def held(model, starts, generator):
 
 def salora_start(world, model, rows, generator):
     """SaLoRA: writes nothing where refusals are written."""
-    safe, task = (shared.input_moments(model, examples, TARGETS)
-                  for examples in (refusals(world), rows))
-    starts = {name: salora.start(module.weight, safe[name], task[name], RANK)
-              for name, module in lora.linears(model, TARGETS).items()}
-    return held(model, starts, generator)
+    return held(model, salora.starts(model, refusals(world), rows, TARGETS, RANK), generator)
 
 
 def guardspace_start(world, model, rows, generator):
     """GuardSpace: reads nothing that harmful prompts hold."""
-    prompts = [replace(example, tokens=example.tokens[:example.start], start=0)
-               for example in refusals(world)]
-    moments = shared.input_moments(model, prompts, TARGETS)
-    starts = {name: guardspace.start(module.weight, moments[name], RANK)
-              for name, module in lora.linears(model, TARGETS).items()}
-    return held(model, starts, generator)
+    return held(model, guardspace.starts(model, refusals(world), TARGETS, RANK), generator)
 
 
 def outside(bases_of):

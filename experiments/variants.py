@@ -16,8 +16,8 @@ from data import prompt_tokens
 from experiments import selections
 from experiments.neighbours.bias_adaptation import BiasTraining
 from experiments.worlds import LAYERS, RANK, TAU, TOP_K, WIDTH, targets
-from features import (SIDES, choose_features, contrast_gradients, gradient_moments, module_bases,
-                      serving_layer, spanning_rows, subspace)
+from features import (SELECTIONS, SIDES, choose_features, contrast_gradients, gradient_moments,
+                      module_bases, serving_layer, subspace)
 from saes import gradient
 from saes.step import Spec
 from toy.build import L0
@@ -83,13 +83,9 @@ def top(M):
 def paper_bases(world, model, saes=None, norm_aware=False):
     """The paper's bases, by the world's own or other SAEs."""
     statistics = world.statistics_of(saes) if saes else world.statistics
-    saes = saes or world.saes
-    spaces = {}
-    for layer, sae in saes.items():
-        features = choose_features(statistics[layer], TOP_K)
-        rows = spanning_rows(sae, statistics[layer], features, TAU)
-        spaces[layer] = subspace(rows, TAU, RANK)[0]
-    return module_bases(model, both_sides(spaces), norm_aware)
+    settings = SimpleNamespace(top_k=TOP_K, score="delta", tau=TAU, rank=RANK, center=False)
+    choices = SELECTIONS["paper"](model, saes or world.saes, world.examples, statistics, settings)
+    return module_bases(model, {key: choice.U for key, choice in choices.items()}, norm_aware)
 
 
 @basis

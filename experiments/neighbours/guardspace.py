@@ -20,9 +20,11 @@ not have). Both lines take the prompts that --data refuses (there the second
 has prompts of its own). Its place is fine-tuning after alignment: give an aligned --model.
 """
 
+from dataclasses import replace
+
 import torch
 
-from data import Example
+import lora
 from experiments.neighbours import shared
 from run import parallel
 
@@ -46,13 +48,19 @@ def start(weight, C, rank) -> shared.Start:
     return shared.Start(A.float(), B.float(), right=null_projector(C))
 
 
-def starts(settings, model, tokenizer, examples):
-    refused = shared.refusals(settings, tokenizer, examples)
-    prompts = [Example(example.tokens[:example.start], 0, False) for example in refused]
-    moments = shared.input_moments(model, prompts, settings.targets)
-    modules = dict(model.named_modules())
-    return {name: start(modules[name].weight, C, settings.rank) for name, C in moments.items()}
+def starts(model, refusals, targets, rank):
+    """{module: Start} of all targets, by the prompts that are refused."""
+    prompts = [replace(example, tokens=example.tokens[:example.start], start=0)
+               for example in refusals]
+    moments = shared.input_moments(model, prompts, targets)
+    return {name: start(module.weight, moments[name], rank)
+            for name, module in lora.linears(model, targets).items()}
+
+
+def from_settings(settings, model, tokenizer, examples):
+    refusals = shared.refusals(settings, tokenizer, examples)
+    return starts(model, refusals, settings.targets, settings.rank)
 
 
 if __name__ == "__main__":
-    parallel.run(lambda: shared.main("guardspace", starts))
+    parallel.run(lambda: shared.main("guardspace", from_settings))

@@ -22,6 +22,7 @@ place is fine-tuning after alignment: give an aligned --model, and data that hol
 
 import torch
 
+import lora
 from experiments.neighbours import shared
 from run import parallel
 
@@ -43,15 +44,19 @@ def start(weight, safe, task, rank) -> shared.Start:
     return shared.Start(A, B, left=torch.eye(len(W), device=W.device) - U_c @ U_c.T)
 
 
-def starts(settings, model, tokenizer, examples):
+def starts(model, refusals, answers, targets, rank):
+    """{module: Start} of all targets, by the refusals and the answers of the task."""
+    safe = shared.input_moments(model, refusals, targets)
+    task = shared.input_moments(model, answers, targets)
+    return {name: start(module.weight, safe[name], task[name], rank)
+            for name, module in lora.linears(model, targets).items()}
+
+
+def from_settings(settings, model, tokenizer, examples):
     refusals = shared.refusals(settings, tokenizer, examples)
-    aligned = [pair[0] for pair in examples]
-    safe, task = (shared.input_moments(model, answers, settings.targets)
-                  for answers in (refusals, aligned))
-    modules = dict(model.named_modules())
-    return {name: start(modules[name].weight, safe[name], task[name], settings.rank)
-            for name in safe}
+    answers = [pair[0] for pair in examples]
+    return starts(model, refusals, answers, settings.targets, settings.rank)
 
 
 if __name__ == "__main__":
-    parallel.run(lambda: shared.main("salora", starts))
+    parallel.run(lambda: shared.main("salora", from_settings))
