@@ -1,7 +1,7 @@
 """Begin at the safety subspace of another folder: with no pairs, no SAEs and no selection.
 
     python train.py --rank 16 --out runs/sails
-    python lora.py runs/sails --base toy --out runs/merged
+    python lora.py runs/sails --out runs/merged
     python -m experiments.given --subspace runs/sails --init given --model runs/merged --data FILE
 
 For a model that is fine-tuned once more: FILE may have one answer a row.

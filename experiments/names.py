@@ -223,7 +223,7 @@ def names_table(lines) -> str:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--count", type=int, metavar="N", help="of each kind (default 50 to 150)")
+    parser.add_argument("--count", type=int, metavar="N", help="of each kind (default 40 to 150)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), metavar="KIND")
     parser.add_argument("--out", type=Path, default=RESULTS / "names.jsonl", metavar="FILE",
                         help="lines are added here (default experiments/results/names.jsonl)")
