@@ -26,16 +26,14 @@ from tqdm import tqdm
 
 import lora
 import train
-from data import load_tokenizer, make_example
 from experiments.ablate import RESULTS, append_lines, read_lines, versions
-from features import feature_statistics, module_bases, paper
+from experiments.worlds import RANK, TAU, TOP_K, World
+from features import module_bases, paper
 from model import load_model
 from report.directions import main_features, norm2, parts_of, sae_key, unit_decoder
 from report.effects import carrying, named_by_effect, turned
 from run.files import ROOT, Parser, run_command, table
-from run.readers import read_pairs, read_prompts
 from safety.figures import wilson
-from sae import load_saes
 
 TOY = ROOT / "toy"
 STEPS, RATE = 12, 4e-3
@@ -48,39 +46,25 @@ class Bench:
     """The toy, its subspace, its pairs, and aligned answers to held-out prompts."""
 
     def __init__(self):
-        self.tokenizer = load_tokenizer(TOY)
-        self.model = load_model(TOY)
-        self.saes = load_saes(str(TOY / "sae"), [1, 2, 3], None, None, "cpu", self.model.config)
-        pairs, _ = read_pairs(TOY / "data/train.jsonl")
-        self.turns = [pair.turns for pair in pairs]
-        self.answers = [(pair.aligned, pair.unaligned) for pair in pairs]
-        examples = [tuple(self.example(pair.turns, text) for text in (pair.aligned, pair.unaligned))
-                    for pair in pairs]
-        control = self.tokenizer.control
-        statistics = feature_statistics(self.model, self.saes, examples, control)
-        settings = SimpleNamespace(top_k=20, tau=0.8, rank=16, score="delta", center=False)
-        choices = paper(self.model, self.saes, examples, statistics, settings)
+        self.world = world = World(0, TOY)
+        self.model, self.saes = world.model, world.saes
+        self.aligned = [aligned for aligned, _ in world.examples]
+        settings = SimpleNamespace(top_k=TOP_K, tau=TAU, rank=RANK, score="delta", center=False)
+        choices = paper(world.model, world.saes, world.examples, world.statistics, settings)
         self.subspaces = {key: choice.U for key, choice in choices.items()}
         self.held_out = []
         for name in ("harmful", "jailbreak"):
-            prompts, _ = read_prompts(TOY / f"data/{name}.jsonl")
-            for prompt in random.Random(1).sample(prompts, NUM_PROMPTS):
-                self.held_out.append(self.example(prompt.turns, prompt.aligned))
+            for prompt in random.Random(1).sample(world.sets[name], NUM_PROMPTS):
+                self.held_out.append(world.example(prompt.turns, prompt.aligned))
         self.held_out.sort(key=lambda example: len(example.tokens))
-
-    def example(self, turns, text):
-        return make_example(self.tokenizer, turns, text, 512)
-
-    def aligned(self):
-        return [self.example(turns, pair[0])
-                for turns, pair in zip(self.turns, self.answers)]
 
     def shuffled(self, seed):
         """Answers of either side, given to each other's prompts."""
         draw = random.Random(seed)
-        texts = [draw.choice(pair) for pair in self.answers]
+        pairs = self.world.pairs
+        texts = [draw.choice((pair.aligned, pair.unaligned)) for pair in pairs]
         draw.shuffle(texts)
-        return [self.example(turns, text) for turns, text in zip(self.turns, texts)]
+        return [self.world.example(pair.turns, text) for pair, text in zip(pairs, texts)]
 
     def fit(self, layers, examples, seed, steps, rate):
         """Train; factors after the first step."""
@@ -98,7 +82,7 @@ class Bench:
     def sails(self, seed):
         bases = module_bases(self.model, self.subspaces)
         generator = torch.Generator().manual_seed(seed)
-        return lora.add_lora(self.model, 16, 16.0, "sails", bases, generator)
+        return lora.add_lora(self.model, RANK, RANK, "sails", bases, generator)
 
     def planted(self, seed):
         """(layers, {(layer, "readers", feature)}): A is three decoder rows, which stay."""
@@ -154,14 +138,14 @@ def measure(bench, kind, seed) -> dict:
     if kind == "planted":
         layers, planted = bench.planted(seed)
         subspaces = None
-        bench.fit(layers, bench.aligned(), seed, STEPS, 5e-2)
+        bench.fit(layers, bench.aligned, seed, STEPS, 5e-2)
         for layer in lora.lora_layers(bench.model).values():
             layer.A.requires_grad_(True)
             layer.B.requires_grad_(True)
         first = None
     elif kind == "random":
         generator = torch.Generator().manual_seed(seed)
-        layers = lora.add_lora(bench.model, 16, 16.0, "random", generator=generator)
+        layers = lora.add_lora(bench.model, RANK, RANK, "random", generator=generator)
         for layer in layers.values():
             layer.B.data.normal_(generator=generator)
         # As large as the default run's
@@ -171,7 +155,7 @@ def measure(bench, kind, seed) -> dict:
         first = None
     else:
         layers = bench.sails(seed)
-        examples = bench.shuffled(seed) if kind == "shuffled" else bench.aligned()
+        examples = bench.shuffled(seed) if kind == "shuffled" else bench.aligned
         steps, rate = (1, 1e-6) if kind == "first step" else (STEPS, RATE)
         first = bench.fit(layers, examples, seed, steps, rate)
         if kind == "turned":
