@@ -21,7 +21,7 @@ from experiments import ablate, inits, legibility, names, reading, tables, theor
 from experiments.paper_table import paper_table
 from fused import IGNORE
 from model import load_model
-from run.files import read_jsonl, write_jsonl
+from run.files import InputError, read_jsonl, write_jsonl
 from run.settings import RECIPES
 
 # One variant of each kind of code
@@ -58,6 +58,18 @@ def test_a_run_is_a_line_and_repeats(world, tmp_path):
     ablate.append_lines(out, [line])
     args = SimpleNamespace(out=out, variants=["greedy-rotated", "paper"], seeds=[0], lrs=[1e-3])
     assert ablate.missing_runs(args, [7]) == [(7, "paper", 0, 1e-3)]
+
+
+def test_a_world_that_misses_a_gate_is_left_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(worlds, "WORLDS", tmp_path)
+    monkeypatch.setattr(worlds.toy, "build", lambda seed, folder, kinds: f"gates of {seed}")
+    monkeypatch.setattr(worlds.toy, "misses", lambda gates: gates)
+    monkeypatch.setattr(worlds.toy, "gates_table", str)
+    assert ablate.prepare((91, ["paper"])) is False
+    assert capsys.readouterr().err == "world 91 is left out:\ngates of 91\n"
+    monkeypatch.setattr(sys, "argv", ["reading", "--worlds", "92", "--out", f"{tmp_path}/out"])
+    with pytest.raises(InputError, match="no lines yet"):
+        reading.main()
 
 
 @pytest.mark.parametrize("name", ["lora-own", "sspu"])
