@@ -17,7 +17,7 @@ from statsmodels.stats.proportion import proportion_confint
 import lora
 import train
 from data import Row
-from experiments import ablate, inits, legibility, names, reading, tables, theory, variants, worlds
+from experiments import ablate, inits, legibility, reading, tables, theory, variants, worlds
 from experiments.paper_table import paper_table
 from fused import IGNORE
 from model import load_model
@@ -156,12 +156,6 @@ def test_the_tables_print_the_committed_lines(capsys, monkeypatch):
 
 
 # ---- Theory --------------------------------------------------------------------------------------
-def test_names_are_what_was_planted_and_nothing_else():
-    found = names.measure(names.Bench(), "planted", 0)
-    assert {tuple(name) for name in found["named"]} <= {tuple(name) for name in found["planted"]}
-    assert found["named"] and found["something"] and found["main"] == found["planted"]
-
-
 def test_the_papers_statement_and_its_edges():
     """The difference of means errs by √(r − 1), not every direct method does, an SAE hardly."""
     setting = theory.Setting(samples=20_000)
