@@ -188,7 +188,6 @@ def rosi(world, model, step, state):
 def average(world, model, step, state):
     """weight averaging: at the end the moving average of the factors, β = 0.9."""
     parameters = lora.trainable_parameters(lora.lora_layers(model))
-    averaging.average(state, parameters, 0.9)
+    averaging.average(state, parameters)
     if step == STEPS:
-        for name, parameter in parameters:
-            parameter.data.copy_(state[name])
+        averaging.end_at_average(state, parameters)

@@ -39,7 +39,6 @@ from toy.world import World as Words
 
 LATER = 30                     # steps of the second fine-tuning, at RATE
 STRENGTH = 2.0                 # of steering, at all layers with SAEs
-BETA = 0.9                     # of the moving average of weights
 NO_DEFENCE = "none"
 
 
@@ -121,13 +120,12 @@ def averaged(world, model, rows, generator):
     """Weight averaging: at the end the moving average of the factors from the beginning on."""
     parameters, _ = own_init(world, model, rows, generator)
     state: dict = {}
-    averaging.average(state, parameters, BETA)
+    averaging.average(state, parameters)
 
     def after_step(step):
-        averaging.average(state, parameters, BETA)
+        averaging.average(state, parameters)
         if step == LATER:
-            for name, parameter in parameters:
-                parameter.data.copy_(state[name])
+            averaging.end_at_average(state, parameters)
     return parameters, after_step
 
 

@@ -49,6 +49,15 @@ def test_a_kept_subspace_is_neither_read_nor_written(world, defence, bases_of):
     assert all(lora.update_share(layer, bases[name]) > 1e-3 for name, layer in layers.items())
 
 
+def test_as_many_random_directions_as_the_gradient_chooses(world):
+    greedy, drawn = (bases_of(world, world.model, torch.Generator().manual_seed(0))
+                     for bases_of in (lasting.variants.greedy, lasting.random_bases))
+    assert {name: U.shape for name, U in drawn.items()} == {n: U.shape for n, U in greedy.items()}
+    names = list(drawn)
+    assert torch.equal(drawn[names[0]], drawn[names[1]])        # q and k of a block share a stream
+    assert all((U.T @ U - torch.eye(U.shape[1])).abs().max() < 1e-5 for U in drawn.values())
+
+
 @pytest.mark.parametrize("defence", ["salora", "guardspace"])
 def test_a_start_changes_nothing_before_the_first_step(world, defence):
     model = copy.deepcopy(world.model)

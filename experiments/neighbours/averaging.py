@@ -10,8 +10,11 @@ abstract. Ours: β = .9, and what is averaged are an adapter's factors.
 import torch
 
 
+BETA = 0.9
+
+
 @torch.no_grad()
-def average(state: dict, parameters, beta: float) -> None:
+def average(state: dict, parameters, beta=BETA) -> None:
     """A step of the exponential moving average.
 
     state {name: tensor}, empty at first, becomes β·state + (1 − β)·parameter, of `parameters`
@@ -22,3 +25,10 @@ def average(state: dict, parameters, beta: float) -> None:
             state[name] = torch.lerp(parameter, state[name], beta)
         else:
             state[name] = parameter.detach().clone()
+
+
+@torch.no_grad()
+def end_at_average(state: dict, parameters) -> None:
+    """What is trained becomes its average."""
+    for name, parameter in parameters:
+        parameter.copy_(state[name])
